@@ -127,7 +127,7 @@ def wide(dtype):
     return torch.promote_types(dtype, torch.float32)
 
 
-QUERY_TILE, KEY_TILE = 128, 512  # the scores of one pair of tiles stay in the processor's cache
+QUERY_TILE, KEY_TILE = 128, 256  # the scores of one pair of tiles stay in the processor's cache
 
 
 def tiles(T, S, causal):
@@ -193,17 +193,17 @@ class FusedAttention(torch.autograd.Function):
         q, k, v, out, logsumexp = ctx.saved_tensors
         (B, H, T, D), (BK, S) = q.shape, k.shape[:2]
         K, fold, scale = BK // B, FusedAttention.fold, 1 / math.sqrt(D)
-        delta = (d_out * out).sum(dim=-1, keepdim=True, dtype=logsumexp.dtype)   # (B, H, T, 1)
+        delta = (d_out * out).sum(dim=-1, keepdim=True)                          # (B, H, T, 1)
         d_q = torch.zeros_like(q)
         d_k, d_v = (torch.zeros_like(x, dtype=logsumexp.dtype) for x in (k, v))
         for rows, columns, past in tiles(T, S, ctx.causal):
             t = rows.stop - rows.start
             tile, d_tile = fold(q, K, rows), fold(d_out, K, rows)
             scores = FusedAttention.scores(tile, k[:, columns], t, past)
-            weights = scores.sub_(fold(logsumexp, K, rows)).exp_()
-            d_v[:, columns] += torch.bmm(weights.to(q.dtype).transpose(1, 2), d_tile)
-            d_scores = torch.bmm(d_tile, v[:, columns].transpose(1, 2)).to(weights.dtype)
-            d_scores = d_scores.sub_(fold(delta, K, rows)).mul_(weights).to(q.dtype)
+            weights = scores.sub_(fold(logsumexp, K, rows)).exp_().to(q.dtype)
+            d_v[:, columns] += torch.bmm(weights.transpose(1, 2), d_tile)
+            d_scores = torch.bmm(d_tile, v[:, columns].transpose(1, 2))
+            d_scores = d_scores.sub_(fold(delta, K, rows)).mul_(weights)
             d_q[:, :, rows] += torch.bmm(d_scores, k[:, columns]).view(B, H, t, D) * scale
             d_k[:, columns] += torch.bmm(d_scores.transpose(1, 2), tile)
         return d_q, d_k.view(B, K, S, D).to(k.dtype), d_v.view(B, K, S, D).to(v.dtype), None
@@ -250,23 +250,23 @@ class FusedLoss(torch.autograd.Function):
             part = slice(start, start + LOSS_TILE)
             wanted = (targets[part] != -1)[:, None]
             target = targets[part, None].clamp(min=0)
-            logits = F.linear(x[part], low).to(wide(x.dtype))                       # (tile, V)
-            logsumexp = logits.logsumexp(dim=-1, keepdim=True)
-            total += ((logsumexp - logits.gather(1, target)) * wanted).sum()
+            log_probs = F.log_softmax(F.linear(x[part], low), dim=-1, dtype=total.dtype)   # (tile, V)
+            total -= (log_probs.gather(1, target) * wanted).sum()
             if learn:  # d loss / d logits = softmax(logits) - one-hot(target)
-                d_logits = logits.sub_(logsumexp).exp_()
+                d_logits = log_probs.exp_()
                 d_logits.scatter_add_(1, target, d_logits.new_full(target.shape, -1.0))
-                d_logits = d_logits.mul_(wanted / count).to(x.dtype)
+                d_logits = d_logits.mul_(wanted).to(x.dtype)
                 d_x[part] = d_logits @ low
                 d_weight += d_logits.T @ x[part]
-        ctx.save_for_backward(d_x, d_weight)
+        ctx.save_for_backward(d_x, d_weight, count)
         return total / count
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_loss):
-        d_x, d_weight = ctx.saved_tensors
-        return d_x * d_loss.to(d_x.dtype), d_weight * d_loss.to(d_weight.dtype), None
+        d_x, d_weight, count = ctx.saved_tensors
+        share = d_loss / count  # not earlier: a gradient of 1 / count is too small for float16
+        return d_x * share.to(d_x.dtype), d_weight * share.to(d_weight.dtype), None
 
 
 def fused_loss(x, weight, targets):
@@ -274,11 +274,49 @@ def fused_loss(x, weight, targets):
     return FusedLoss.apply(x, weight, targets)
 
 
-# What --kernels chooses from; "auto" takes the tiles on a CPU and torch's own attention elsewhere.
+# -----------------------------------------------------------------------------
+# The norm, twice: as a formula, and with its backward by hand.
+
+
+def plain_rms_norm(x, weight, eps=1e-6):
+    """x / sqrt(mean(x^2)) * weight over the last dimension of x (..., C). arXiv:1910.07467"""
+    mean_square = x.to(wide(x.dtype)).square().mean(dim=-1, keepdim=True)
+    return x * (mean_square + eps).rsqrt().to(x.dtype) * weight.to(x.dtype)
+
+
+class FusedRMSNorm(torch.autograd.Function):
+    """Saves the normalised x alone; backward is three passes where autograd would make a dozen."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide(x.dtype))
+        scale = (length.square_() / x.size(-1)).add_(eps).rsqrt_().to(x.dtype)
+        unit = x * scale
+        ctx.save_for_backward(unit, weight, scale)
+        return unit * weight.to(x.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_y):
+        unit, weight, scale = ctx.saved_tensors
+        low = weight.to(d_y.dtype)
+        along = d_y * unit
+        d_weight = along.flatten(0, -2).sum(dim=0, dtype=weight.dtype)
+        # what points along x would only lengthen it, and the norm takes lengths away
+        along = (along @ low[:, None]) / len(low)                        # (..., 1)
+        return (d_y * low).sub_(unit * along).mul_(scale), d_weight, None
+
+
+def fused_rms_norm(x, weight, eps=1e-6):
+    """plain_rms_norm in fewer passes over memory."""
+    return FusedRMSNorm.apply(x, weight, eps)
+
+
+# What --kernels chooses from; "auto" takes the fused ones, on a GPU with torch's own attention.
 KERNELS = {
-    "plain": (plain_attention, plain_loss),
-    "fused": (fused_attention, fused_loss),
-    "torch": (torch_attention, fused_loss),
+    "plain": dict(attention=plain_attention, norm=plain_rms_norm, loss=plain_loss),
+    "fused": dict(attention=fused_attention, norm=fused_rms_norm, loss=fused_loss),
+    "torch": dict(attention=torch_attention, norm=fused_rms_norm, loss=fused_loss),
 }
 
 
@@ -294,15 +332,15 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2)) * weight over the last dimension. arXiv:1910.07467"""
+    """plain_rms_norm or its twin, with a weight of its own."""
 
-    def __init__(self, size, bias=False, eps=1e-6):
+    def __init__(self, size, bias=False):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.kernel = plain_rms_norm
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return self.kernel(x, self.weight)
 
 
 class LayerNorm(nn.Module):
@@ -370,7 +408,7 @@ class Attention(nn.Module):
         self.o_proj = Linear(config.n_head * D, C, bias=bias)
         self.q_norm = RMSNorm(D) if config.qk_norm else None
         self.k_norm = RMSNorm(D) if config.qk_norm else None
-        self.attend = fused_attention
+        self.kernel = plain_attention
 
     def split_heads(self, x):
         # -1, not n_head: under tensor parallelism each process holds only some of the heads
@@ -385,7 +423,7 @@ class Attention(nn.Module):
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is not None:
             k, v = cache.append(k, v)                                    # (B, K, S, D)
-        y = self.attend(q, k, v, causal=True)                            # (B, H, T, D)
+        y = self.kernel(q, k, v)                                         # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).flatten(2))                 # (B, T, C)
 
 
@@ -480,15 +518,17 @@ class GPT(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def use(self, kernels="auto", dtype=None):
-        """Choose the kernels (plain | fused | torch | auto) and the dtype to compute in (None: the weights');
-        neither is part of the model. Returns the name of the kernels taken."""
+        """Choose the kernels (a row of KERNELS, or auto) and the dtype to compute in (None: the weights' own);
+        neither is part of the model. -> the name of the row."""
         if kernels == "auto":
             kernels = "fused" if self.device.type == "cpu" else "torch"
         check_known(kernels, KERNELS, "kernels")
-        attend, self.loss = KERNELS[kernels]
-        for block in self.transformer.blocks:
-            block.attn.attend = attend
-        self.dtype = dtype
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.kernel = KERNELS[kernels]["attention"]
+            elif isinstance(module, RMSNorm):
+                module.kernel = KERNELS[kernels]["norm"]
+        self.loss, self.dtype = KERNELS[kernels]["loss"], dtype
         return kernels
 
     @property
