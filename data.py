@@ -42,11 +42,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from tokenizer import Parser, Tokenizer, cut, replacing, run_command
+from tokenizer import Parser, Tokenizer, replacing, run_command
 
 RECIPE = 1  # part of each fingerprint: raised when the same content would give other shards
 SEPARATOR = "<|endoftext|>"  # between the documents of a .txt file
 FEW_DOCUMENTS = 20  # below this, each document gives its end to validation
+PIECE_CHARS = 1 << 19  # a text much longer than this is tokenized in pieces
 GROUP_CHARS = 1 << 22  # text tokenized at a time: the ids of a large corpus must not fill memory
 LEARN_BYTES = 200_000_000  # a tokenizer learns from a sample of this size: more changes little
 SHARD_TOKENS = 100_000_000
@@ -248,17 +249,17 @@ def download(url, path, n_bytes=None, sha256=None):
     try:
         total = receive(url, part, n_bytes)
     except urllib.error.HTTPError as error:
-        if error.code == 416 and part.exists():  # nothing left to send: `part` is no beginning of it
+        if error.code == 416 and part.exists():  # nothing is left to send: start again
             part.unlink()
             return download(url, path, n_bytes, sha256)
         raise ValueError(f"{url}: the server answers {error.code} {error.reason}") from None
     except urllib.error.URLError as error:
         raise ValueError(f"{url}: no connection ({error.reason}); own files need none") from None
     except (http.client.HTTPException, ConnectionError, TimeoutError) as error:
-        raise ValueError(f"{url}: cut off ({error}); the same command continues") from None
+        raise ValueError(f"{url}: cut off ({error}); start again to go on") from None
     n_done = part.stat().st_size
     if total and n_done < total:
-        raise ValueError(f"{url}: cut off at byte {n_done:,} of {total:,}; the same command continues")
+        raise ValueError(f"{url}: cut off at {n_done:,} of {total:,} bytes; start again to go on")
     if (n_bytes and n_done != n_bytes) or (sha256 and file_hash(part) != sha256):
         part.unlink()
         raise ValueError(f"{url}: not the expected {n_bytes} bytes with sha256 {sha256}; removed")
@@ -273,8 +274,8 @@ def download_known(name, folder):
     text = path.with_suffix(".txt")
     if not text.exists():  # WikiText is one text: only a heading shows where an article starts
         with zipfile.ZipFile(path) as archive, replacing(text) as file:
-            heading = re.compile(rb"(?m)^(?= = [^=\n][^\n]* = $)")
-            file.write(heading.sub(SEPARATOR.encode(), archive.read("wikitext-2-raw/wiki.train.raw")))
+            articles = archive.read("wikitext-2-raw/wiki.train.raw")
+            file.write(re.sub(rb"(?m)^(?= = [^=\n][^\n]* = $)", SEPARATOR.encode(), articles))
     return text
 
 
@@ -315,7 +316,7 @@ def is_readable(path):
 
 
 def find_files(source, downloads, counts):
-    """The files of one source, in a fixed order. Raises ValueError when there is nothing to read."""
+    """The files of one source, in a fixed order. Raises ValueError where nothing can be read."""
     path = Path(source)
     if source == "stdlib":
         return standard_library()
@@ -349,9 +350,10 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def clean(text, counts=None):
-    """One spelling for the same text: NFC, \\n at line ends, no control characters, no spaces before
-    a line end, at most two blank lines in a row: clean("a\\r\\n  b \\n") == "a\\n  b". Indentation
-    stays. What is lost is added to `counts`.
+    """One spelling for the same text: clean("a\\r\\n  b \\n") == "a\\n  b".
+
+    NFC, \\n at line ends, no control characters, no spaces before a line end, at most two blank
+    lines in a row; indentation stays. What is lost is added to `counts`.
     """
     counts = Counter() if counts is None else counts
     text = text.replace("\r\n", "\n").replace("\r", "\n")
@@ -381,7 +383,7 @@ def exact_duplicates(texts):
 
 
 def last_line_end(text, position):
-    """Where the last line before this position ends; the position itself if it is in a long line."""
+    """Where the last line before this position ends; the position itself in a long line."""
     nearest = max(0, position - (len(text) - position) // 2)
     return text.rfind("\n", nearest, position) + 1 or position
 
@@ -395,7 +397,7 @@ def choose_cuts(texts, val_ratio=None):
         rule = f"fewer than {FEW_DOCUMENTS} documents: the last {ratio:.0%} of each validates"
         return [last_line_end(text, round(len(text) * (1 - ratio))) for text in texts], rule
     ratio = val_ratio or 0.05
-    rule = f"documents whose sha256, as a fraction of 1, is below {ratio} validate; at least one does"
+    rule = f"a document validates when its sha256, as a fraction of 1, is below {ratio}; one must"
     sizes, fractions = [], []
     for text in texts:
         sizes.append(len(text))
@@ -464,6 +466,7 @@ def read_split(folder, split="train"):
 # -----------------------------------------------------------------------------
 # Preparing: from sources to a finished folder.
 
+LINE_END = re.compile(r"[^\W_](?=\n)")
 
 class Documents:
     """Texts in a temporary file: first appended, then read like a list, however many they are."""
@@ -519,18 +522,27 @@ def one_side(documents, cuts, split, counts):
             yield text
 
 
-def tokenize(texts, tokenizer):
-    """Yield the ids of texts, <|endoftext|> behind each, in large arrays. A long text is encoded in
-    pieces, cut where no token reaches across.
+def pieces(text):
+    """Cut a long text after a letter or digit that ends a line. No token of the usual split patterns
+    reaches across, so the pieces have the ids of the whole, and every core has one to encode.
     """
-    def pieces():
+    start = 0
+    while found := LINE_END.search(text, start + PIECE_CHARS):
+        yield text[start:found.end()]
+        start = found.end()
+    yield text[start:]
+
+
+def tokenize(texts, tokenizer):
+    """Yield the ids of texts, <|endoftext|> behind each, in large arrays."""
+    def marked():
         for text in texts:
-            *parts, last = cut(io.StringIO(text, newline=""), [], tokenizer.pattern)
+            *parts, last = pieces(text)
             yield from ((part, []) for part in parts)
             yield last, [tokenizer.eot]
 
     group, n_chars = [], 0
-    for piece in itertools.chain(pieces(), [None]):
+    for piece in itertools.chain(marked(), [None]):
         if piece is None or n_chars >= GROUP_CHARS:
             ids = []
             encoded = tokenizer.encode_batch([part for part, _ in group])
@@ -618,7 +630,7 @@ def check_folder(out):
     """Refuse a folder that holds anything, but neither our card nor shards of an unfinished run."""
     others = sorted(path.name for path in out.glob("[!.]*"))
     if others and read_card(out) is None and not our_files(out):
-        raise ValueError(f"{out} holds other files ({others[0]}): --out needs a new or empty folder")
+        raise ValueError(f"{out} holds other files ({others[0]}): give a new or empty folder")
 
 
 def clear_folder(out):
@@ -649,7 +661,7 @@ def describe_shard(path, tokenizer):
     lengths[tokenizer.eot] = 0
     for part in np.array_split(ids, len(ids) // GROUP_CHARS + 1):
         if len(part) and part.max() >= len(lengths):
-            raise ValueError(f"{path}: token id {part.max()} is not in the vocabulary of {len(lengths)}")
+            raise ValueError(f"{path}: id {part.max()} is not in a vocabulary of {len(lengths)}")
         counts["documents"] += int((part == tokenizer.eot).sum())
         counts["bytes"] += int(lengths[part].sum())
     return counts
@@ -681,49 +693,58 @@ def prepare_ready(name, out, tokenizer, n_shards, say):
             os.link(folder / file, out / file)
         except OSError:  # a file system without hard links
             shutil.copyfile(folder / file, out / file)
-    card = dict(sources=[dict(name=name, files=len(our_files(out)))], split="as published", **splits)
-    return finish_folder(out, dict(card, fingerprint=key), tokenizer, say)
+    card = dict(sources=[dict(name=name)], split="as published", **splits, fingerprint=key)
+    return finish_folder(out, card, tokenizer, say)
 
 
-def prepare(sources, out, vocab_size=4096, tokenizer=None, val_ratio=None, n_shards=1, say=print):
-    """Turn sources (names, files, folders, URLs) into a folder of shards and return its Path. A
-    folder made from the same content with the same options is used as it is. tokenizer: a file,
-    "gpt2" or a Tokenizer; None trains one of vocab_size. n_shards is for ready shards only.
-    """
-    sources = [sources] if isinstance(sources, (str, Path)) else sources
-    sources, out, counts = list(map(str, sources)), Path(out), Counter()
-    if set(sources) & set(READY):
-        if len(sources) > 1:
-            raise ValueError(f"{' '.join(sources)}: ready shards do not mix with another source")
-        return prepare_ready(sources[0], out, tokenizer, n_shards, say)
-    if val_ratio is not None and not 0 < val_ratio < 1:
-        raise ValueError(f"val_ratio={val_ratio} is not between 0 and 1")
-    tokenizer = tokenizer and load_tokenizer(tokenizer)
-    found = {source: find_files(source, out.parent / "downloads", counts) for source in sources}
-    files = [path for paths in found.values() for path in paths]
-    options = dict(val_ratio=val_ratio, vocab_size=None if tokenizer else vocab_size,
-                   tokenizer=tokenizer and tokenizer.hash())
-    key = fingerprint(files, options)
-    if is_finished(out, key):
-        say(f"{out}: used again, the content and the options are the same")
-        return out
-    check_folder(out)
+def build(files, out, title, vocab_size, tokenizer, val_ratio, counts, say):
+    """Files to shards; return the tokenizer and what the card says about split, train and val."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=out.parent) as file:
         documents = Documents(file)
         gather(files, documents, counts)
         lost = ", ".join(f"{counts[loss]:,} {loss}" for loss in LOSSES if counts[loss])
-        say(f"{' '.join(sources)}: {len(documents):,} documents, {counts['bytes'] / 1e6:.1f} MB; "
+        say(f"{title}: {counts['documents']:,} documents, {counts['bytes'] / 1e6:.1f} MB; "
             f"lost: {lost or 'nothing'}")
         cuts, rule = choose_cuts(documents, val_ratio)
         tokenizer = tokenizer or learn_tokenizer(documents, cuts, vocab_size, say)
         clear_folder(out)
-        splits = {split: write_split(documents, cuts, split, out, tokenizer)
-                  for split in ("train", "val")}
+        train = write_split(documents, cuts, "train", out, tokenizer)
+        return tokenizer, dict(split=rule, train=train,
+                               val=write_split(documents, cuts, "val", out, tokenizer))
+
+
+def prepare(sources, out, vocab_size=4096, tokenizer=None, val_ratio=None, n_shards=1, say=print):
+    """Turn sources (names, files, folders, URLs) into a folder of shards and return its Path.
+
+    A folder made from the same content with the same options is used as it is. tokenizer: a file,
+    "gpt2" or a Tokenizer; None trains one of vocab_size. n_shards is for ready shards only.
+    """
+    sources = [sources] if isinstance(sources, (str, Path)) else sources
+    sources, out, counts = list(map(str, sources)), Path(out), Counter()
+    title = " ".join(sources) if len(sources) < 4 else f"{len(sources)} sources"
+    if set(sources) & set(READY):
+        if len(sources) > 1:
+            raise ValueError(f"{title}: ready shards do not mix with another source")
+        return prepare_ready(sources[0], out, tokenizer, n_shards, say)
+    if val_ratio is not None and not 0 < val_ratio < 1:
+        raise ValueError(f"val_ratio={val_ratio} is not between 0 and 1")
+    if tokenizer is not None:
+        tokenizer, vocab_size = load_tokenizer(tokenizer), None
+    found = {source: find_files(source, out.parent / "downloads", counts) for source in sources}
+    files = [path for paths in found.values() for path in paths]
+    given = tokenizer and tokenizer.hash()
+    options = dict(vocab_size=vocab_size, tokenizer=given, val_ratio=val_ratio)
+    key = fingerprint(files, options)
+    if is_finished(out, key):
+        say(f"{out}: used again, the content and the options are the same")
+        return out
+    check_folder(out)
+    tokenizer, made = build(files, out, title, vocab_size, tokenizer, val_ratio, counts, say)
     origin = [dict(name=source, files=len(paths), bytes=sum(path.stat().st_size for path in paths))
               for source, paths in found.items()]
     python = platform.python_version() if "stdlib" in sources else None
-    card = dict(sources=origin, python=python, options=options, counts=counts, split=rule, **splits)
+    card = dict(sources=origin, python=python, options=options, counts=counts, **made)
     return finish_folder(out, dict(card, fingerprint=key), tokenizer, say)
 
 
@@ -732,7 +753,7 @@ def prepare(sources, out, vocab_size=4096, tokenizer=None, val_ratio=None, n_sha
 
 
 class TokenLoader:
-    """Endless batches (x, y) of a shard folder: int64, each (batch_size, block_size), y one token on.
+    """Endless batches (x, y) of a shard folder: int64 (batch_size, block_size), y one token on.
 
     A batch depends on (seed, position, rank, world_size) alone: to resume, give the position, which
     is the number of the next batch. The ranks share one global batch: 2 ranks of 4 sequences read
@@ -748,11 +769,11 @@ class TokenLoader:
         self.starts = np.cumsum([0, *map(len, self.shards)])
         self.n_tokens = int(self.starts[-1])
         if self.n_tokens <= block_size:
-            raise ValueError(f"{path}: the {split} split has {self.n_tokens:,} tokens, a block needs "
-                             f"{block_size + 1:,}: give more text or a smaller block_size")
+            raise ValueError(f"{path}: the {split} split has {self.n_tokens:,} tokens, a block "
+                             f"needs {block_size + 1:,}: give more text or a smaller block_size")
         self.batch_size, self.block_size, self.seed = batch_size, block_size, seed
         self.rank, self.world_size, self.position = rank, world_size, position
-        self.n_blocks = max(1, self.n_tokens // block_size - 1)  # in each epoch, whatever its offset
+        self.n_blocks = max(1, self.n_tokens // block_size - 1)  # they fit at any offset
         self.epoch = None
 
     def __iter__(self):
