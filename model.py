@@ -1,5 +1,6 @@
 """
-The model: token ids in, logits or loss out. A GPT in two architectures, attention and loss each written twice.
+The model: token ids in, logits or loss out. A GPT in two architectures, its costly parts each
+written twice: once to be read, once to be fast.
 
     config = GPTConfig(architecture="modern", vocab_size=4096, **SIZES["mini"])
     logits, _ = GPT(config)(ids)                 # (B, T) -> (B, T, V)
@@ -16,7 +17,6 @@ Shapes, here and in every other file:
 import difflib
 import math
 import os
-import zipfile
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -86,11 +86,11 @@ class GPTConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd={self.n_embd} does not divide into n_head={self.n_head} heads")
+            raise ValueError(f"n_embd={self.n_embd} is no multiple of n_head={self.n_head}")
         if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_head={self.n_head} does not divide into n_kv_head={self.n_kv_head} groups")
+            raise ValueError(f"n_head={self.n_head} is no multiple of n_kv_head={self.n_kv_head}")
         if self.position == "rope" and self.head_size % 2:
-            raise ValueError(f"rope turns channels in pairs: n_embd/n_head={self.head_size} must be even")
+            raise ValueError(f"n_embd / n_head = {self.head_size} must be even: rope turns pairs")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
         check_known(self.position, POSITIONS, "position")
@@ -107,13 +107,14 @@ class GPTConfig:
 
 
 def causal_mask(T, S, device, past=None):
-    """(T, S), True where a query may look: query t sees the keys up to past + t. By default the queries are the
-    last T of the S positions, so that the last one sees everything."""
+    """(T, S), True where a query may look: query t sees the keys up to past + t. By default the
+    queries are the last T of the S positions, so that the last one sees everything."""
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T if past is None else past)
 
 
 def plain_attention(q, k, v, causal=True):
-    """softmax(q k^T / sqrt(D)) v for q (B, H, T, D) and k, v (B, K, S, D) -> (B, H, T, D). arXiv:1706.03762"""
+    """softmax(q k^T / sqrt(D)) v for q (B, H, T, D) and k, v (B, K, S, D) -> (B, H, T, D).
+    arXiv:1706.03762"""
     groups = q.size(1) // k.size(1)
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))             # (B, H, T, S)
@@ -131,8 +132,8 @@ QUERY_TILE, KEY_TILE = 128, 256  # the scores of one pair of tiles stay in the p
 
 
 def tiles(T, S, causal):
-    """The pairs of tiles with anything to compute: (query slice, key slice, how many keys of the slice its first
-    query sees beside its own position's, or None where all queries see all)."""
+    """The pairs of tiles with anything to compute: (query slice, key slice, past), where the first
+    query sees the slice's keys up to number past; past is None where all queries see all keys."""
     for t in range(0, T, QUERY_TILE):
         rows = slice(t, min(t + QUERY_TILE, T))
         visible = S - T + rows.stop if causal else S  # keys that the tile's last query may look at
@@ -143,8 +144,8 @@ def tiles(T, S, causal):
 
 
 class FusedAttention(torch.autograd.Function):
-    """Attention without the (T, S) scores: tiles, an online softmax, and scores made again in backward
-    (arXiv:2205.14135). Query heads that share a key head are stacked as rows of one matrix: (B*K, H/K*t, D)."""
+    """Attention without the (T, S) scores: tiles, an online softmax, and scores made again in
+    backward (arXiv:2205.14135). Query heads that share a key head are rows of one matrix."""
 
     @staticmethod
     def fold(x, K, rows):
@@ -153,7 +154,7 @@ class FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def scores(q, k, t, past):
-        """One tile of q k^T, at least float32, (B*K, H/K * t, s), -inf where a query would see its future."""
+        """One tile of q k^T, (B*K, H/K * t, s), -inf where a query would see its future."""
         scores = torch.bmm(q, k.transpose(1, 2)).to(wide(q.dtype))
         if past is not None:
             s = k.size(1)
@@ -177,7 +178,7 @@ class FusedAttention(torch.autograd.Function):
             scores = FusedAttention.scores(tile, k[:, columns], t, past)
             higher = torch.maximum(highest, scores.amax(dim=-1, keepdim=True))
             weights = scores.sub_(higher).exp_()
-            shrink = (highest - higher).exp_()  # what was summed so far was relative to a lower maximum
+            shrink = (highest - higher).exp_()  # the sums so far are relative to a lower maximum
             total = total * shrink + weights.sum(dim=-1, keepdim=True)
             mixed = mixed * shrink + torch.bmm(weights.to(v.dtype), v[:, columns])
             highest = higher
@@ -227,16 +228,18 @@ def torch_attention(q, k, v, causal=True):
 
 
 def plain_loss(x, weight, targets):
-    """Mean cross-entropy in nats of x (N, C) @ weight (V, C)^T against targets (N,); target -1 is ignored."""
-    return F.cross_entropy(F.linear(x, weight.to(x.dtype)).to(wide(x.dtype)), targets, ignore_index=-1)
+    """Mean cross-entropy in nats of the logits x (N, C) @ weight (V, C)^T against targets (N,),
+    -1 ignored."""
+    logits = F.linear(x, weight.to(x.dtype)).to(wide(x.dtype))           # (N, V)
+    return F.cross_entropy(logits, targets, ignore_index=-1)
 
 
 LOSS_TILE = 1024  # tokens whose logits are held at once
 
 
 class FusedLoss(torch.autograd.Function):
-    """Logits, loss and gradients of LOSS_TILE tokens, then the next: (N, V) is never stored. The gradients
-    are made in forward, where the logits are at hand; backward multiplies them by what comes in."""
+    """Logits, loss and gradients of LOSS_TILE tokens, then the next: (N, V) is never stored. The
+    gradients are made in forward, where the logits are; backward scales them by what comes in."""
 
     @staticmethod
     def forward(ctx, x, weight, targets):
@@ -250,7 +253,8 @@ class FusedLoss(torch.autograd.Function):
             part = slice(start, start + LOSS_TILE)
             wanted = (targets[part] != -1)[:, None]
             target = targets[part, None].clamp(min=0)
-            log_probs = F.log_softmax(F.linear(x[part], low), dim=-1, dtype=total.dtype)   # (tile, V)
+            logits = F.linear(x[part], low)                              # (tile, V)
+            log_probs = F.log_softmax(logits, dim=-1, dtype=total.dtype)
             total -= (log_probs.gather(1, target) * wanted).sum()
             if learn:  # d loss / d logits = softmax(logits) - one-hot(target)
                 d_logits = log_probs.exp_()
@@ -325,10 +329,11 @@ KERNELS = {
 
 
 class Linear(nn.Linear):
-    """A linear layer that computes in the precision of what comes in; its weights keep their own."""
+    """A linear layer that computes in the dtype of what comes in; its weights keep their own."""
 
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
 
 
 class RMSNorm(nn.Module):
@@ -359,11 +364,12 @@ class LayerNorm(nn.Module):
 
 POSITIONS = ("learned", "rope")
 NORMS = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
-ACTIVATIONS = {"gelu": partial(F.gelu, approximate="tanh"), "swiglu": F.silu}  # swiglu: silu(gate) * up
+ACTIVATIONS = {"gelu": partial(F.gelu, approximate="tanh"), "swiglu": F.silu}  # silu(gate) * up
 
 
 def rotary_table(config, start, T, device):
-    """The angles' cosines and sines for positions start .. start + T - 1, each (T, D/2). arXiv:2104.09864"""
+    """The angles' cosines and sines for positions start to start + T - 1, each (T, D/2).
+    arXiv:2104.09864"""
     half = torch.arange(config.head_size // 2, device=device, dtype=torch.float32)
     speed = config.rope_theta ** (-2 * half / config.head_size)
     angles = torch.arange(start, start + T, device=device, dtype=torch.float32)[:, None] * speed
@@ -418,7 +424,7 @@ class Attention(nn.Module):
         q, k, v = (self.split_heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (y.transpose(1, 2) for y in (q, k, v))                 # (B, H, T, D), (B, K, T, D) x 2
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))                 # (B, H or K, T, D)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is not None:
@@ -428,7 +434,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with a bend between them; SwiGLU (arXiv:2002.05202) adds a gate and shrinks to match."""
+    """Two linear layers with a bend between them; SwiGLU (arXiv:2002.05202) adds a gate and is
+    narrower, so that it has as many weights."""
 
     def __init__(self, config):
         super().__init__()
@@ -482,7 +489,7 @@ class Transformer(nn.Module):
     def forward(self, ids, cache=None, dtype=None):
         T, start = ids.size(1), cache[0].length if cache else 0
         if start + T > self.config.block_size:
-            raise ValueError(f"{start + T} tokens are more than block_size={self.config.block_size}")
+            raise ValueError(f"{start + T} tokens exceed block_size={self.config.block_size}")
         x = self.wte(ids)                                                # (B, T, C)
         rotary = None
         if self.wpe is not None:
@@ -508,7 +515,7 @@ class GPT(nn.Module):
         self.use()
 
     def initialize(self):
-        """GPT-2's: normal with deviation 0.02; layers that write to the stream are scaled down by its depth."""
+        """GPT-2's: normal, deviation 0.02; what writes to the stream is scaled down by depth."""
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 writes = name.endswith(("o_proj", "down_proj"))
@@ -518,8 +525,8 @@ class GPT(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def use(self, kernels="auto", dtype=None):
-        """Choose the kernels (a row of KERNELS, or auto) and the dtype to compute in (None: the weights' own);
-        neither is part of the model. -> the name of the row."""
+        """Choose the kernels (a row of KERNELS, or auto) and the dtype to compute in (None: the
+        weights' own); neither is part of the model. -> the name of the row."""
         if kernels == "auto":
             kernels = "fused" if self.device.type == "cpu" else "torch"
         check_known(kernels, KERNELS, "kernels")
@@ -536,7 +543,7 @@ class GPT(nn.Module):
         return self.lm_head.weight.device
 
     def forward(self, ids, targets=None, cache=None, last_only=False):
-        """ids (B, T) -> (logits (B, T, V), None), of the last position alone if last_only: (B, 1, V).
+        """ids (B, T) -> (logits (B, T, V), None), or if last_only the last position's (B, 1, V).
         With targets (B, T), -1 ignored -> (None, mean cross-entropy in nats)."""
         x = self.transformer(ids, cache, self.dtype)                     # (B, T, C)
         if targets is not None:
@@ -547,8 +554,8 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, T=None):
-        """Forward and backward, at sequences of T tokens: 6 for each weight of a matrix product, and
-        attention's two products over the T/2 keys that a causal query sees on average."""
+        """Of forward and backward, in sequences of T tokens: 6 for each weight of a matrix product,
+        and attention's two products over the T/2 keys that a causal query sees on average."""
         T, c = T or self.config.block_size, self.config
         weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, Linear))
         return 6 * weights + 6 * c.n_layer * c.n_head * c.head_size * T
@@ -559,12 +566,14 @@ class GPT(nn.Module):
 
 
 def save_model(model, path, **state):
-    """Write the model, and any further plain values or tensors, to one file: temporary name, fsync, rename."""
+    """Write the model, and any further plain values or tensors, to one file that appears whole or
+    not at all: temporary name, fsync, rename."""
     weights = {name: w for name, w in model.state_dict().items() if name != "lm_head.weight"}
     part = Path(f"{path}.part")
     try:
         with open(part, "wb") as file:
-            torch.save({"format": FORMAT, "config": asdict(model.config), "model": weights, **state}, file)
+            state |= {"format": FORMAT, "config": asdict(model.config), "model": weights}
+            torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -573,18 +582,21 @@ def save_model(model, path, **state):
 
 
 def load_model(path, device="cpu"):
-    """-> (model on device, the whole dict that was saved). A damaged or foreign file raises ValueError."""
+    """-> (model on device, the whole dict that was saved). ValueError if damaged or foreign."""
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-        if state["format"] != FORMAT:
-            raise ValueError(f"{path} has the format {state['format']!r}, this program reads {FORMAT!r}")
-    except (RuntimeError, EOFError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        found = state["format"]
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file can make torch and its unpickler raise anything
         raise ValueError(f"{path} is damaged or not a checkpoint of this program") from error
+    if found != FORMAT:
+        raise ValueError(f"{path} has format {found!r}, this program reads {FORMAT!r}")
     known = {f.name for f in fields(GPTConfig)}
-    with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
+    with torch.device("meta"):  # no memory, no random numbers: the weights are replaced at once
         model = GPT(GPTConfig(**{name: v for name, v in state["config"].items() if name in known}))
-    model.load_state_dict(state["model"] | {"lm_head.weight": state["model"]["transformer.wte.weight"]},
-                          assign=True)
+    tied = {"lm_head.weight": state["model"]["transformer.wte.weight"]}
+    model.load_state_dict(state["model"] | tied, assign=True)
     model.lm_head.weight = model.transformer.wte.weight
     model.use()
     return model, state

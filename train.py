@@ -1,12 +1,13 @@
 """
-Train a model: batches in, a run folder with checkpoints out. Without arguments it needs no data and no network:
+Train a model: text or token shards in, a run folder with checkpoints out.
 
-    python train.py                                       # Python's own library, a small GPT, a few minutes
+    python train.py                                       # Python's own library, a few minutes
     python train.py --data=mybook.txt --size=small --max_steps=5000
     python train.py --resume                              # continue the newest run
     torchrun --nproc_per_node=2 train.py --max_steps=500  # the same losses, on two processes
 
-With none of --max_steps, --epochs and --minutes a run ends after 2 epochs or 4 minutes, whichever comes first.
+With none of --max_steps, --epochs and --minutes a run ends after 2 epochs or 4 minutes, whichever
+comes first. Each option can also be changed when a run is resumed.
 """
 
 import argparse
@@ -46,14 +47,14 @@ LENGTHS = ("max_steps", "epochs", "minutes")
 class TrainConfig:
     """A training run; each field is an option of the command, the comment behind it its help."""
     # data and output
-    data: str = "stdlib"            # a shard folder, or what data.py takes: stdlib, a file, folder, URL or known name
+    data: str = "stdlib"            # shards, or what data.py takes: stdlib, a file, folder, URL ...
     out: str = ""                   # run folder; empty: runs/ and the name of the data
-    resume: bool = False            # continue the run in --out, or the newest one; other options given change it
+    resume: bool = False            # continue the run in --out, or the newest one
     vocab_size: int = 4096          # of the tokenizer, when one is trained
     # model
     architecture: str = "modern"    # gpt2 | modern
-    size: str = "mini"              # tiny | mini | small | base | gpt2 | gpt2-medium | gpt2-large | gpt2-xl
-    block_size: int = 0             # longest sequence in tokens; this and the next four: 0 takes the size's
+    size: str = "mini"              # tiny | mini | small | base | gpt2 | gpt2-medium ...
+    block_size: int = 0             # longest sequence in tokens; here and below 0: the size's
     n_layer: int = 0                # blocks
     n_head: int = 0                 # query heads
     n_kv_head: int = 0              # key/value heads
@@ -62,9 +63,9 @@ class TrainConfig:
     # length and batch
     max_steps: int = 0              # optimizer steps; 0: no limit
     epochs: float = 0.0             # passes over the data; 0: no limit
-    minutes: float = 0.0            # end after this long, the learning rate decayed by then; 0: no limit
+    minutes: float = 0.0            # end after this long, data included; 0: no limit
     batch_size: int = 16            # sequences per step, over all devices
-    micro_batch_size: int = 16      # sequences per forward pass on one device; the rest is accumulated
+    micro_batch_size: int = 16      # sequences per forward pass on a device; the rest accumulates
     # optimizer
     learning_rate: float = 3e-3     # the highest, after warm-up
     min_lr: float = 1e-4            # the last
@@ -89,7 +90,7 @@ class TrainConfig:
         for name in ("batch_size", "micro_batch_size", "eval_every", "eval_sequences"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("max_steps", "epochs", "minutes", "learning_rate", "min_lr", "warmup_steps", "grad_clip"):
+        for name in (*LENGTHS, "learning_rate", "min_lr", "warmup_steps", "grad_clip"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
 
@@ -108,7 +109,9 @@ def parse_options(config_class):
         elif option := re.match(r"    (\w+): .*  # (.+)", line):
             f = defaults[option[1]]
             shown = f" (default {f.default})" if f.default != "" else ""
-            kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+            kind = dict(type=f.type, metavar=f.type.__name__.upper())
+            if f.type is bool:
+                kind = dict(action=argparse.BooleanOptionalAction)
             group.add_argument(f"--{f.name}", default=argparse.SUPPRESS,
                                help=option[2].replace("%", "%%") + shown, **kind)
     return vars(parser.parse_args())
@@ -117,9 +120,9 @@ def parse_options(config_class):
 def shape_of(config, vocab_size):
     """The model that the options ask for: a row of SIZES, with what was given in its place."""
     check_known(config.size, SIZES, "size")
-    given = {name: getattr(config, name) for name in ("block_size", "n_layer", "n_head", "n_kv_head", "n_embd")}
-    shape = SIZES[config.size] | {name: value for name, value in given.items() if value}
-    return GPTConfig(architecture=config.architecture, vocab_size=vocab_size, dropout=config.dropout, **shape)
+    names = "architecture", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "dropout"
+    given = {name: getattr(config, name) for name in names if getattr(config, name)}
+    return GPTConfig(vocab_size=vocab_size, **SIZES[config.size] | given)
 
 
 # -----------------------------------------------------------------------------
@@ -127,7 +130,8 @@ def shape_of(config, vocab_size):
 
 
 def start_processes(config):
-    """-> (rank, world_size, device). Under torchrun each process takes its own GPU, or a share of the CPU."""
+    """-> (rank, world_size, device). Under torchrun each process takes a GPU of its own, or a
+    share of the CPU."""
     rank, world_size, local = (int(os.environ.get(name, default)) for name, default in
                                (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = pick_device(config.device)
@@ -143,14 +147,14 @@ def average(values, device):
     """The mean of each value over all processes, the same numbers on each."""
     if not dist.is_initialized():
         return values
-    values = torch.tensor(values, device=device, dtype=torch.float32 if device == "mps" else torch.float64)
+    values = torch.tensor(values, device=device, dtype=torch.float64)
     dist.all_reduce(values)
     return (values / dist.get_world_size()).tolist()
 
 
 def keep_freed_memory():
-    """Ask glibc to keep freed memory in the process: handing pages back and taking them again costs a third of
-    a step on a CPU. Other systems' allocators are left as they are."""
+    """Ask glibc to keep freed memory in the process: handing pages back and taking them again can
+    cost a third of a step on a CPU. Other systems' allocators are left as they are."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
         libc.mallopt(M_MMAP_MAX, 0)
@@ -159,7 +163,7 @@ def keep_freed_memory():
 
 @contextlib.contextmanager
 def stop_signals():
-    """Ctrl-C and SIGTERM become a request, seen in the list that is yielded; the second one acts at once."""
+    """Ctrl-C and SIGTERM become a request in the list that is yielded; the second acts at once."""
     asked, before = [], {}
 
     def note(number, frame):
@@ -183,8 +187,8 @@ def stop_signals():
 
 
 def learning_rate(step, config, progress=None):
-    """Linear warm-up, then a cosine from learning_rate to min_lr over the run; progress in [0, 1] is the share
-    of the run done, step / max_steps where the clock says nothing else. arXiv:1608.03983"""
+    """Linear warm-up, then a cosine from learning_rate to min_lr over the run (arXiv:1608.03983).
+    progress in [0, 1] is the share of it done: step / max_steps, unless the clock is ahead."""
     progress = step / max(1, config.max_steps) if progress is None else progress
     cosine = (1 + math.cos(math.pi * min(1.0, progress))) / 2
     rate = config.min_lr + (config.learning_rate - config.min_lr) * cosine
@@ -193,18 +197,20 @@ def learning_rate(step, config, progress=None):
 
 def build_optimizer(model, config):
     """AdamW (arXiv:1711.05101); weight decay pulls matrices to zero, never gains and biases."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [dict(params=[p for p in parameters if p.dim() >= 2], weight_decay=config.weight_decay),
-              dict(params=[p for p in parameters if p.dim() < 2], weight_decay=0.0)]
-    fused = parameters[0].device.type in ("cpu", "cuda", "mps")
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=fused)
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [dict(params=matrices, weight_decay=config.weight_decay),
+              dict(params=vectors, weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2),
+                             fused=True)
 
 
 def parallelize(model, world_size, device):
     """The model as it is, or a copy on each process whose gradients are averaged in backward."""
     if world_size == 1:
         return model
-    return DistributedDataParallel(model, device_ids=[device] if device.startswith("cuda") else None)
+    own_gpu = [device] if device.startswith("cuda") else None
+    return DistributedDataParallel(model, device_ids=own_gpu)
 
 
 def clip_gradients(model, grad_clip):
@@ -217,8 +223,8 @@ def to_device(batch, device):
 
 
 def gradients(model, batches, accumulate, scaler, device):
-    """Backward through `accumulate` batches; -> their mean loss in nats. Processes exchange gradients once, at
-    the last of them."""
+    """Backward through `accumulate` batches -> their mean loss in nats. Processes exchange their
+    gradients once, at the last batch."""
     total = 0.0
     for n in range(accumulate):
         x, y = to_device(next(batches), device)                          # (B, T), (B, T)
@@ -232,7 +238,7 @@ def gradients(model, batches, accumulate, scaler, device):
 
 
 def validation_loss(model, shards, config, rank, world_size):
-    """Mean loss in nats over the same eval_sequences sequences of the validation split, each time."""
+    """Mean loss in nats over eval_sequences sequences of the validation split, always the same."""
     rows = max(1, min(config.micro_batch_size, config.eval_sequences // world_size))
     batches = TokenLoader(shards, rows, model.config.block_size, rank, world_size, split="val")
     n = math.ceil(config.eval_sequences / (rows * world_size))
@@ -244,7 +250,7 @@ def validation_loss(model, shards, config, rank, world_size):
 
 
 def seconds_per_sequence(model):
-    """A short probe: forward and backward of a few sequences of random ids, the second time it is done."""
+    """A short probe: forward and backward of a few sequences of random ids, the second time."""
     ids = torch.randint(model.config.vocab_size, (4, model.config.block_size), device=model.device)
     for _ in range(2):
         start = time.perf_counter()
@@ -272,7 +278,7 @@ def read_log(folder):
 
 
 def free_folder(folder):
-    """The folder, or where it already holds a run: the same name with the first number that is free."""
+    """The folder, or if it already holds a run the same name with the first number free."""
     folder, n = Path(folder), 2
     first = folder
     while (folder / "config.json").exists():
@@ -299,8 +305,9 @@ PROGRESS = ("step", "sequences", "elapsed", "best_step", "best_loss")
 
 def save_run(run):
     """Write a checkpoint, then remove those that are neither the newest nor the best."""
-    save_model(run.model, run.folder / f"step_{run.step:06d}.pt", optimizer=run.optimizer.state_dict(),
-               scaler=run.scaler.state_dict(), **{name: getattr(run, name) for name in PROGRESS})
+    state = {name: getattr(run, name) for name in PROGRESS}
+    state |= dict(optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict())
+    save_model(run.model, run.folder / f"step_{run.step:06d}.pt", **state)
     for step, path in checkpoints(run.folder).items():
         if step not in (run.step, run.best_step):
             path.unlink()
@@ -310,7 +317,7 @@ def load_run(folder, config, device):
     """The Run in a folder as its newest checkpoint left it."""
     found = checkpoints(folder)
     if not found:
-        raise ValueError(f"{folder} holds no checkpoint to resume from: start again without --resume")
+        raise ValueError(f"{folder} holds no checkpoint to go on from: start without --resume")
     model, state = load_model(found[max(found)], device)
     run = new_run(folder, model, config, device)
     run.optimizer.load_state_dict(state["optimizer"])
@@ -329,7 +336,7 @@ def new_run(folder, model, config, device):
 
 
 def draw_loss(folder):
-    """loss.png from log.jsonl: the loss of each step, its running mean, and the validation losses."""
+    """loss.png from log.jsonl: the loss of each step, its running mean, the validation losses."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -343,11 +350,12 @@ def draw_loss(folder):
     fig, ax = plt.subplots(figsize=(8, 4.5), dpi=120)
     ax.plot(steps, losses, color="#bbccdd", linewidth=0.8, label="training, each step")
     ax.plot(steps, smooth, color="#4477aa", linewidth=2, label="training, running mean")
-    title = f"{Path(folder).name}: training loss"
+    title = f"training loss {smooth[-1]:.3f}"
     if measured:
         ax.plot(*zip(*measured), color="#cc6633", marker="o", markersize=4, label="validation")
-        title = f"{Path(folder).name}: validation loss {measured[-1][1]:.3f} after {measured[-1][0]:,} steps"
-    ax.set(title=title, xlabel="step", ylabel="loss (nats per token)")
+        title = f"validation loss {measured[-1][1]:.3f}"
+    ax.set(title=f"{Path(folder).name}: {title} after {steps[-1]:,} steps", xlabel="step",
+           ylabel="loss (nats per token)")
     ax.grid(alpha=0.3)
     ax.legend(frameon=False)
     with replacing(Path(folder) / "loss.png") as file:
@@ -360,7 +368,7 @@ def draw_loss(folder):
 
 
 def find_shards(config, rank, say):
-    """-> the folder of token shards: --data itself where it is one, else made from it by the first process."""
+    """-> the folder of token shards: --data itself if it is one, else made from it by rank 0."""
     folder = Path(config.data)
     if not (folder / "card.json").exists():
         folder = Path("shards") / folder_name(config.data)
@@ -376,26 +384,27 @@ def open_run(config, model_config, shards, tokenizer, device):
     if config.resume:
         run = load_run(Path(config.out) if config.out else newest_run(), config, device)
         if Tokenizer.load(run.folder / "tokenizer.json").hash() != tokenizer.hash():
-            raise ValueError(f"{run.folder} was trained with another tokenizer than that of {shards}: "
-                             f"--data must name the text or the shards of that run")
+            raise ValueError(f"{run.folder} was trained with another tokenizer than {shards} has: "
+                             f"let --data name the text or the shards of that run")
         return run
     folder = Path(config.out) if config.out else free_folder(Path("runs") / shards.name)
     if (folder / "config.json").exists():
-        raise ValueError(f"{folder} already holds a run: add --resume to go on with it, or choose another --out")
-    return new_run(folder, GPT(model_config or shape_of(config, tokenizer.n_vocab)).to(device), config, device)
+        raise ValueError(f"{folder} already holds a run: add --resume, or choose another --out")
+    model = GPT(model_config or shape_of(config, tokenizer.n_vocab))
+    return new_run(folder, model.to(device), config, device)
 
 
 def split_batch(config, world_size):
     """-> (sequences in a forward pass on one process, forward passes in a step)."""
     micro = max(1, min(config.micro_batch_size, config.batch_size // world_size))
     if config.batch_size % (micro * world_size):
-        raise ValueError(f"batch_size={config.batch_size} is not a multiple of micro_batch_size={micro} "
-                         f"on {world_size} process(es)")
+        raise ValueError(f"batch_size={config.batch_size} is no multiple of {micro * world_size}: "
+                         f"micro_batch_size={micro} on {world_size} process(es)")
     return micro, config.batch_size // (micro * world_size)
 
 
 def last_step(config, n_tokens, tokens_per_step):
-    """The step at which the run ends, whatever the clock says; infinite when only the clock ends it."""
+    """The step at which the run ends at the latest; infinite if only the clock ends it."""
     limits = [config.max_steps, math.ceil(config.epochs * n_tokens / tokens_per_step)]
     return min(filter(None, limits), default=math.inf)
 
@@ -411,25 +420,28 @@ def announce(config, model, n_tokens, n_steps, how):
     n_steps = min(n_steps, 60 * config.minutes / seconds if config.minutes else math.inf)
     tokens = n_steps * tokens_per_step
     return (f"{model.n_parameters() / 1e6:.1f}M parameters, {tokens / 1e6:.1f}M tokens "
-            f"({tokens / n_tokens:.1f} epochs) in about {n_steps:,.0f} steps of {tokens_per_step:,}: "
-            f"about {clock(n_steps * seconds)} minutes on {how}")
+            f"({tokens / n_tokens:.1f} epochs) in about {n_steps:,.0f} steps of "
+            f"{tokens_per_step:,}: about {clock(n_steps * seconds)} minutes on {how}")
 
 
 def sample_lines(model, tokenizer, n_tokens, seed):
     """A few indented lines of what the model writes from nothing."""
-    text = complete(model, tokenizer, "", max_new_tokens=n_tokens, temperature=0.8, top_k=50, seed=seed)
+    model.eval()
+    text = complete(model, tokenizer, max_new_tokens=n_tokens, temperature=0.8, top_k=50, seed=seed)
+    model.train()
     return "\n".join("    | " + line for line in text.strip("\n").splitlines())
 
 
 def progress_line(row, left):
     validation = f" | validation {row['val_loss']:.4f}" if "val_loss" in row else ""
     return (f"step {row['step']:5d} | loss {row['loss']:.4f}{validation} | lr {row['lr']:.1e} | "
-            f"norm {row['grad_norm']:.2f} | {row['tokens_per_second']:,} tok/s | {clock(left)} left")
+            f"norm {row['grad_norm']:.2f} | {row['tokens_per_second']:,} tok/s, {clock(left)} left")
 
 
 def train(config, model_config=None):
-    """Train as config says, the model too unless model_config does. -> a summary of the run: folder, step,
-    loss and val_loss (nats per token), bits_per_byte, tokens_per_second, seconds, how, stopped."""
+    """Train as config says, the model too unless model_config does. -> a summary of the run:
+    folder, step, loss and val_loss (nats per token), bits_per_byte, tokens_per_second, seconds,
+    how, stopped; None on all ranks but 0."""
     began = time.perf_counter()
     rank, world_size, device = start_processes(config)
     is_main, say = rank == 0, tqdm.write if rank == 0 else lambda text: None
@@ -451,8 +463,9 @@ def train(config, model_config=None):
     if is_main:
         say(announce(config, run.model, batches.n_tokens, n_steps, how))
         tokenizer.save(run.folder / "tokenizer.json")
-        write_json(run.folder / "config.json", {"model": asdict(run.model.config), "train": asdict(config),
-                                                "data": {"path": str(shards), **card}})
+        data = dict(path=str(shards), **card)
+        write_json(run.folder / "config.json",
+                   dict(model=asdict(run.model.config), train=asdict(config), data=data))
     model = parallelize(run.model, world_size, device)
     before = run.elapsed  # the minutes of this session, preparations included, come on top
 
@@ -462,13 +475,13 @@ def train(config, model_config=None):
 
     row, progress, stopping = {}, share_done(), False
     ready, started_at, shown = time.perf_counter(), progress, 0.0
-    bar = tqdm(total=1.0, initial=progress, disable=not (is_main and sys.stderr.isatty()), leave=False,
-               bar_format="{percentage:3.0f}% {bar:20} {desc}")
+    bar = tqdm(total=1.0, initial=progress, disable=not (is_main and sys.stderr.isatty()),
+               leave=False, bar_format="{percentage:3.0f}% {bar:20} {desc}")
     log_path = run.folder / "log.jsonl" if is_main else os.devnull
     with bar, stop_signals() as asked, open(log_path, "a", buffering=1, encoding="utf-8") as log:
         while progress < 1 and not stopping:
             start = time.perf_counter()
-            torch.manual_seed(1_000_003 * run.step + config.seed + rank)  # dropout: of the step alone
+            torch.manual_seed(1_000_003 * run.step + config.seed + rank)  # all dropout depends on
             rate = learning_rate(run.step, config, progress)
             for group in run.optimizer.param_groups:
                 group["lr"] = rate
@@ -484,8 +497,8 @@ def train(config, model_config=None):
             run.elapsed = before + now - began
             loss, progress, stopping = average([loss, share_done(), len(asked)], device)
             if not math.isfinite(loss):
-                raise ValueError(f"the loss is {loss} at step {run.step}: go on from the last checkpoint with "
-                                 f"--resume and a lower --learning_rate than {config.learning_rate}")
+                raise ValueError(f"the loss is {loss} at step {run.step}: go on from the last "
+                                 f"checkpoint with --resume and a --learning_rate below {rate:.1e}")
             row = dict(step=run.step, loss=loss, lr=rate, grad_norm=norm,
                        tokens_per_second=round(config.batch_size * T / (now - start)),
                        elapsed=round(run.elapsed, 3))
@@ -526,7 +539,8 @@ def report(summary):
     """The last lines of the command: a longer sample, the figures, and what to type next."""
     folder = summary["folder"]
     if summary["stopped"]:
-        print(f"stopped and saved at step {summary['step']}; to go on: python train.py --resume --out={folder}")
+        print(f"stopped and saved at step {summary['step']}; "
+              f"to go on: python train.py --resume --out={folder}")
         return
     model, tokenizer = open_model(folder)
     print(sample_lines(model, tokenizer, 200, seed=1))
@@ -543,7 +557,7 @@ def main():
     if config.resume:
         folder = Path(config.out) if config.out else newest_run()
         saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))["train"]
-        if given.keys() & set(LENGTHS):  # a new length takes the place of all that was said of length
+        if given.keys() & set(LENGTHS):  # a new length takes the place of all former ones
             saved = {name: value for name, value in saved.items() if name not in LENGTHS}
         config = TrainConfig(**saved | given | {"out": str(folder)})
     try:

@@ -1,4 +1,4 @@
-"""What the tests share: the six files on the path, a tiny real model, and a command typed as a user would."""
+"""What the tests share: the six files on the path, a tiny real model, a command typed by a user."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ sys.path.insert(0, str(ROOT))
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes more than a few seconds (notebooks, whole runs)")
+    config.addinivalue_line("markers", "slow: more than a few seconds (notebooks, whole runs)")
 
 
 def tiny(architecture="modern", seed=0, **options):
