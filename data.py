@@ -72,8 +72,11 @@ KNOWN = {
         file="wikitext.zip", n_bytes=4_721_645,
         sha256="ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11"),
 }
-# Ready token shards: where train_000001.bin to train_000103.bin and val_000000.bin are.
-READY = {"fineweb10B": "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main/fineweb_"}
+# Ready token shards: val_000000.bin and train_000001.bin to the last, behind the same words.
+READY = {
+    "fineweb10B": dict(
+        url="https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main/fineweb_", last=103),
+}
 NAMES = ["stdlib", *KNOWN, *READY]
 
 # -----------------------------------------------------------------------------
@@ -82,8 +85,9 @@ NAMES = ["stdlib", *KNOWN, *READY]
 
 @contextlib.contextmanager
 def open_text(path):
-    """Open a text file, plain or .gz, line ends as they are. A byte that is not UTF-8 arrives as a
-    lone surrogate, for clean() to count and replace. Raises ValueError for a binary file.
+    """Open a text file, plain or .gz, line ends as they are. Raises ValueError for a binary file.
+
+    A byte that is not UTF-8 arrives as a lone surrogate, for clean() to count and replace.
     """
     try:
         with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
@@ -111,7 +115,8 @@ def read_txt(file):
             yield "".join([*lines, end])
             lines = []
         lines.append(line)
-    yield "".join(lines)
+    if any(map(str.strip, lines)):  # most files end with a separator or a line end, not a document
+        yield "".join(lines)
 
 
 def read_jsonl(file):
@@ -239,8 +244,9 @@ def receive(url, part, total):
 
 
 def download(url, path, n_bytes=None, sha256=None):
-    """Fetch url to path, unless it is there. What was cut off continues where it stopped. Raises
-    ValueError without a connection or page, and when size or sha256 are not the ones given.
+    """Fetch url to path, unless it is there; what was cut off continues where it stopped.
+
+    Raises ValueError without a connection or page, or with another size or sha256 than given.
     """
     if path.exists():
         return path
@@ -296,16 +302,6 @@ def walk(folder, skip=()):
     return sorted((path for path in files if path.is_file()), key=lambda path: path.parts)
 
 
-def standard_library():
-    """The .py files that come with the running Python, without tests and installed packages."""
-    folder = Path(sysconfig.get_paths()["stdlib"])
-    skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    files = [path for path in walk(folder, skip) if path.suffix == ".py"]
-    if not files:
-        raise ValueError(f"this Python lacks the sources of its library ({folder}): name a folder")
-    return files
-
-
 def is_readable(path):
     """Whether a file is text that we can read, judged by its name and its beginning."""
     try:
@@ -313,6 +309,16 @@ def is_readable(path):
             return bool(reader_of(path) and file.read(1))
     except ValueError:
         return False
+
+
+def standard_library():
+    """The .py files that come with the running Python, without tests and installed packages."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    files = [path for path in walk(folder, skip) if path.suffix == ".py" and is_readable(path)]
+    if not files:
+        raise ValueError(f"this Python lacks the sources of its library ({folder}): name a folder")
+    return files
 
 
 def find_files(source, downloads, counts):
@@ -389,15 +395,16 @@ def last_line_end(text, position):
 
 
 def choose_cuts(texts, val_ratio=None):
-    """Return (cuts, rule): texts[i][:cuts[i]] is to train on and texts[i][cuts[i]:] to validate on;
-    the rule in words. Whole documents go by their hash: none changes sides when others come or go.
+    """Return (cuts, rule): train on texts[i][:cuts[i]], validate on the rest; the rule in words.
+
+    Whole documents go by their own hash, so none changes sides when others come or go.
     """
     if len(texts) < FEW_DOCUMENTS:
         ratio = val_ratio or 0.1
         rule = f"fewer than {FEW_DOCUMENTS} documents: the last {ratio:.0%} of each validates"
         return [last_line_end(text, round(len(text) * (1 - ratio))) for text in texts], rule
     ratio = val_ratio or 0.05
-    rule = f"a document validates when its sha256, as a fraction of 1, is below {ratio}; one must"
+    rule = f"documents with a sha256 (as a fraction of 1) below {ratio} validate, at least one"
     sizes, fractions = [], []
     for text in texts:
         sizes.append(len(text))
@@ -468,6 +475,7 @@ def read_split(folder, split="train"):
 
 LINE_END = re.compile(r"[^\W_](?=\n)")
 
+
 class Documents:
     """Texts in a temporary file: first appended, then read like a list, however many they are."""
 
@@ -509,7 +517,7 @@ def gather(files, documents, counts):
     counts["exact duplicates"] = len(duplicates)
     counts["documents"], counts["bytes"] = len(documents), sum(documents.sizes)
     if not documents:
-        raise ValueError(f"no text: all {counts['documents read']} documents are empty")
+        raise ValueError(f"no text in these sources: {counts['empty documents']} empty documents")
 
 
 def one_side(documents, cuts, split, counts):
@@ -523,8 +531,9 @@ def one_side(documents, cuts, split, counts):
 
 
 def pieces(text):
-    """Cut a long text after a letter or digit that ends a line. No token of the usual split patterns
-    reaches across, so the pieces have the ids of the whole, and every core has one to encode.
+    """Yield a long text in pieces, cut after a letter or digit that ends a line.
+
+    No token of the usual split patterns reaches across: pieces and whole text have the same ids.
     """
     start = 0
     while found := LINE_END.search(text, start + PIECE_CHARS):
@@ -669,8 +678,9 @@ def describe_shard(path, tokenizer):
 
 def prepare_ready(name, out, tokenizer, n_shards, say):
     """Download shards that others have tokenized with GPT-2's vocabulary: check, link, describe."""
-    if not 1 <= n_shards <= 103:
-        raise ValueError(f"{name} has 1 to 103 training shards, not {n_shards}")
+    url, last = READY[name]["url"], READY[name]["last"]
+    if not 1 <= n_shards <= last:
+        raise ValueError(f"{name} has 1 to {last} training shards, not {n_shards}")
     tokenizer = load_tokenizer(tokenizer or "gpt2")
     key = fingerprint([], dict(ready=name, n_shards=n_shards, tokenizer=tokenizer.hash()))
     if is_finished(out, key):
@@ -681,10 +691,10 @@ def prepare_ready(name, out, tokenizer, n_shards, say):
     for split, numbers in dict(train=range(1, n_shards + 1), val=[0]).items():
         counts, shards = Counter(), {}
         for number in numbers:
-            path = download(f"{READY[name]}{split}_{number:06d}.bin",
-                            folder / f"{split}_{number:06d}.bin")
+            file = f"{split}_{number:06d}.bin"
+            path = download(url + file, folder / file)
             counts.update(describe_shard(path, tokenizer))
-            shards[path.name] = len(read_shard(path))
+            shards[file] = len(read_shard(path))
         splits[split] = dict(counts, shards=shards)
     clear_folder(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -721,7 +731,7 @@ def prepare(sources, out, vocab_size=4096, tokenizer=None, val_ratio=None, n_sha
     "gpt2" or a Tokenizer; None trains one of vocab_size. n_shards is for ready shards only.
     """
     sources = [sources] if isinstance(sources, (str, Path)) else sources
-    sources, out, counts = list(map(str, sources)), Path(out), Counter()
+    sources, out, counts = list(map(str, sources)), Path(out), Counter(dict.fromkeys(LOSSES, 0))
     title = " ".join(sources) if len(sources) < 4 else f"{len(sources)} sources"
     if set(sources) & set(READY):
         if len(sources) > 1:
@@ -826,7 +836,7 @@ def main():
     parser.add_argument("--val_ratio", type=float,
                         help="share to validate on (default 0.05 of all documents, or 0.1 of each "
                              f"when there are fewer than {FEW_DOCUMENTS})")
-    parser.add_argument("--shards", type=int, default=1, dest="n_shards",
+    parser.add_argument("--shards", type=int, default=1, dest="n_shards", metavar="N",
                         help="training shards of fineweb10B, 200 MB each (default %(default)s)")
     args = parser.parse_intermixed_args()
     out = args.out or Path("shards", folder_name(args.sources[0]))

@@ -16,7 +16,8 @@ import data
 from data import TokenLoader, clean, prepare, read_documents, read_shard, read_split, write_shards
 from tokenizer import GPT2_SPLIT, GPT4_SPLIT, Tokenizer
 
-STORIES = [f"Story {i}.\n\nFox number {i * i} ran over {i + 7} hills,\nthen slept.\n" for i in range(60)]
+STORIES = [f"Story {i}.\n\nFox number {i * i} ran over {i + 7} hills,\nthen it slept.\n"
+           for i in range(60)]
 quiet = dict(say=lambda line: None)
 
 
@@ -50,9 +51,17 @@ def prepared(tmp_path_factory):
 # Reading and cleaning.
 
 
+def test_the_examples_in_the_docstrings_are_true():
+    assert clean("a\r\n  b \n") == "a\n  b"
+    assert data.html_to_text(b"<p>a &lt; <b>b</b>").strip() == "a < b"
+    assert data.ending("notes.TXT.gz") == ".txt"
+    assert data.exact_duplicates(["a", "b", "a"]) == [2]
+    assert data.folder_name("texts/My book.txt.gz") == "My-book"
+
+
 @pytest.mark.parametrize("text", [
-    "a\r\nb\rc", "  x = 1  \n\n\n\n\n\ty\n", "\n\n  a\x00\x07\x85", "e\u0301\udcff", "a\u0300\x1b\u0301 \n",
-    "\u00a0\n\u2028b", "Å \ufeff é", ""])
+    "a\r\nb\rc", "  x = 1  \n\n\n\n\n\ty\n", "\n\n  a\x00\x07\x85", "e\u0301\udcff",
+    "a\u0300\x1b\u0301 \n", "\u00a0\n\u2028b", "Å \ufeff é", ""])
 def test_cleaning_twice_is_cleaning_once(text):
     assert clean(clean(text)) == clean(text)
 
@@ -75,7 +84,7 @@ def test_a_gz_file_reads_like_the_plain_one(tmp_path, name):
 
 def test_a_txt_file_may_hold_many_documents(tmp_path):
     path = tmp_path / "a.txt"
-    path.write_text("one\n<|endoftext|>\ntwo<|endoftext|>three\nlines")
+    path.write_text("one\n<|endoftext|>\ntwo<|endoftext|>three\nlines\n<|endoftext|>\n")
     assert list(map(clean, read_documents(path))) == ["one", "two", "three\nlines"]
 
 
@@ -97,7 +106,8 @@ def test_jsonl_gives_its_texts_and_names_the_line_without(tmp_path):
 
 def test_html_becomes_what_a_reader_sees(tmp_path):
     page = """<!DOCTYPE html><html><head><title>T</title><style>p { x }</style></head>
-        <body></script><![if IE]><script>if (a < b) "</p>";</script><h1>Fish &amp; chips</h1><p>One <b>bold</b>
+        <body></script><![if IE]><script>if (a < b) "</p>";</script><h1>Fish &amp; chips</h1>
+        <p>One <b>bold</b>
         word<br>and&nbsp;&eacute;<ul><li>a<li>b</ul><pre>if x:\n    y</pre>end"""
     (tmp_path / "a.html").write_text(page)
     [text] = read_documents(tmp_path / "a.html")
@@ -129,7 +139,8 @@ def test_the_topics_of_pydoc_are_documents_of_prose():
 
 
 def test_a_text_that_occurs_again_is_dropped(tmp_path):
-    folder = folder_of(tmp_path, [*STORIES, STORIES[3] + "  \r\n", " \n"])
+    folder = folder_of(tmp_path, [*STORIES, STORIES[3] + "  \r\n"])
+    (folder / "blank.md").write_text(" \n")
     card = card_of(prepare(folder, tmp_path / "out", 300, **quiet))
     counts = card["counts"]
     assert counts["exact duplicates"] == 1 and counts["empty documents"] == 1
@@ -358,7 +369,7 @@ def test_ready_shards_are_checked_and_used_as_they_are(tmp_path, server, monkeyp
     tokenizer = Tokenizer.load(prepared / "tokenizer.json")
     for theirs, ours in ("train_000001", "train_000000"), ("val_000000", "val_000000"):
         server.files[f"/fineweb_{theirs}.bin"] = (prepared / f"{ours}.bin").read_bytes()
-    monkeypatch.setitem(data.READY, "fineweb10B", f"{server.url}/fineweb_")
+    monkeypatch.setitem(data.READY, "fineweb10B", dict(url=f"{server.url}/fineweb_", last=1))
     for _ in range(2):
         out = prepare("fineweb10B", tmp_path / "shards" / "ready", tokenizer=tokenizer, **quiet)
     card, given = card_of(out), card_of(prepared)
@@ -440,7 +451,7 @@ def test_the_command_prepares_and_names_the_next_one(tmp_path):
     (["empty.txt"], 1, "is empty"), (["binary.txt"], 1, "is a binary file"),
     (["a.pdf"], 1, "cannot read .pdf"), (["empty"], 1, "a folder without text"),
     (["a.jsonl"], 1, "a.jsonl, line 2"), (["blank.txt"], 1, "no text"),
-    (["a.txt", "--vocab_size=99"], 1, "at least 262"), (["fineweb10B", "a.txt"], 1, "do not mix"),
+    (["a.txt", "--vocab_size=99"], 1, "too small"), (["fineweb10B", "a.txt"], 1, "do not mix"),
     (["a.txt", "--val_ratio=2"], 1, "not between 0 and 1"),
     (["a.txt", "--tokenizer=none"], 1, "No such file"),
     (["a.txt", "--vocabsize=300"], 2, "did you mean --vocab_size?")])
