@@ -260,7 +260,7 @@ def download(url, path, n_bytes=None, sha256=None):
             return download(url, path, n_bytes, sha256)
         raise ValueError(f"{url}: the server answers {error.code} {error.reason}") from None
     except urllib.error.URLError as error:
-        raise ValueError(f"{url}: no connection ({error.reason}); own files need none") from None
+        raise ValueError(f"{url}: no connection ({error.reason}); stdlib needs none") from None
     except (http.client.HTTPException, ConnectionError, TimeoutError) as error:
         raise ValueError(f"{url}: cut off ({error}); start again to go on") from None
     n_done = part.stat().st_size
@@ -714,7 +714,8 @@ def build(files, out, title, vocab_size, tokenizer, val_ratio, counts, say):
         documents = Documents(file)
         gather(files, documents, counts)
         lost = ", ".join(f"{counts[loss]:,} {loss}" for loss in LOSSES if counts[loss])
-        say(f"{title}: {counts['documents']:,} documents, {counts['bytes'] / 1e6:.1f} MB; "
+        plural = "s" if len(documents) > 1 else ""
+        say(f"{title}: {len(documents):,} document{plural}, {counts['bytes'] / 1e6:.1f} MB; "
             f"lost: {lost or 'nothing'}")
         cuts, rule = choose_cuts(documents, val_ratio)
         tokenizer = tokenizer or learn_tokenizer(documents, cuts, vocab_size, say)
