@@ -13,7 +13,6 @@ import contextlib
 import difflib
 import hashlib
 import heapq
-import io
 import json
 import multiprocessing
 import os
@@ -31,19 +30,32 @@ import numpy as np
 import regex
 from tqdm import tqdm
 
-# What a merge may not cross: text is first split into chunks, here as GPT-2 and as GPT-4 do it.
-GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-GPT4_SPLIT = (r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"""
-              r"""| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""")
+# What no merge may cross: a text is split into chunks first, as GPT-2 and as GPT-4 do it.
+GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT4_SPLIT = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+              r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 SPLITS = {"gpt2": GPT2_SPLIT, "gpt4": GPT4_SPLIT}
 SPECIAL_TOKENS = ["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|end|>"]
+
+PIECE = 1 << 21  # characters that one process splits at a time
+CACHE = 1 << 16  # chunks whose ids a tokenizer remembers, none longer than 64 characters
+BLANK = 100_000  # white-space characters in a row; a million are too many for tiktoken's stack
+FORMAT, VERSION = "byte-level BPE", 1
+
+# GPT-2 writes bytes as characters that print: most stand for themselves, the others are moved up.
+# Its vocabulary, like those of tiktoken, also numbers the bytes in this order.
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+GPT2_BYTES = bytes(PRINTABLE + [byte for byte in range(256) if byte not in PRINTABLE])
+BYTE_TO_CHAR = {byte: chr(byte if i < len(PRINTABLE) else 256 + i - len(PRINTABLE))
+                for i, byte in enumerate(GPT2_BYTES)}
+CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
 
 # -----------------------------------------------------------------------------
 # What every command shares: options, errors in one line, files never half written, all cores.
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but a wrong option ends in one line that names the nearest right one, with exit code 2."""
+    """argparse, but a wrong option ends in one line with the nearest right one and exit code 2."""
 
     def __init__(self, doc):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -52,15 +64,15 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         unknown = re.search(r"unrecognized arguments: (--[^\s=]+)", message)
         if unknown:
-            near = difflib.get_close_matches(unknown[1].replace("-", "_"),
-                                             [o.replace("-", "_") for o in self._option_string_actions], 1)
+            options = [option.replace("-", "_") for option in self._option_string_actions]
+            near = difflib.get_close_matches(unknown[1].replace("-", "_"), options, 1)
             message = f"unknown option {unknown[1]}"
             message += f", did you mean {near[0].replace('__', '--', 1)}?" if near else ""
         self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
 
 
 def run_command(main):
-    """Call main(): a user's mistake (ValueError, OSError) ends in one line and exit code 1, Ctrl-C in 130."""
+    """Call main(); a user's mistake (ValueError, OSError) is one line and exit code 1."""
     for stream in (sys.stdout, sys.stderr):  # a console that lacks a character shows "?" for it
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -77,7 +89,7 @@ def run_command(main):
 
 @contextlib.contextmanager
 def replacing(path):
-    """Open a binary file that appears at `path` complete or not at all: temporary name, fsync, rename."""
+    """Open a binary file that appears at `path` complete or not at all: temporary name, rename."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
@@ -92,22 +104,20 @@ def replacing(path):
 
 
 def on_all_cores(function, jobs):
-    """Yield function(*job) for each job, in order, from one process per core; a single job runs here.
+    """Yield function(*job) for each job, in order, from a process per core; a single job runs here.
 
-    Jobs and results are sent between processes. Those start fresh: a fork would copy the locks of torch's threads.
+    Processes start fresh: a fork would copy the locks that torch's threads hold at that moment.
     """
-    jobs = iter(jobs)
+    jobs, results, main = iter(jobs), deque(), sys.modules["__main__"]
     first = list(islice(jobs, min(os.cpu_count() or 1, 32)))
-    if len(first) < 2 or multiprocessing.current_process().daemon:
+    if len(first) < 2 or multiprocessing.current_process().daemon:  # which may not have children
         for job in chain(first, jobs):
             yield function(*job)
         return
+    # A fresh process would run the user's script once more; it is shown an empty one instead.
+    shown = main if function.__module__ == "__main__" else types.ModuleType("__main__")
     pool = ProcessPoolExecutor(len(first), multiprocessing.get_context("spawn"),
                                signal.signal, (signal.SIGINT, signal.SIG_IGN))
-    main = sys.modules["__main__"]
-    # A new process runs the script that was started once more, unless it sees an empty one.
-    shown = main if function.__module__ == "__main__" else types.ModuleType("__main__")
-    results = deque()
     try:
         for job in chain(first, jobs):
             sys.modules["__main__"] = shown
@@ -115,7 +125,7 @@ def on_all_cores(function, jobs):
                 results.append(pool.submit(function, *job))
             finally:
                 sys.modules["__main__"] = main
-            if len(results) > 2 * len(first):
+            if len(results) > 2 * len(first):  # jobs wait in memory: only a few
                 yield results.popleft().result()
         while results:
             yield results.popleft().result()
@@ -124,13 +134,11 @@ def on_all_cores(function, jobs):
 
 
 # -----------------------------------------------------------------------------
-# From texts to chunks, each with how often it occurs.
-
-PIECE = 1 << 21  # characters that one process counts at a time
+# From texts to chunks, and how often each occurs.
 
 
 def well_formed(text):
-    """The text that UTF-8 can hold: a pair of surrogates becomes its character, a lone one U+FFFD."""
+    """The text as UTF-8 can hold it: a pair of surrogates is a character, a lone one U+FFFD."""
     try:
         text.encode()
         return text
@@ -139,65 +147,70 @@ def well_formed(text):
 
 
 def compile_split(pattern):
-    """The split pattern, compiled; ValueError when it is none."""
+    """The split pattern, compiled; ValueError for one that is wrong."""
     try:
         compiled = regex.compile(pattern)
     except regex.error as error:
         raise ValueError(f"split pattern {pattern!r} does not compile: {error}") from None
     if compiled.groups:
-        raise ValueError(f"split pattern {pattern!r} has a capturing group; write (?:...) instead of (...)")
+        raise ValueError(f"split pattern {pattern!r} has a capturing group: write (?:...)")
     return compiled
 
 
+def compile_special(special_tokens):
+    """A pattern that finds special tokens, the longer first; ValueError for empty or double ones."""
+    names = sorted(special_tokens, key=len, reverse=True)
+    if "" in names:
+        raise ValueError("a special token is empty; give it a name, such as <|endoftext|>")
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise ValueError(f"special token {name!r} is given {count} times; give it once")
+    return regex.compile("(" + ("|".join(map(regex.escape, names)) or "(?!)") + ")")
+
+
 def split(text, compiled):
-    """The chunks of a text: split(" we've 2", compile_split(GPT2_SPLIT)) == [" we", "'ve", " 2"]."""
+    """The chunks of a text: split("we've 2", compile_split(GPT2_SPLIT)) == ["we", "'ve", " 2"]."""
     chunks = compiled.findall(text)
     lost = len(text) - sum(map(len, chunks))
     if lost:
-        raise ValueError(f"split pattern {compiled.pattern!r} loses {lost} of {len(text)} characters; "
-                         r"let it match everything, for example by ending it with |[\s\S]")
+        raise ValueError(f"split pattern {compiled.pattern!r} loses {lost} of {len(text)} "
+                         r"characters; let it match all, if need be by ending it with |[\s\S]")
     return chunks
 
 
-def special_pattern(special_tokens):
-    """A pattern that finds the special tokens, where two start at one place the longer; None without any."""
-    names = sorted(special_tokens, key=len, reverse=True)
-    return regex.compile("(" + "|".join(map(regex.escape, names)) + ")") if names else None
-
-
 def count_chunks(texts, special_tokens, pattern):
-    """How often each chunk (bytes) occurs in a list of texts. Special tokens are cut out and end a chunk."""
-    compiled, specials = compile_split(pattern), special_pattern(special_tokens)
+    """How often each chunk (bytes) occurs in texts, when special tokens are cut out of them."""
+    compiled, special = compile_split(pattern), compile_special(special_tokens)
     counts = Counter()
-    for text in map(well_formed, texts):
-        for part in specials.split(text)[::2] if specials else [text]:
+    for text in texts:
+        for part in special.split(well_formed(text))[::2]:
             counts.update(split(part, compiled))
     return Counter({chunk.encode(): count for chunk, count in counts.items() if chunk})
 
 
-def cut(stream, special_tokens, pattern):
-    """Yield a long text in pieces, cut between a letter and a newline.
+def cut(blocks, special_tokens, pattern):
+    """Yield a text that comes in blocks in parts: cut after a letter at the end of a line.
 
-    There a chunk of our patterns always ends. Nobody knows about other patterns: they get the text whole.
+    There a chunk of our two patterns ends. With another pattern the text stays whole.
     """
-    known = pattern in SPLITS.values() and not any("\n" in token for token in special_tokens)
     seam = regex.compile(r"(?r)\p{L}(?=[\r\n])")  # r: the last one
+    known = pattern in SPLITS.values() and not any(map(seam.search, special_tokens))
     rest = []
-    while block := stream.read(PIECE):
+    for block in blocks:
         found = seam.search(block) if known else None
         if found:
             yield "".join(rest) + block[:found.end()]
-            rest = [block[found.end():]]
-        else:
-            rest.append(block)
+            rest, block = [], block[found.end():]
+        rest.append(block)
     yield "".join(rest)
 
 
 def gather(texts, special_tokens, pattern):
-    """Yield jobs for count_chunks: documents together, a long one in pieces, about PIECE characters each."""
+    """Yield jobs for count_chunks of some PIECE characters: short texts together, long ones cut."""
     batch, length = [], 0
-    for text in [texts] if isinstance(texts, str) else texts:
-        for part in cut(io.StringIO(text, newline=""), special_tokens, pattern) if len(text) > PIECE else [text]:
+    for text in texts:
+        blocks = (text[i:i + PIECE] for i in range(0, len(text), PIECE))
+        for part in cut(blocks, special_tokens, pattern):
             batch.append(part)
             length += len(part)
             if length >= PIECE:
@@ -207,39 +220,34 @@ def gather(texts, special_tokens, pattern):
 
 
 def read_files(paths, special_tokens=SPECIAL_TOKENS, pattern=GPT4_SPLIT):
-    """Yield the text of each file, a long one in pieces; ValueError for a file that is not UTF-8 text."""
+    """Yield the texts of files of any size in parts; ValueError for a file that is not UTF-8."""
     for path in paths:
-        try:
-            with open(path, encoding="utf-8", newline="") as file:
-                for text in cut(file, special_tokens, pattern):
+        with open(path, encoding="utf-8", newline="") as file:
+            try:
+                for text in cut(iter(lambda: file.read(PIECE), ""), special_tokens, pattern):
                     if "\0" in text:
-                        raise ValueError(f"{path} is binary (it has a zero byte); a tokenizer is trained on text")
+                        raise ValueError(f"{path} is not text: it has a zero byte; give text files")
                     yield text
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 text (byte {error.object[error.start]:#x}); convert it first") from None
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path} is not text in UTF-8: {error.reason} "
+                                 f"{error.object[error.start]:#x}; convert it") from None
 
 
 # -----------------------------------------------------------------------------
 # Training, twice: the algorithm as stated, and its fast twin. Same arguments, same merges.
 
 
-def check_vocabulary(vocab_size, special_tokens):
-    """How many merges a vocabulary has room for; ValueError for one that is too small."""
-    for token in special_tokens:
-        if not token:
-            raise ValueError("a special token is empty; give it a name such as <|endoftext|>")
-    twice = [token for token, count in Counter(list(special_tokens)).items() if count > 1]
-    if twice:
-        raise ValueError(f"special token {twice[0]!r} is given twice; name each once")
-    least = 256 + len(special_tokens)
-    if vocab_size < least:
-        raise ValueError(f"vocab_size={vocab_size} is too small: 256 bytes and {len(special_tokens)} "
-                         f"special tokens need at least {least}")
-    return vocab_size - least
+def room_for_merges(vocab_size, special_tokens):
+    """How many merges a vocabulary has room for; ValueError when it is too small."""
+    room = vocab_size - 256 - len(special_tokens)
+    if room < 0:
+        raise ValueError(f"vocab_size={vocab_size} is too small: 256 bytes and "
+                         f"{len(special_tokens)} special tokens need {vocab_size - room}")
+    return room
 
 
 def merge(ids, pair, new_id):
-    """Replace each occurrence of pair, from the left: merge([1, 2, 3, 1, 2], (1, 2), 4) == [4, 3, 4]."""
+    """Replace each pair, from the left: merge([1, 2, 3, 1, 2], (1, 2), 4) == [4, 3, 4]."""
     merged, i = [], 0
     while i < len(ids):
         found = tuple(ids[i:i + 2]) == pair
@@ -251,112 +259,120 @@ def merge(ids, pair, new_id):
 def train_plain(texts, vocab_size, special_tokens=SPECIAL_TOKENS, pattern=GPT4_SPLIT):
     """Byte-pair encoding as stated: merge the most frequent pair of neighbours, again and again.
 
-    Texts are a str or documents. Returns merges as (left bytes, right bytes) in order; fewer than asked for when
-    no pair occurs twice any more. Of equally frequent pairs the one whose bytes compare greatest is taken.
+    texts is a str or documents; the merges are returned in order as (left bytes, right bytes). Of
+    equally frequent pairs the one whose bytes compare greatest is taken. Where no pair occurs twice
+    there is nothing to gain, and the merges stay fewer than vocab_size has room for.
     """
-    n_merges = check_vocabulary(vocab_size, special_tokens)
+    n_merges = room_for_merges(vocab_size, special_tokens)
     texts = [texts] if isinstance(texts, str) else texts
-    chunks = [(list(chunk), count) for chunk, count in count_chunks(texts, special_tokens, pattern).items()]
+    chunks = [(list(chunk), n) for chunk, n in count_chunks(texts, special_tokens, pattern).items()]
     if not chunks:
         raise ValueError("there is no text to train on: the input is empty")
     vocab, merges = [bytes([i]) for i in range(256)], []
     while len(merges) < n_merges:
         counts = Counter()
-        for ids, count in chunks:
+        for ids, n in chunks:
             for pair in zip(ids, ids[1:]):
-                counts[pair] += count
-        best = max(counts, key=lambda pair: (counts[pair], vocab[pair[0]], vocab[pair[1]]), default=None)
+                counts[pair] += n
+        best = max(counts, default=None,
+                   key=lambda pair: (counts[pair], vocab[pair[0]], vocab[pair[1]]))
         if counts[best] < 2:
             break
-        chunks = [(merge(ids, best, len(vocab)), count) for ids, count in chunks]
+        chunks = [(merge(ids, best, len(vocab)), n) for ids, n in chunks]
         merges.append((vocab[best[0]], vocab[best[1]]))
         vocab.append(b"".join(merges[-1]))
     return merges
 
 
 def descending(token):
-    """A key that sorts bytes the other way round: descending(b"b") < descending(b"ab") < descending(b"a")."""
-    return token.translate(bytes(range(255, -1, -1))).decode("latin-1") + "\u0100"  # the end is above all bytes
+    """A key that sorts bytes downwards: descending(b"b") < descending(b"ab") < descending(b"a")."""
+    upside_down = token.translate(bytes(range(255, -1, -1)))
+    return upside_down.decode("latin-1") + "\u0100"  # above all bytes: the longer comes first
 
 
 class Row:
-    """All distinct chunks as one row of ids, and a queue of its pairs, the most frequent first.
+    """All distinct chunks in one row of ids, and a queue of its pairs, the most frequent first.
 
-    A token is written at its first and its last place in the row, so both neighbours of a token are found without a
-    list of links. A pair knows its places from the moment it appears: later merges only take some away. So counts in
-    the queue never are too low, and it is enough to count a pair again when its turn comes.
+    A token's id stands at its first and last place in the row, so the tokens beside it are found
+    without links. A pair has all its places when it appears: later merges only take some away. So
+    its count in the queue is never too low, and it is enough to count again when its turn comes.
     """
 
     def __init__(self, counts, n_merges):
         lengths = np.array([1] + [len(chunk) + 1 for chunk in counts])
-        self.ids = np.frombuffer(b"\0".join([b"", *counts, b""]), np.uint8).astype(np.int32)
-        self.ids[np.cumsum(lengths) - 1] = -1  # -1 between the chunks
+        self.ids = np.frombuffer(b"\0".join([b"", *counts, b""]), np.uint8).astype(np.int64)
+        self.ids[np.cumsum(lengths) - 1] = -1  # around each chunk
         self.counts = np.repeat(np.array([0, *counts.values()]), lengths)
         self.vocab = [bytes([i]) for i in range(256)]
-        self.sizes = np.ones(256 + n_merges, np.int64)
         self.orders = [descending(token) for token in self.vocab]
+        self.sizes = np.ones(256 + min(n_merges, len(self.ids)), np.int64)
         self.queue = []
-        places = np.flatnonzero((self.ids[:-1] >= 0) & (self.ids[1:] >= 0))
-        self.enqueue(self.ids[places] * 256 + self.ids[places + 1], places, lambda key: divmod(key, 256))
+        starts = np.flatnonzero((self.ids[:-1] >= 0) & (self.ids[1:] >= 0))
+        self.enqueue(self.ids[starts], self.ids[starts + 1], starts)
 
-    def enqueue(self, keys, places, pair_of):
-        """Queue the pairs that start at `places`; equal keys are equal pairs."""
-        both = np.sort(keys.astype(np.int64) << 32 | places)  # one number sorts faster than two
-        keys, places = both >> 32, both & 0xFFFFFFFF
+    def enqueue(self, lefts, rights, places):
+        """Queue pairs: at places[i] in the row starts the pair (lefts[i], rights[i])."""
+        keys = lefts * len(self.sizes) + rights
+        order = np.argsort(keys)
+        keys, places = keys[order], places[order]
         starts = np.flatnonzero(np.diff(keys, prepend=-1))
         if not len(starts):
             return
-        counts = np.add.reduceat(self.counts[places], starts).tolist()
-        ends = [*starts[1:].tolist(), len(places)]
-        for key, count, start, end in zip(keys[starts].tolist(), counts, starts.tolist(), ends):
+        ends = np.append(starts[1:], len(places))
+        counts = np.add.reduceat(self.counts[places], starts)
+        columns = (*np.divmod(keys[starts], len(self.sizes)), counts, starts, ends)
+        for left, right, count, start, end in zip(*(column.tolist() for column in columns)):
             if count > 1:
-                left, right = pair_of(key)
-                entry = (-count, self.orders[left], self.orders[right], left, right, places[start:end])
-                heapq.heappush(self.queue, entry)
+                rank = -count, self.orders[left], self.orders[right]
+                heapq.heappush(self.queue, (*rank, left, right, places[start:end]))
 
     def pop(self):
-        """The most frequent pair (left, right) and its places; None when no pair occurs twice."""
+        """The most frequent pair as (left, right, places); None when no pair occurs twice."""
         while self.queue:
             count, *order, left, right, places = heapq.heappop(self.queue)
-            after = places + self.sizes[left]
-            places = places[(self.ids[places] == left) & (self.ids[after] == right)]
-            now = self.counts[places].sum()
+            here = (self.ids[places] == left) & (self.ids[places + self.sizes[left]] == right)
+            places = places[here]
+            now = int(self.counts[places].sum())
             if now == -count:
                 return left, right, places
             if now > 1:
-                heapq.heappush(self.queue, (int(-now), *order, left, right, places))
+                heapq.heappush(self.queue, (-now, *order, left, right, places))
+        return None
 
     def merge(self, left, right, places):
-        """Join the pair at its places and queue the pairs that this makes; return the merge."""
-        ids, sizes, new, size = self.ids, self.sizes, len(self.vocab), self.sizes[left]
-        if left == right:  # in "aaa" the second pair overlaps the first: of a run take every other one
-            index = np.arange(len(places))
-            starts = np.where(np.diff(places, prepend=-1 - size) != size, index, 0)
+        """Join the pair at its places, queue the pairs that appear, return the merge as bytes."""
+        ids, new, size = self.ids, len(self.vocab), self.sizes[left]
+        if left == right:  # the pairs in "aaa" overlap: of such a run take every other one
+            places, index = np.sort(places), np.arange(len(places))
+            starts = np.where(np.diff(places, prepend=-1 - size) == size, 0, index)
             places = places[(index - np.maximum.accumulate(starts)) % 2 == 0]
         self.vocab.append(self.vocab[left] + self.vocab[right])
-        self.orders.append(descending(self.vocab[-1]))
-        sizes[new] = len(self.vocab[-1])
-        ends = places + sizes[new]
-        ids[places + size - 1] = ids[places + size] = -2
+        self.orders.append(descending(self.vocab[new]))
+        self.sizes[new] = len(self.vocab[new])
+        ends = places + self.sizes[new]
+        ids[places + size - 1] = ids[places + size] = -2  # no token starts or ends here any more
         ids[places] = ids[ends - 1] = new
         before, after = ids[places - 1], ids[ends]
-        inner, outer = before >= 0, (after >= 0) & (after != new)  # (new, new) is found from its right side
-        keys = np.concatenate([before[inner], after[outer] + len(sizes)])
-        starts = np.concatenate([places[inner] - sizes[before[inner]], places[outer]])
-        self.enqueue(keys, starts, lambda key: (key, new) if key < len(sizes) else (new, key - len(sizes)))
+        inner, outer = before >= 0, (after >= 0) & (after != new)  # the pair (new, new) only once
+        before, after = before[inner], after[outer]
+        self.enqueue(np.concatenate([before, np.full(len(after), new)]),
+                     np.concatenate([np.full(len(before), new), after]),
+                     np.concatenate([places[inner] - self.sizes[before], places[outer]]))
         return self.vocab[left], self.vocab[right]
 
 
 def train_fast(texts, vocab_size, special_tokens=SPECIAL_TOKENS, pattern=GPT4_SPLIT):
-    """train_plain, where a merge costs what it changes, and chunks are split and counted on all cores."""
-    n_merges = check_vocabulary(vocab_size, special_tokens)
-    counts = Counter()
-    for some in on_all_cores(count_chunks, gather(texts, special_tokens, pattern)):
+    """train_plain, where a merge costs only what it changes, and all cores count the chunks."""
+    n_merges = room_for_merges(vocab_size, special_tokens)
+    texts = [texts] if isinstance(texts, str) else texts
+    counts, quiet = Counter(), dict(disable=None, delay=1, leave=False)
+    jobs = gather(texts, special_tokens, pattern)
+    for some in tqdm(on_all_cores(count_chunks, jobs), "split", unit="piece", **quiet):
         counts.update(some)
     if not counts:
         raise ValueError("there is no text to train on: the input is empty")
     row, merges = Row(counts, n_merges), []
-    for _ in tqdm(range(n_merges), "merges", disable=None, delay=1, leave=False):
+    for _ in tqdm(range(n_merges), "merge", unit="merge", **quiet):
         found = row.pop()
         if found is None:
             break
@@ -365,16 +381,7 @@ def train_fast(texts, vocab_size, special_tokens=SPECIAL_TOKENS, pattern=GPT4_SP
 
 
 # -----------------------------------------------------------------------------
-# The tokenizer: merges, special tokens and a split pattern make ids of text, and text of ids.
-
-# GPT-2 writes bytes as characters that print: those which do stand for themselves, the others are moved up.
-# Its vocabulary, and those of tiktoken, number the bytes in this order.
-PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-GPT2_BYTES = bytes(PRINTABLE + [byte for byte in range(256) if byte not in PRINTABLE])
-BYTE_TO_CHAR = {byte: chr(byte if i < len(PRINTABLE) else 256 + i - len(PRINTABLE)) for i, byte in enumerate(GPT2_BYTES)}
-CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
-CACHE = 1 << 16  # chunks whose ids an encoder remembers, none longer than 64 characters
-FORMAT, VERSION = "byte-level BPE", 1
+# The parts of encoding and decoding.
 
 
 def to_chars(token):
@@ -388,245 +395,253 @@ def to_bytes(chars):
 
 
 def invert(byte_order):
-    """The id of each byte as a table for bytes.translate."""
+    """From the byte of each id to the id of each byte, as a table for bytes.translate."""
     return bytes(sorted(range(256), key=bytes(byte_order).__getitem__))
 
 
-def has_long_space(text):
-    """Whether 200,000 white-space characters stand in a row (100,000 may): then one of the blocks is nothing else."""
-    size = 100_000
-    return any(text[i:i + size].isspace() for i in range(0, len(text) - size + 1, size))
-
-
 def apply_merges(ids, merged):
-    """Merge until no pair of neighbours is in `merged` (pair -> new id): the lowest new id first, from the left.
+    """Merge pairs in `merged` (pair -> new id) until none is left, the lowest new id first.
 
-    A heap of the pairs that can merge and a list of neighbours take n log n steps for a chunk of any length.
+    A merge makes only pairs of higher new ids, so each id has its turn once. The tokens left are
+    linked. Together that takes about n log n steps, also for one chunk of a million bytes.
     """
     ids, n = list(ids), len(ids)
     before, after = list(range(-1, n - 1)), list(range(1, n + 1))
-    places, heap = {}, []
+    places, queue = {}, []  # where the pair of a new id stands, and which new ids wait
 
-    def wait(i, j):
-        new = merged.get((ids[i], ids[j])) if i >= 0 and j < n else None
+    def wait(left, right):
+        new = merged.get((ids[left], ids[right])) if left >= 0 and right < n else None
         if new is not None:
             if new not in places:
                 places[new] = []
-                heapq.heappush(heap, new)
-            places[new].append(i)
+                heapq.heappush(queue, new)
+            places[new].append(left)
 
     for i in range(n - 1):
         wait(i, i + 1)
-    while heap:
-        new = heapq.heappop(heap)
+    while queue:
+        new = heapq.heappop(queue)
         for i in sorted(places.pop(new)):
             j = after[i]
-            if j < n and merged.get((ids[i], ids[j])) == new:  # neither has been merged since
-                ids[i], ids[j], after[i] = new, -1, after[j]
-                if after[i] < n:
-                    before[after[i]] = i
-                wait(before[i], i)
-                wait(i, after[i])
+            if j == n or merged.get((ids[i], ids[j])) != new:
+                continue  # another merge took one of the two
+            ids[i], ids[j], after[i] = new, -1, after[j]
+            if after[i] < n:
+                before[after[i]] = i
+            wait(before[i], i)
+            wait(i, after[i])
     return [token for token in ids if token >= 0]
 
 
+def lookup(tokens, id):
+    """The bytes of an id; ValueError for an id outside the vocabulary."""
+    if id not in tokens:
+        raise ValueError(f"token id {id} is not in this vocabulary: its ids end at {max(tokens)}")
+    return tokens[id]
+
+
 class StreamDecoder:
-    """Ids one by one to text in whole characters: what push and flush return joins to decode(ids)."""
+    """Ids one at a time to text in whole characters; all that it returns joins to decode(ids)."""
 
     def __init__(self, tokens):
         self.tokens = tokens
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, id):
-        """The characters that this id completes, often one, sometimes none."""
+        """The characters that this id completes, possibly none."""
         return self.utf8.decode(lookup(self.tokens, id))
 
     def flush(self):
-        """The end of the text: U+FFFD for a character that was begun only."""
+        """The end: U+FFFD when a character was begun and not completed."""
         return self.utf8.decode(b"", final=True)
 
 
-def lookup(tokens, id):
-    """The bytes of an id; ValueError for one outside the vocabulary."""
-    if id not in tokens:
-        raise ValueError(f"token id {id} is not in this vocabulary of {max(tokens) + 1}")
-    return tokens[id]
+# -----------------------------------------------------------------------------
+# The tokenizer: merges, special tokens and a split pattern.
 
 
 class Tokenizer:
-    """Text to ids and back. Ids count the 256 bytes, then the merges in order, then the special tokens.
+    """Text to ids and back. Ids are the 256 bytes, the merges in order, then the special tokens.
 
-    special_tokens is a list, or a dict of name -> id where there are gaps; byte_order is the byte of each id below 256.
+    special_tokens is a list, or a dict name -> id with gaps. byte_order[id] is the byte of an id.
     """
 
-    def __init__(self, merges, special_tokens=SPECIAL_TOKENS, pattern=GPT4_SPLIT, byte_order=bytes(range(256))):
+    def __init__(self, merges, special_tokens=SPECIAL_TOKENS, pattern=GPT4_SPLIT,
+                 byte_order=bytes(range(256))):
         self.merges, self.pattern, self.byte_order = list(merges), pattern, bytes(byte_order)
-        self.tokens = {id: bytes([byte]) for id, byte in enumerate(byte_order)}
-        ids = {token: id for id, token in self.tokens.items()}
+        self.find_chunks = compile_split(pattern)
+        self.find_special = compile_special(special_tokens)
+        self.tokens = {id: bytes([byte]) for id, byte in enumerate(self.byte_order)}
+        self.merged, ids = {}, {token: id for id, token in self.tokens.items()}
         if len(ids) != 256:
-            raise ValueError("the byte order does not name each of the 256 bytes once")
-        self.merged = {}
-        for left, right in self.merges:
+            raise ValueError("the byte order must name each of the 256 bytes once")
+        for new, (left, right) in enumerate(self.merges, 256):
             if left not in ids or right not in ids or left + right in ids:
-                raise ValueError(f"merge {len(self.merged)} ({left!r}, {right!r}) is wrong: its parts must be "
-                                 "tokens before it, its result must be new")
-            new = self.merged[ids[left], ids[right]] = ids[left + right] = len(ids)
+                raise ValueError(f"merge {new - 256} of {left!r} and {right!r} is wrong: "
+                                 "both must be tokens before it, and their join a new one")
+            self.merged[ids[left], ids[right]] = ids[left + right] = new
             self.tokens[new] = left + right
-        n_merged = len(self.tokens)
-        check_vocabulary(sys.maxsize, special_tokens)
         if not isinstance(special_tokens, dict):
-            special_tokens = {name: n_merged + i for i, name in enumerate(special_tokens)}
+            special_tokens = {name: id for id, name in enumerate(special_tokens, len(ids))}
         self.special = dict(sorted(special_tokens.items(), key=lambda item: item[1]))
         for name, id in self.special.items():
-            if id in self.tokens:
-                raise ValueError(f"special token {name!r} has id {id}, which is taken")
+            if id < len(ids) or id in self.tokens:
+                raise ValueError(f"special token {name!r} cannot have id {id}: it is taken")
             self.tokens[id] = name.encode()
-        self.n_vocab = max(self.tokens) + 1
-        self.eot = self.special.get("<|endoftext|>")
-        self.split, self.find_special = compile_split(pattern), special_pattern(self.special)
+        self.n_vocab, self.eot = max(self.tokens) + 1, self.special.get("<|endoftext|>")
         self.byte_ids, self.cache, self.twin = invert(self.byte_order), {}, None
 
     @classmethod
     def train(cls, texts, vocab_size, special_tokens=SPECIAL_TOKENS, pattern=GPT4_SPLIT):
-        """Train on a str or on documents one by one; n_vocab is below vocab_size where they hold too few pairs."""
+        """Train on a str or documents; n_vocab is below vocab_size when they have too few pairs."""
         return cls(train_fast(texts, vocab_size, special_tokens, pattern), special_tokens, pattern)
 
     @classmethod
     def train_files(cls, paths, vocab_size, special_tokens=SPECIAL_TOKENS, pattern=GPT4_SPLIT):
-        """Train on UTF-8 files of any size; only a piece of them is in memory at a time."""
-        return cls.train(read_files(paths, special_tokens, pattern), vocab_size, special_tokens, pattern)
+        """Train on UTF-8 text files of any size, read a part at a time."""
+        texts = read_files(paths, special_tokens, pattern)
+        return cls.train(texts, vocab_size, special_tokens, pattern)
 
     def encode(self, text, special=False):
-        """Ids of a text. Only with special=True do special tokens in it become their ids.
+        """The ids of a text; special tokens in it become their ids only with special=True.
 
-        A lone surrogate, which no UTF-8 can hold, is encoded as U+FFFD.
+        A lone surrogate, which UTF-8 cannot hold, is encoded as U+FFFD.
         """
         text, ids = well_formed(text), []
-        parts = self.find_special.split(text) if special and self.find_special else [text]
-        for i, part in enumerate(parts):
+        for i, part in enumerate(self.find_special.split(text) if special else [text]):
             if i % 2:
                 ids.append(self.special[part])
                 continue
-            for chunk in split(part, self.split):
+            for chunk in split(part, self.find_chunks):
                 ids += self.cache.get(chunk) or self.encode_chunk(chunk)
         return ids
 
     def encode_chunk(self, chunk):
-        """Ids of one chunk; those of short ones are remembered."""
+        """The ids of one chunk; those of short chunks are remembered."""
         ids = apply_merges(chunk.encode().translate(self.byte_ids), self.merged)
         if len(chunk) <= 64 and len(self.cache) < CACHE:
             self.cache[chunk] = ids
         return ids
 
     def encode_iterable(self, texts):
-        """Yield the ids of the texts, one text after the other, each encoded when its turn comes."""
+        """Yield the ids of texts, one text after the other, each encoded when its turn comes."""
         for text in texts:
             yield from self.encode(text)
 
     def encode_batch(self, texts):
-        """The ids of each text, by the fast twin on all cores."""
-        texts = list(texts)
-        # tiktoken runs out of stack on about a million white-space characters in a row
-        slow = {i: self.encode(text) for i, text in enumerate(texts) if has_long_space(text)}
-        fast = [text for i, text in enumerate(texts) if i not in slow]
-        fast = iter(self.to_tiktoken().encode_ordinary_batch(fast, num_threads=os.cpu_count() or 1))
-        return [slow[i] if i in slow else next(fast) for i in range(len(texts))]
+        """A list with encode(text) of each text, by the fast twin on all cores."""
+        texts, slow = list(texts), {}
+        for i, text in enumerate(texts):
+            blocks = (text[j:j + BLANK] for j in range(0, len(text), BLANK))
+            if any(len(block) == BLANK and block.isspace() for block in blocks):
+                texts[i], slow[i] = "", self.encode(text)
+        twin = self.to_tiktoken()
+        ids = dict(enumerate(twin.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)))
+        return [*(ids | slow).values()]
 
     def decode(self, ids):
-        """Text of any ids of the vocabulary; bytes that are not UTF-8 become U+FFFD."""
+        """The text of any ids of the vocabulary; bytes that are not UTF-8 become U+FFFD."""
         return b"".join([lookup(self.tokens, id) for id in ids]).decode("utf-8", "replace")
 
     def decoder(self):
-        """A decoder for ids that arrive one by one."""
+        """A decoder for ids that come one at a time."""
         return StreamDecoder(self.tokens)
 
     def token_bytes(self):
-        """The bytes of each id in a list, empty where the ids have a gap."""
+        """The bytes of each id, in a list; b"" for an id that no token has."""
         return [self.tokens.get(id, b"") for id in range(self.n_vocab)]
 
-    def state(self):
-        """What defines the tokenizer, readable: bytes are written in GPT-2's printable characters."""
+    def definition(self):
+        """What makes this tokenizer what it is, in plain values; bytes in printable characters."""
         merges = [f"{to_chars(left)} {to_chars(right)}" for left, right in self.merges]
-        return dict(pattern=self.pattern, special_tokens=self.special, bytes=to_chars(self.byte_order), merges=merges)
+        return dict(pattern=self.pattern, special_tokens=self.special,
+                    bytes=to_chars(self.byte_order), merges=merges)
 
     def hash(self):
-        """sha256 of what defines the tokenizer: equal for equal tokenizers only."""
-        return hashlib.sha256(json.dumps(self.state()).encode()).hexdigest()
+        """The sha256 of the definition: equal for tokenizers that are equal."""
+        return hashlib.sha256(json.dumps(self.definition()).encode()).hexdigest()
 
     def save(self, path):
         """Write a JSON file, complete or not at all."""
-        state = dict(format=FORMAT, version=VERSION, sha256=self.hash(), **self.state())
+        state = dict(format=FORMAT, version=VERSION, sha256=self.hash(), **self.definition())
         with replacing(path) as file:
             file.write(json.dumps(state, indent=1, ensure_ascii=False).encode())
 
     @classmethod
     def load(cls, path):
-        """Read a tokenizer that save() wrote; ValueError for a file that is another or damaged."""
+        """Read what save() wrote; ValueError for a file that is something else, or damaged."""
         try:
             state = json.loads(Path(path).read_bytes())
         except ValueError as error:
             raise ValueError(f"{path} is not a tokenizer: it is not JSON ({error})") from None
         if not isinstance(state, dict) or state.get("format") != FORMAT:
-            raise ValueError(f"{path} is not a tokenizer that this program saved: its format is not {FORMAT!r}")
+            raise ValueError(f"{path} is not a tokenizer of this program: no format {FORMAT!r}")
         if state.get("version") != VERSION:
-            raise ValueError(f"{path} has version {state.get('version')}; this program reads {VERSION}")
+            raise ValueError(f"{path} has version {state.get('version')}; this is {VERSION}")
         try:
             merges = [tuple(map(to_bytes, line.split(" "))) for line in state["merges"]]
-            tokenizer = cls(merges, state["special_tokens"], state["pattern"], to_bytes(state["bytes"]))
+            byte_order = to_bytes(state["bytes"])
+            tokenizer = cls(merges, state["special_tokens"], state["pattern"], byte_order)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{path} is damaged: {type(error).__name__} {error}") from None
+            raise ValueError(f"{path} is damaged ({error!r}); train again") from None
         if tokenizer.hash() != state.get("sha256"):
-            raise ValueError(f"{path} is damaged: its content does not fit its sha256; train again or take a copy")
+            raise ValueError(f"{path} is damaged: its sha256 is another; train again")
         return tokenizer
 
     def to_tiktoken(self):
-        """The fast twin: a tiktoken.Encoding with the same ids, made once."""
+        """The fast twin: a tiktoken.Encoding with the same ids, made once.
+
+        Characters new in Unicode may split otherwise: two regex engines know two versions of it.
+        """
         if self.twin is None:
             import tiktoken
-            ranks = {token: id for id, token in self.tokens.items() if id not in self.special.values()}
-            self.twin = tiktoken.Encoding(self.hash()[:8], pat_str=self.pattern, mergeable_ranks=ranks,
-                                          special_tokens=self.special)
+            ranks = {token: id for id, token in self.tokens.items() if id < 256 + len(self.merges)}
+            self.twin = tiktoken.Encoding(self.hash()[:8], pat_str=self.pattern,
+                                          mergeable_ranks=ranks, special_tokens=self.special)
         return self.twin
 
     @classmethod
     def from_tiktoken(cls, encoding):
-        """A tokenizer with the ids of a tiktoken.Encoding. It has no merges, only ranks, but those say what merged."""
+        """The tokenizer of a tiktoken.Encoding, with its ids.
+
+        It keeps tokens, not merges. But earlier merges leave two parts of a token: these make it.
+        """
         special = {name: encoding.encode_single_token(name) for name in encoding.special_tokens_set}
-        tokens = []
-        for id in range(encoding.n_vocab):
-            with contextlib.suppress(KeyError):  # no token has this id
-                tokens += [encoding.decode_single_token_bytes(id)] if id not in special.values() else []
-        byte_order = b"".join(tokens[:256])
-        byte_ids, merged, merges = invert(byte_order), {}, []
-        for id, token in enumerate(tokens[256:], 256):
-            parts = apply_merges(token.translate(byte_ids), merged)
-            if len(parts) != 2:
-                raise ValueError(f"token {id} {token!r} of {encoding.name} is not made of two tokens before it")
+        tokens, merged, merges = {}, {}, []
+        for id in sorted({*range(encoding.n_vocab)} - {*special.values()}):
+            with contextlib.suppress(KeyError):  # a gap
+                tokens[id] = encoding.decode_single_token_bytes(id)
+        byte_order = b"".join(tokens.get(id, b"") for id in range(256))
+        byte_ids = invert(byte_order)
+        for id in sorted(tokens)[256:]:
+            parts = apply_merges(tokens[id].translate(byte_ids), merged)
+            if len(parts) != 2 or id != 256 + len(merges):
+                raise ValueError(f"{encoding.name}: token {id} is not the merge of two before it")
             merged[tuple(parts)] = id
             merges.append((tokens[parts[0]], tokens[parts[1]]))
         return cls(merges, special, encoding._pat_str, byte_order)
 
     @classmethod
     def from_gpt2(cls, vocab_json, merges_txt, special_tokens=()):
-        """A tokenizer from GPT-2's two files, with its ids; special tokens are what else vocab.json holds.
+        """The tokenizer of GPT-2's two files, with its ids; special is what else vocab.json names.
 
-        Those given in special_tokens follow after them, where vocab.json lacks them.
+        Of special_tokens, those that vocab.json lacks get the next ids.
         """
         try:
             vocab = json.loads(Path(vocab_json).read_bytes())
             lines = Path(merges_txt).read_text(encoding="utf-8").split("\n")
-            lines = [line for line in lines if line and not line.startswith("#version")]
-            merges = [tuple(map(to_bytes, line.split(" "))) for line in lines]
-            byte_order = sorted(BYTE_TO_CHAR, key=lambda byte: vocab[BYTE_TO_CHAR[byte]])
-            special = {name: id for name, id in vocab.items() if id >= 256 + len(merges)}
+            lines = lines[lines[0].startswith("#version"):]
+            merges = [tuple(map(to_bytes, line.split(" "))) for line in lines if line]
+            byte_order = to_bytes(sorted(CHAR_TO_BYTE, key=vocab.__getitem__))
             for name in special_tokens:
-                special.setdefault(name, max(len(vocab), *special.values()))
+                vocab.setdefault(name, max(vocab.values()) + 1)
+            special = {name: id for name, id in vocab.items() if id >= 256 + len(merges)}
             tokenizer = cls(merges, special, GPT2_SPLIT, byte_order)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{vocab_json} and {merges_txt} are not GPT-2's: {error!r}") from None
+            raise ValueError(f"{vocab_json}, {merges_txt}: not GPT-2's ({error!r})") from None
         for id in range(256 + len(merges)):
             if vocab.get(to_chars(tokenizer.tokens[id])) != id:
-                raise ValueError(f"{vocab_json} does not number the merges of {merges_txt} in their order")
+                raise ValueError(f"{vocab_json} does not number {merges_txt} in order")
         return tokenizer
 
 
@@ -635,51 +650,57 @@ class Tokenizer:
 
 
 def train_command(args):
+    """Train on files, save, and say in one line what came of it."""
     start = time.time()
     tokenizer = Tokenizer.train_files(args.input, args.vocab_size, pattern=SPLITS[args.pattern])
     tokenizer.save(args.out)
-    few = "" if tokenizer.n_vocab == args.vocab_size else f" (the text has no more; {args.vocab_size} were asked for)"
     sample = next(filter(None, read_files(args.input)))
-    [ids] = tokenizer.encode_batch([sample])
-    print(f"{len(tokenizer.merges)} merges, {tokenizer.n_vocab} tokens{few}, {len(sample.encode()) / len(ids):.2f} bytes "
-          f"per token, {time.time() - start:.1f} s, {args.out}; next: "
+    ratio = len(sample.encode()) / len(tokenizer.encode_batch([sample])[0])
+    few = f" (of {args.vocab_size}: no other pair occurs twice)"
+    few = few if tokenizer.n_vocab < args.vocab_size else ""
+    print(f"{len(tokenizer.merges)} merges, {tokenizer.n_vocab} tokens{few}, {ratio:.2f} bytes per "
+          f"token, {time.time() - start:.1f} s, {args.out}; next: "
           f'python tokenizer.py show "some text" --tokenizer={args.out}')
 
 
 def encode_command(args):
+    """Print the ids of a text."""
     print(*Tokenizer.load(args.tokenizer).encode(" ".join(args.input)))
 
 
 def decode_command(args):
-    wrong = [word for word in args.input if not word.isdecimal()]
-    if wrong:
-        raise ValueError(f"{wrong[0]!r} is not a token id; give ids as whole numbers: decode 72 105")
+    """Print the text of ids."""
+    for word in args.input:
+        if not word.isdecimal():
+            raise ValueError(f"{word!r} is not a token id: give whole numbers, such as 72 105")
     print(Tokenizer.load(args.tokenizer).decode(map(int, args.input)))
 
 
 def show_command(args):
+    """Print a text with its tokens apart: coloured in a terminal, else with | between them."""
     tokenizer = Tokenizer.load(args.tokenizer)
     ids = tokenizer.encode(" ".join(args.input))
-    # a piece of a character is no character: show its bytes
+    # a part of a character cannot be printed: show its bytes
     pieces = [tokenizer.tokens[id].decode("utf-8", "backslashreplace") for id in ids]
     if sys.stdout.isatty():
         colours = [f"\x1b[30;48;5;{colour}m" for colour in (152, 222, 183, 157, 216)]
-        print("".join(f"{colours[i % 5]}{piece}\x1b[0m" for i, piece in enumerate(pieces)))
+        print(*(f"{colours[i % 5]}{piece}\x1b[0m" for i, piece in enumerate(pieces)), sep="")
     else:
-        print("|".join(pieces))
+        print(*pieces, sep="|")
 
 
-COMMANDS = {"train": train_command, "encode": encode_command, "decode": decode_command, "show": show_command}
+COMMANDS = {"train": train_command, "encode": encode_command, "decode": decode_command,
+            "show": show_command}
 
 
 def main():
     parser = Parser(__doc__)
     parser.add_argument("command", choices=COMMANDS)
-    parser.add_argument("input", nargs="+", help="files to train on, a text to encode or show, ids to decode")
-    parser.add_argument("--vocab_size", type=int, default=4096, help="bytes, merges and special tokens")
-    parser.add_argument("--pattern", choices=SPLITS, default="gpt4", help="how text is split into chunks")
-    parser.add_argument("--out", default="tokenizer.json", help="the file that train writes")
-    parser.add_argument("--tokenizer", default="tokenizer.json", help="the file that the others read")
+    parser.add_argument("input", nargs="+", help="train: files; encode, show: a text; decode: ids")
+    parser.add_argument("--vocab_size", type=int, default=4096, help="default %(default)s")
+    parser.add_argument("--pattern", choices=SPLITS, default="gpt4", help="default %(default)s")
+    parser.add_argument("--out", default="tokenizer.json", help="train writes it (%(default)s)")
+    parser.add_argument("--tokenizer", default="tokenizer.json", help="the others read it")
     args = parser.parse_intermixed_args()
     COMMANDS[args.command](args)
 

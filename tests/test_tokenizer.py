@@ -1,0 +1,383 @@
+"""Facts about tokenizer.py that hold for every text and every vocabulary."""
+
+import json
+import random
+import subprocess
+import sys
+import unicodedata
+from collections import Counter
+
+import pytest
+import regex
+import tiktoken
+
+import tokenizer as module
+from conftest import ROOT, run
+from tokenizer import (BYTE_TO_CHAR, GPT2_BYTES, GPT2_SPLIT, GPT4_SPLIT, SPECIAL_TOKENS, Tokenizer,
+                       compile_split, count_chunks, gather, merge, on_all_cores, read_files, split,
+                       to_bytes, to_chars, train_fast, train_plain)
+
+NASTY = {
+    "empty": "",
+    "newlines": "a\r\nb\n\n\r\r\n  c\t\n \x0b\x0c\x85\u2028\u2029 d",
+    "scripts": "Größe, naïve, 東京タワー, שלום עולם, مرحبا بالعالم, नमस्ते, Привет, ไทย, 한국어, ελληνικά",
+    "right to left": "\u202eabc\u202c \u2067שלום\u2069 ١٢٣٤٥",
+    "emoji": "👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽 🇪🇺 e\u0301 a\u0308\u0323 \ufeff\u200d\u00ad",
+    "numbers": "1234567 3.14159 0x7f 1e-9 ½ ² Ⅷ ٣",
+    "contractions": "I'll we've HE'S don'T 'tis it'ſ ''''s",
+    "code": "def f(x):\n    return {'a': [x ** 2, None]}  # why?\n\n\n",
+    "control": "\0\x01\x7f\x80\x9f\uffff\U0010ffff",
+    "special": "a<|endoftext|>b <|user|><|user|> <|endof <|tool|",
+    "categories": "".join(chr(code) for code in range(0, 0x11000, 53) if not 0xD800 <= code < 0xE000
+                          and unicodedata.category(chr(code)) != "Cn"),
+}
+COMMON = "the cat sat on the mat; 'tis what it's: 12 345 6789  \n\n    return self.the_cat\n"
+
+
+def random_text(rng, alphabet, length):
+    return "".join(rng.choice(alphabet) for _ in range(rng.randrange(length)))
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return Tokenizer.train([COMMON * 5, *NASTY.values()], 600)
+
+
+def gpt2_files(folder, merges, others=("<|endoftext|>",)):
+    """vocab.json and merges.txt as GPT-2 wrote them: printable characters, permuted bytes."""
+    names = [BYTE_TO_CHAR[byte] for byte in GPT2_BYTES]
+    names += [to_chars(left + right) for left, right in merges] + list(others)
+    lines = ["#version: 0.2"] + [f"{to_chars(left)} {to_chars(right)}" for left, right in merges]
+    (folder / "vocab.json").write_text(json.dumps({name: id for id, name in enumerate(names)}))
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder / "vocab.json", folder / "merges.txt"
+
+
+# -----------------------------------------------------------------------------
+# Training.
+
+
+def test_merge_replaces_from_the_left():
+    assert merge([1, 2, 3, 1, 2], (1, 2), 4) == [4, 3, 4]
+    assert merge([1, 1, 1, 1, 1], (1, 1), 2) == [2, 2, 1]
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_plain_and_fast_training_give_the_same_merges(seed):
+    rng = random.Random(seed)
+    alphabet = rng.choice(["ab", "a ", "aab \n", "abc'ts 19\r\n", "aé東👍 \u0301", "<|end>"])
+    pattern = rng.choice([GPT2_SPLIT, GPT4_SPLIT, r"[\s\S]+", r"\S+|\s+", r"[\s\S]"])
+    texts = ["a"] + [random_text(rng, alphabet, rng.choice([20, 300])) for _ in range(3)]
+    special = rng.choice([[], SPECIAL_TOKENS, ["<|end|>", "a|", "aa"]])
+    assert train_fast(texts, 330, special, pattern) == train_plain(texts, 330, special, pattern)
+
+
+def test_plain_and_fast_training_agree_on_nasty_texts():
+    texts = [*NASTY.values(), COMMON * 3, "\ud800 \udc00\ud83d\ude00"]
+    assert train_fast(texts, 500) == train_plain(texts, 500)
+
+
+def test_ties_go_to_the_greatest_pair_of_bytes():
+    assert train_plain("ab cd ab cd ba dc", 264)[:2] == train_fast("ab cd ab cd ba dc", 264)[:2]
+    assert train_fast("xy ab xy ab", 263, pattern=r"\S+|\s+") == [(b"x", b"y")]
+    assert train_fast("abab aab aab", 264, pattern=r"\S+|\s+")[0] == (b"a", b"b")
+
+
+def test_training_stops_when_no_pair_occurs_twice():
+    assert train_plain("abcab", 300) == train_fast("abcab", 300) == [(b"a", b"b")]
+    assert Tokenizer.train("abcab", 10**9).n_vocab == 256 + 1 + len(SPECIAL_TOKENS)
+
+
+def test_special_tokens_are_never_counted_nor_merged_across():
+    with_them = "one<|endoftext|>two<|end|>" * 9
+    without = ["one", "two"] * 9
+    assert train_fast(with_them, 300) == train_plain(with_them, 300) == train_plain(without, 300)
+
+
+@pytest.mark.parametrize("pattern", [GPT2_SPLIT, GPT4_SPLIT, r"\S+|\s+"])
+def test_a_long_text_in_pieces_has_the_chunks_of_the_whole(pattern, monkeypatch, tmp_path):
+    rng, words = random.Random(0), [*COMMON.split(" "), " ", "\n", "\r\n", *NASTY.values()]
+    text = "".join(rng.choice(words) for _ in range(2000)).replace("\0", "")
+    (tmp_path / "text").write_bytes(text.encode())
+    whole = count_chunks([text], SPECIAL_TOKENS, pattern)
+    monkeypatch.setattr(module, "PIECE", 97)
+    jobs = [*gather([text], SPECIAL_TOKENS, pattern)]
+    files = [*read_files([tmp_path / "text"], SPECIAL_TOKENS, pattern)]
+    assert sum((count_chunks(*job) for job in jobs), Counter()) == whole
+    assert count_chunks(files, SPECIAL_TOKENS, pattern) == whole
+    assert (len(jobs) > 9 and len(files) > 9) == (pattern in module.SPLITS.values())
+
+
+def test_many_processes_count_what_one_counts(monkeypatch):
+    texts = [COMMON * 30] * 4
+    one = train_fast(texts, 400)
+    monkeypatch.setattr(module, "PIECE", 1000)
+    assert train_fast(texts, 400) == one
+
+
+def test_processes_do_not_run_the_script_that_started_them():
+    code = ("import tokenizer; tokenizer.PIECE = 1000; print('once')\n"
+            "print(len(tokenizer.train_fast(['a few words '] * 300, 270)))\n")
+    for words in ([sys.executable, "-"], [sys.executable, "-c", code]):
+        done = subprocess.run(words, input=code, capture_output=True, text=True, cwd=ROOT)
+        assert (done.stdout, done.stderr) == ("once\n8\n", "")
+
+
+@pytest.mark.parametrize("options, problem", [
+    (dict(vocab_size=261), "vocab_size=261 is too small: 256 bytes and 6 special tokens need 262"),
+    (dict(special_tokens=["a", "a"]), "special token 'a' is given 2 times"),
+    (dict(special_tokens=["a", ""]), "a special token is empty"),
+    (dict(texts=""), "the input is empty"),
+    (dict(texts=[]), "the input is empty"),
+    (dict(pattern="(?:"), "does not compile"),
+    (dict(pattern=r"(a)|[\s\S]"), "has a capturing group"),
+    (dict(pattern=r"\p{L}+"), "loses 1 of 10 characters"),
+])
+def test_training_refuses_what_cannot_work(options, problem):
+    for train in train_plain, train_fast:
+        with pytest.raises(ValueError, match=regex.escape(problem)) as error:
+            train(**(dict(texts="some texts", vocab_size=300) | options))
+        assert "\n" not in str(error.value)
+
+
+# -----------------------------------------------------------------------------
+# Encoding and decoding.
+
+
+@pytest.mark.parametrize("name", NASTY)
+@pytest.mark.parametrize("pattern", [GPT2_SPLIT, GPT4_SPLIT])
+def test_decode_undoes_encode_and_tiktoken_gives_the_same_ids(trained, name, pattern):
+    tokenizer, text = Tokenizer(trained.merges, pattern=pattern), NASTY[name]
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode(text) == tokenizer.to_tiktoken().encode_ordinary(text)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_texts_and_random_merges_encode_as_in_tiktoken(seed):
+    rng = random.Random(seed)
+    alphabet = rng.choice(["ab", "aab \n", "aé東👍 '\u0301s1\r\n", COMMON, *NASTY.values()]) or "a"
+    pattern = rng.choice([GPT2_SPLIT, GPT4_SPLIT, r"[\s\S]+"])
+    texts = ["a"] + [random_text(rng, alphabet, 400) for _ in range(4)]
+    tokenizer = Tokenizer.train(texts[:-1], 340, pattern=pattern)
+    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+    assert [tokenizer.decode(tokenizer.encode(text)) for text in texts] == texts
+
+
+def test_a_token_encodes_to_itself(trained):
+    texts = [(id, token.decode()) for id, token in enumerate(trained.token_bytes()[256:], 256)
+             if token.decode("utf-8", "ignore").encode() == token]
+    assert all(module.apply_merges(text.encode(), trained.merged) == [id]
+               for id, text in texts if text not in trained.special)
+
+
+@pytest.mark.parametrize("unit", ["a", " ", "ab"])
+def test_a_chunk_of_a_million_characters_is_encoded_as_in_tiktoken(unit):
+    tokenizer = Tokenizer.train(unit * 50, 270)
+    text = unit * (1_000_000 // len(unit))
+    part = text[:300_000] if unit == " " else text  # tiktoken cannot do a million spaces
+    [ids] = tokenizer.encode_batch([text])
+    assert tokenizer.decode(ids) == text and len(ids) < len(text) / 8
+    assert tokenizer.encode(part) == tokenizer.to_tiktoken().encode_ordinary(part)
+
+
+def test_random_bytes_in_one_chunk_encode_as_in_tiktoken():
+    text = random.Random(1).randbytes(50_000).decode("latin-1")
+    tokenizer = Tokenizer.train(text, 1000, pattern=r"[\s\S]+")
+    assert tokenizer.encode(text) == tokenizer.to_tiktoken().encode_ordinary(text)
+
+
+@pytest.mark.parametrize("text, meaning", [("a\ud800b", "a\ufffdb"), ("\ud83d\ude00", "😀"),
+                                           ("\udc00\ud800", "\ufffd\ufffd")])
+def test_surrogates_are_one_character_in_pairs_and_u_fffd_alone(trained, text, meaning):
+    assert trained.encode(text) == trained.encode(meaning) == trained.encode_batch([text])[0]
+
+
+@pytest.mark.parametrize("text", ["<|endoftext|>", "<|end<|end|>|>", "<<|user|>>", *SPECIAL_TOKENS])
+def test_text_never_makes_a_special_id_unless_it_is_asked_for(trained, text):
+    special, ids = {*trained.special.values()}, trained.encode(text)
+    with_special = trained.encode(text, special=True)
+    assert ids == trained.encode_batch([text])[0] and special.isdisjoint(ids)
+    assert not special.isdisjoint(with_special)
+    assert trained.decode(ids) == trained.decode(with_special) == text
+
+
+def test_of_two_special_tokens_at_one_place_the_longer_is_taken():
+    tokenizer = Tokenizer([], ["<a", "<a>", "<a>b"])
+    assert tokenizer.encode("<a>b<a><a", special=True) == [258, 257, 256]
+
+
+def test_parts_between_special_tokens_are_encoded_as_if_alone(trained):
+    parts, ids = ["one two ", " three\n", ""], []
+    for part in parts:
+        ids += [*trained.encode(part), trained.eot]
+    assert trained.encode("<|endoftext|>".join([*parts, ""]), special=True) == ids
+
+
+def test_encoding_lazily_gives_the_ids_of_one_text_after_the_other(trained):
+    drawn = []
+    lazy = trained.encode_iterable(drawn.append(text) or text for text in NASTY.values() if text)
+    assert next(lazy) == trained.encode(NASTY["newlines"])[0] and len(drawn) == 1
+    assert [*lazy] == [id for text in NASTY.values() for id in trained.encode(text)][1:]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_stream_shows_whole_characters_and_joins_to_decode(trained, seed):
+    rng, decoder = random.Random(seed), trained.decoder()
+    text = random_text(rng, NASTY["emoji"] + NASTY["scripts"], 60)
+    ids = trained.encode(text) if seed % 2 else [rng.randrange(trained.n_vocab) for _ in range(99)]
+    parts = [decoder.push(id) for id in ids]
+    assert "".join(parts) + decoder.flush() == trained.decode(ids)
+    assert seed % 2 == 0 or "\ufffd" not in "".join(parts)
+
+
+@pytest.mark.parametrize("id", [-1, 600, 10**12])
+def test_an_id_outside_the_vocabulary_is_refused(trained, id):
+    for decode in trained.decode, lambda ids: trained.decoder().push(ids[0]):
+        with pytest.raises(ValueError, match=f"token id {id} is not in this vocabulary"):
+            decode([id])
+
+
+@pytest.mark.parametrize("arguments", [dict(merges=[(b"a", b"b"), (b"a", b"b")]),
+                                       dict(merges=[(b"ab", b"c")]), dict(special_tokens={"x": 97}),
+                                       dict(special_tokens={"x": 256, "y": 256}),
+                                       dict(byte_order=bytes(256))])
+def test_a_vocabulary_that_contradicts_itself_is_refused(arguments):
+    with pytest.raises(ValueError):
+        Tokenizer(**(dict(merges=[]) | arguments))
+
+
+def test_the_split_patterns_cut_as_they_do_in_the_papers():
+    text = "We'll pay 12345 EUR!!\n\n  now"
+    gpt2 = ["We", "'ll", " pay", " 12345", " EUR", "!!", "\n\n ", " now"]
+    gpt4 = ["We", "'ll", " pay", " ", "123", "45", " EUR", "!!\n\n", " ", " now"]
+    assert split(text, compile_split(GPT2_SPLIT)) == gpt2
+    assert split(text, compile_split(GPT4_SPLIT)) == gpt4
+
+
+# -----------------------------------------------------------------------------
+# Other formats and the file.
+
+
+@pytest.mark.parametrize("special", [["<|endoftext|>"], [], {"<|endoftext|>": 700, "<|x|>": 1000}])
+def test_from_tiktoken_undoes_to_tiktoken(trained, special):
+    tokenizer = Tokenizer(trained.merges, special, GPT2_SPLIT, GPT2_BYTES)
+    again = Tokenizer.from_tiktoken(tokenizer.to_tiktoken())
+    assert again.definition() == tokenizer.definition()
+
+
+def test_a_tiktoken_encoding_whose_ids_have_no_order_is_refused():
+    ranks = {bytes([i]): i for i in range(256)} | {b"abc": 256}
+    encoding = tiktoken.Encoding("x", pat_str=r"\S+", mergeable_ranks=ranks, special_tokens={})
+    with pytest.raises(ValueError, match="token 256 is not the merge of two before it"):
+        Tokenizer.from_tiktoken(encoding)
+
+
+def test_a_vocabulary_in_gpt2s_files_keeps_its_ids(trained, tmp_path):
+    files = gpt2_files(tmp_path, trained.merges)
+    tokenizer = Tokenizer.from_gpt2(*files, special_tokens=["<|endoftext|>", "<|end|>"])
+    vocab, ids = json.loads(files[0].read_text()), tokenizer.encode(COMMON + NASTY["scripts"])
+    assert tokenizer.special == {"<|endoftext|>": len(vocab) - 1, "<|end|>": len(vocab)}
+    assert [vocab[to_chars(tokenizer.tokens[id])] for id in ids] == ids
+    assert tokenizer.decode(ids) == COMMON + NASTY["scripts"] and tokenizer.encode("!") == [0]
+    assert tokenizer.to_tiktoken().encode_ordinary(COMMON + NASTY["scripts"]) == ids
+
+
+def test_files_that_are_not_gpt2s_are_refused(trained, tmp_path):
+    vocab, merges = gpt2_files(tmp_path, trained.merges)
+    lines = merges.read_text(encoding="utf-8").split("\n")
+    for wrong in (lines[::-1], lines[:1] + lines[2:], lines + ["a b c"], lines + ["東 京"]):
+        merges.write_text("\n".join(wrong), encoding="utf-8")
+        with pytest.raises(ValueError, match="vocab.json"):
+            Tokenizer.from_gpt2(vocab, merges)
+
+
+def test_gpt2s_characters_are_256_that_print():
+    assert len({*BYTE_TO_CHAR.values()}) == 256 and "".join(BYTE_TO_CHAR.values()).isprintable()
+    assert to_chars(b" a\n") == "ĠaĊ" and to_bytes(to_chars(bytes(range(256)))) == bytes(range(256))
+
+
+def test_what_is_loaded_is_what_was_saved(trained, tmp_path):
+    for tokenizer in trained, Tokenizer(trained.merges, {"<|x|>": 900}, GPT2_SPLIT, GPT2_BYTES):
+        tokenizer.save(tmp_path / "new" / "t.json")
+        again = Tokenizer.load(tmp_path / "new" / "t.json")
+        assert again.definition() == tokenizer.definition() and again.hash() == tokenizer.hash()
+        assert again.encode(COMMON) == tokenizer.encode(COMMON)
+
+
+def test_another_tokenizer_has_another_hash(trained):
+    changes = [dict(merges=trained.merges[:-1]), dict(special_tokens=SPECIAL_TOKENS[1:]),
+               dict(pattern=GPT2_SPLIT), dict(byte_order=GPT2_BYTES)]
+    others = [Tokenizer(**(dict(merges=trained.merges) | change)) for change in changes]
+    assert len({tokenizer.hash() for tokenizer in [trained, *others]}) == 5
+
+
+def damage(state, **changes):
+    return json.dumps({**state, **changes})
+
+
+@pytest.mark.parametrize("wrong, problem", [
+    (lambda state: json.dumps(state)[:-40], "it is not JSON"),
+    (lambda state: "\0\1", "it is not JSON"),
+    (lambda state: "[]", "not a tokenizer of this program"),
+    (lambda state: json.dumps({"model": {"type": "BPE"}}), "not a tokenizer of this program"),
+    (lambda state: damage(state, version=9), "version 9"),
+    (lambda state: damage(state, pattern=GPT2_SPLIT), "is damaged: its sha256"),
+    (lambda state: damage(state, merges=state["merges"][:-1]), "is damaged: its sha256"),
+    (lambda state: damage(state, merges=["Ġ"]), "is damaged"),
+    (lambda state: damage(state, merges=7), "is damaged"),
+    (lambda state: damage(state, special_tokens={"a": "b"}), "is damaged"),
+    (lambda state: damage(state, bytes="a"), "is damaged"),
+    (lambda state: damage(state, pattern="(?:"), "is damaged"),
+    (lambda state: damage(state, pattern=None), "is damaged"),
+])
+def test_a_file_that_is_wrong_or_damaged_is_refused_in_one_line(trained, tmp_path, wrong, problem):
+    trained.save(tmp_path / "t.json")
+    state = json.loads((tmp_path / "t.json").read_text(encoding="utf-8"))
+    (tmp_path / "t.json").write_text(wrong(state))
+    with pytest.raises(ValueError, match=problem) as error:
+        Tokenizer.load(tmp_path / "t.json")
+    assert "\n" not in str(error.value) and "t.json" in str(error.value)
+
+
+# -----------------------------------------------------------------------------
+# All cores, and the commands.
+
+
+def test_jobs_on_all_cores_come_back_in_order():
+    jobs = [(i, 3) for i in range(40)]
+    assert [*on_all_cores(pow, iter(jobs))] == [i**3 for i in range(40)]
+    assert [*on_all_cores(pow, [])] == [] and [*on_all_cores(pow, [(2, 5)])] == [32]
+
+
+def test_the_commands_train_encode_decode_and_show(tmp_path):
+    text, out = tmp_path / "text.txt", tmp_path / "t.json"
+    text.write_text(COMMON * 40)
+    done = run("tokenizer.py", "train", text, "--vocab_size=300", "--pattern=gpt2", f"--out={out}")
+    assert done.stdout.startswith("38 merges, 300 tokens") and done.stdout.count("\n") == 1
+    ids = run("tokenizer.py", "encode", "the cat é", f"--tokenizer={out}").stdout
+    assert run("tokenizer.py", "decode", *ids.split(), f"--tokenizer={out}").stdout == "the cat é\n"
+    shown = run("tokenizer.py", "show", "the cat é", f"--tokenizer={out}").stdout
+    assert shown.rstrip("\n").replace("|", "") == r"the cat \xc3\xa9" and "|" in shown
+    few = run("tokenizer.py", "train", text, f"--out={out}")
+    assert "(of 4096: no other pair occurs twice)" in few.stdout
+
+
+@pytest.mark.parametrize("words, code, problem", [
+    (["train", "missing.txt"], 1, "No such file or directory: missing.txt"),
+    (["train", "empty"], 1, "the input is empty"),
+    (["train", "binary"], 1, "zero byte"),
+    (["train", "latin"], 1, "latin is not text in UTF-8"),
+    (["train", "text", "--vocab_size=9"], 1, "vocab_size=9 is too small"),
+    (["show", "a", "--tokenizer=text"], 1, "text is not a tokenizer"),
+    (["decode", "x", "--tokenizer=text"], 1, "'x' is not a token id"),
+    (["train", "text", "--vocab-size=9"], 2, "--vocab-size, did you mean --vocab_size?"),
+    (["trian", "text"], 2, "invalid choice: 'trian'"),
+    (["show"], 2, "required: input"),
+])
+def test_a_mistake_is_one_line_with_the_way_out(tmp_path, words, code, problem):
+    files = dict(empty=b"", binary=b"a\0b", latin=b"caf\xe9 ", text=b"some text")
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    done = run("tokenizer.py", *words, cwd=tmp_path)
+    assert done.returncode == code and problem in done.stderr and done.stderr.count("\n") == 1
+    assert done.stdout == "" and {path.name for path in tmp_path.iterdir()} == {*files}
