@@ -36,8 +36,9 @@ if not {"-h", "--help"} & set(sys.argv):  # torch takes two seconds to import; h
     from torch.nn.parallel import DistributedDataParallel
 
     from model import GPT, SIZES, GPTConfig, check_known, load_model, save_model
-    from sample import checkpoints, complete, newest_run, pick_device, pick_precision
-    from sample import load_run as open_model
+    from sample import (checkpoints, complete, newest_run, pick_checkpoint, pick_device,
+                        pick_precision)
+    from sample import load_run as load_finished
 
 
 LENGTHS = ("max_steps", "epochs", "minutes")
@@ -315,10 +316,7 @@ def save_run(run):
 
 def load_run(folder, config, device):
     """The Run in a folder as its newest checkpoint left it."""
-    found = checkpoints(folder)
-    if not found:
-        raise ValueError(f"{folder} holds no checkpoint to go on from: start without --resume")
-    model, state = load_model(found[max(found)], device)
+    model, state = load_model(pick_checkpoint(folder, "last"), device)
     run = new_run(folder, model, config, device)
     run.optimizer.load_state_dict(state["optimizer"])
     run.scaler.load_state_dict(state["scaler"])
@@ -542,7 +540,7 @@ def report(summary):
         print(f"stopped and saved at step {summary['step']}; "
               f"to go on: python train.py --resume --out={folder}")
         return
-    model, tokenizer = open_model(folder)
+    model, tokenizer = load_finished(folder)
     print(sample_lines(model, tokenizer, 200, seed=1))
     print(f"{summary['step']:,} steps in {clock(summary['seconds'])} minutes on {summary['how']}, "
           f"{summary['tokens_per_second']:,} tokens/s: validation loss {summary['val_loss']:.4f}, "
@@ -556,6 +554,7 @@ def main():
     config = TrainConfig(**given)
     if config.resume:
         folder = Path(config.out) if config.out else newest_run()
+        pick_checkpoint(folder, "last")  # nothing to go on from is said before anything is done
         saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))["train"]
         if given.keys() & set(LENGTHS):  # a new length takes the place of all former ones
             saved = {name: value for name, value in saved.items() if name not in LENGTHS}

@@ -4,9 +4,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: a second thread costs more than it saves
 
 
 def pytest_configure(config):
@@ -27,3 +31,15 @@ def run(*words, cwd=ROOT, timeout=300, **options):
     words = [str(ROOT / words[0]), *map(str, words[1:])]
     return subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True,
                           encoding="utf-8", timeout=timeout, stdin=subprocess.DEVNULL, **options)
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    """A folder of shards made from 60 kB of simple sentences, with a tokenizer of 320 tokens."""
+    from data import prepare
+    folder = tmp_path_factory.mktemp("data")
+    random = Random(0)
+    words = "the a cat dog sees likes big red old bird tree on under runs sits".split()
+    lines = (" ".join(random.choices(words, k=8)) + ".\n" for _ in range(1500))
+    (folder / "words.txt").write_text("".join(lines), encoding="utf-8")
+    return prepare([folder / "words.txt"], folder / "words", vocab_size=320, say=lambda text: None)

@@ -1,0 +1,252 @@
+"""train.py: a run learns, resumes as if it had never stopped, and is the same on two processes."""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, run, tiny
+
+from data import TokenLoader
+from model import load_model
+from sample import checkpoints
+from train import (TrainConfig, build_optimizer, draw_loss, gradients, last_step, learning_rate,
+                   read_log, train)
+
+SHAPE = dict(n_layer=2, n_head=2, n_embd=32, block_size=32)
+
+
+def configure(shards, out, **options):
+    """A run of a few seconds: two layers, 32 channels, float32."""
+    small = dict(SHAPE, max_steps=8, batch_size=8, micro_batch_size=8, eval_every=4,
+                 eval_sequences=8, warmup_steps=2, sample_tokens=4, precision="fp32", device="cpu")
+    return TrainConfig(data=str(shards), out=str(out), **(small | options))
+
+
+def command(shards, out, *options):
+    """The same run as words of a command line."""
+    config, default = (dataclasses.asdict(c) for c in (configure(shards, out), TrainConfig()))
+    given = config.items() - default.items()
+    return [f"--{name}={value}" for name, value in given if value] + list(options)
+
+
+def weights(folder):
+    found = checkpoints(folder)
+    return load_model(found[max(found)])[0].state_dict()
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a | b)
+
+
+# -----------------------------------------------------------------------------
+# The pieces of a step.
+
+
+def test_the_rate_warms_up_linearly_and_falls_to_its_minimum():
+    config = TrainConfig(max_steps=100, warmup_steps=10, learning_rate=1.0, min_lr=0.1)
+    rates = [learning_rate(step, config) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1, rel=0.01) and max(rates) > 0.95
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[100] == pytest.approx(0.1)
+
+
+def test_the_clock_can_be_ahead_of_the_steps():
+    config = TrainConfig(max_steps=100, warmup_steps=0)
+    assert learning_rate(10, config, progress=1.0) == learning_rate(100, config)
+
+
+@pytest.mark.parametrize("lengths, steps", [
+    (dict(max_steps=7), 7), (dict(epochs=2), 20), (dict(epochs=2, max_steps=5), 5),
+    (dict(minutes=1), math.inf)])
+def test_a_run_ends_at_the_first_limit_reached(lengths, steps):
+    assert last_step(TrainConfig(**lengths), n_tokens=1000, tokens_per_step=100) == steps
+
+
+def test_decay_is_for_matrices_only():
+    model = tiny("gpt2")
+    decayed, kept = build_optimizer(model, TrainConfig(weight_decay=0.3)).param_groups
+    assert {p.dim() for p in decayed["params"]} == {2} and decayed["weight_decay"] == 0.3
+    assert {p.dim() for p in kept["params"]} == {1} and kept["weight_decay"] == 0
+    assert len(decayed["params"]) + len(kept["params"]) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("micro", [1, 2, 4])
+def test_accumulated_gradients_are_those_of_the_whole_batch(shards, micro):
+    results = []
+    for rows in (8, micro):
+        model = tiny(vocab_size=320).double()
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        loss = gradients(model, TokenLoader(shards, rows, 16), 8 // rows, scaler, "cpu")
+        results.append([torch.tensor(loss), *(p.grad for p in model.parameters())])
+    torch.testing.assert_close(results[1], results[0], check_dtype=False)
+
+
+# -----------------------------------------------------------------------------
+# Whole runs.
+
+
+def test_a_run_learns_and_leaves_a_self_contained_folder(shards, tmp_path):
+    config = configure(shards, tmp_path / "run", max_steps=60, eval_every=30, learning_rate=0.01)
+    summary = train(config)
+    rows = read_log(tmp_path / "run")
+    assert [row["step"] for row in rows] == list(range(1, 61))
+    assert rows[0]["loss"] == pytest.approx(math.log(320), abs=0.2)
+    assert summary["val_loss"] < 0.6 * rows[0]["loss"]
+    assert summary["bits_per_byte"] < 4 and not summary["stopped"]
+    assert set(rows[-1]) == {
+        "step", "loss", "val_loss", "lr", "grad_norm", "tokens_per_second", "elapsed"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "config.json", "tokenizer.json", "step_000060.pt", "log.jsonl", "loss.png"}
+
+
+@pytest.mark.parametrize("options", [
+    dict(dropout=0.2), dict(precision="bf16"), dict(precision="fp16", dropout=0.1),
+    dict(micro_batch_size=2), dict(architecture="gpt2", kernels="plain", dropout=0.1)])
+def test_a_resumed_run_equals_one_that_never_stopped(shards, tmp_path, options):
+    whole = configure(shards, tmp_path / "whole", **options)
+    train(whole)
+    half = dataclasses.replace(whole, out=str(tmp_path / "half"))
+    stop_after(5, half)
+    train(dataclasses.replace(half, resume=True))
+    rows = [[(row["step"], row["loss"], row.get("val_loss")) for row in read_log(tmp_path / name)]
+            for name in ("whole", "half")]
+    assert rows[0] == rows[1]
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "half"))
+
+
+def stop_after(steps, config):
+    """Train until the log has so many lines, then press Ctrl-C once."""
+    import train as module
+    inner = module.clip_gradients
+
+    def press(model, grad_clip):
+        if len(read_log(config.out)) == steps - 1:
+            signal.raise_signal(signal.SIGINT)
+        return inner(model, grad_clip)
+
+    module.clip_gradients = press
+    try:
+        assert train(config)["stopped"]
+    finally:
+        module.clip_gradients = inner
+    assert max(checkpoints(config.out)) == steps
+
+
+def test_the_best_and_the_last_checkpoint_are_kept(shards, tmp_path):
+    config = configure(shards, tmp_path / "run", max_steps=12, eval_every=2, learning_rate=0.01)
+    train(config)
+    losses = {row["step"]: row["val_loss"] for row in read_log(config.out) if "val_loss" in row}
+    assert set(checkpoints(config.out)) == {12, min(losses, key=losses.get)}
+
+
+def test_minutes_end_a_run_with_its_rate_decayed(shards, tmp_path):
+    config = configure(shards, tmp_path / "run", max_steps=0, minutes=0.05, eval_every=10_000)
+    summary = train(config)
+    rates = [row["lr"] for row in read_log(config.out)]
+    assert summary["val_loss"] and rates[-1] == min(rates[2:]) < max(rates)
+
+
+def test_a_folder_with_a_run_is_not_overwritten(shards, tmp_path):
+    config = configure(shards, tmp_path / "run", max_steps=1)
+    train(config)
+    with pytest.raises(ValueError, match="holds a run: add --resume, or choose another --out"):
+        train(config)
+
+
+def test_resume_refuses_data_of_another_tokenizer(shards, tmp_path):
+    from data import prepare
+    config = configure(shards, tmp_path / "run", max_steps=1)
+    train(config)
+    text = shards.parent / "words.txt"
+    other = prepare([text], tmp_path / "other", vocab_size=300, say=lambda text: None)
+    with pytest.raises(ValueError, match="trained with another tokenizer"):
+        train(dataclasses.replace(config, data=str(other), resume=True))
+
+
+def test_a_log_line_that_was_cut_off_is_left_out(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo', "utf-8")
+    assert read_log(tmp_path) == [{"step": 1, "loss": 2.0}]
+    draw_loss(tmp_path)
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_two_processes_print_the_same_losses_as_one(shards, tmp_path):
+    words = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29519",
+             ROOT / "train.py", *command(shards, tmp_path / "two")]
+    two = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, timeout=300)
+    assert two.returncode == 0, two.stderr
+    train(configure(shards, tmp_path / "one"))
+    one, two = ([[row[key] for key in ("loss", "grad_norm")] for row in read_log(tmp_path / name)]
+                for name in ("one", "two"))
+    torch.testing.assert_close(torch.tensor(two), torch.tensor(one), rtol=1e-4, atol=1e-5)
+
+
+# -----------------------------------------------------------------------------
+# The command.
+
+
+def test_help_is_the_dataclass_in_groups():
+    shown = run("train.py", "--help")
+    assert shown.returncode == 0
+    for f in dataclasses.fields(TrainConfig):
+        assert f"--{f.name} " in shown.stdout or f"--{f.name}," in shown.stdout
+    for group in ("data and output:", "model:", "length and batch:", "optimizer:", "machine:"):
+        assert group in shown.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="Windows cannot send Ctrl-C to a single process")
+def test_ctrl_c_saves_and_says_how_to_go_on(shards, tmp_path):
+    words = command(shards, tmp_path / "run", "--max_steps=100000")
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *words], cwd=tmp_path,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while len(read_log(tmp_path / "run")) < 10:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    shown, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "python train.py --resume --out=" in shown
+    step = max(checkpoints(tmp_path / "run"))
+    assert read_log(tmp_path / "run")[-1]["step"] == step
+    options = f"--out={tmp_path / 'run'}", f"--max_steps={step + 3}"
+    assert run("train.py", "--resume", *options, cwd=tmp_path).returncode == 0
+    assert read_log(tmp_path / "run")[-1]["step"] == step + 3
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(size="giant"), "unknown size 'giant'"),
+    (dict(architecture="modem"), "did you mean modern?"),
+    (dict(n_head=5), "n_embd=32 is no multiple of n_head=5"),
+    (dict(batch_size=7, micro_batch_size=2), "batch_size=7 is no multiple of 2"),
+    (dict(block_size=100_000), "100,001"),
+    (dict(device="cuda:77"), "does not work on this machine"),
+    (dict(precision="bf17"), "did you mean bf16?"),
+    (dict(kernels="fussed"), "did you mean fused?"),
+    (dict(resume=True), "there is no run folder"),
+    (dict(learning_rate=-1.0), "learning_rate=-1.0 must not be negative"),
+])
+def test_an_impossible_run_is_refused_and_leaves_nothing(shards, tmp_path, options, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        train(configure(shards, tmp_path / "run", **options))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option, code, words", [
+    ("--lerning_rate=1", 2, "did you mean --learning_rate?"),
+    ("--max_steps=many", 2, "invalid int value"),
+    ("--data=nowhere.txt", 1, "nowhere.txt"),
+    ("--resume", 1, "no run in runs/: python train.py makes one"),
+])
+def test_a_users_mistake_ends_in_one_line(tmp_path, option, code, words):
+    done = run("train.py", option, cwd=tmp_path)
+    assert done.returncode == code and words in done.stderr, done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
