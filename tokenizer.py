@@ -396,7 +396,9 @@ def to_bytes(chars):
 
 def invert(byte_order):
     """From the byte of each id to the id of each byte, as a table for bytes.translate."""
-    return bytes(sorted(range(256), key=bytes(byte_order).__getitem__))
+    if sorted(byte_order) != [*range(256)]:
+        raise ValueError("the first 256 ids must be the 256 bytes, in any order")
+    return bytes(sorted(range(256), key=byte_order.__getitem__))
 
 
 def apply_merges(ids, merged):
@@ -471,10 +473,9 @@ class Tokenizer:
         self.merges, self.pattern, self.byte_order = list(merges), pattern, bytes(byte_order)
         self.find_chunks = compile_split(pattern)
         self.find_special = compile_special(special_tokens)
+        self.byte_ids, self.cache, self.twin = invert(self.byte_order), {}, None
         self.tokens = {id: bytes([byte]) for id, byte in enumerate(self.byte_order)}
         self.merged, ids = {}, {token: id for id, token in self.tokens.items()}
-        if len(ids) != 256:
-            raise ValueError("the byte order must name each of the 256 bytes once")
         for new, (left, right) in enumerate(self.merges, 256):
             if left not in ids or right not in ids or left + right in ids:
                 raise ValueError(f"merge {new - 256} of {left!r} and {right!r} is wrong: "
@@ -489,7 +490,6 @@ class Tokenizer:
                 raise ValueError(f"special token {name!r} cannot have id {id}: it is taken")
             self.tokens[id] = name.encode()
         self.n_vocab, self.eot = max(self.tokens) + 1, self.special.get("<|endoftext|>")
-        self.byte_ids, self.cache, self.twin = invert(self.byte_order), {}, None
 
     @classmethod
     def train(cls, texts, vocab_size, special_tokens=SPECIAL_TOKENS, pattern=GPT4_SPLIT):

@@ -170,7 +170,7 @@ def test_a_token_encodes_to_itself(trained):
                for id, text in texts if text not in trained.special)
 
 
-@pytest.mark.parametrize("unit", ["a", " ", "ab"])
+@pytest.mark.parametrize("unit", ["a", " "])
 def test_a_chunk_of_a_million_characters_is_encoded_as_in_tiktoken(unit):
     tokenizer = Tokenizer.train(unit * 50, 270)
     text = unit * (1_000_000 // len(unit))
