@@ -1,0 +1,352 @@
+"""sample.py: filters keep what their definition says, the cache changes nothing, text is whole."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from conftest import run, tiny
+
+import sample
+from model import ARCHITECTURES, save_model
+from sample import (checkpoints, complete, distribution, generate, keep_min_p, keep_top_k,
+                    keep_top_p, load_run, newest_run, penalize_repeats, pick, pick_checkpoint,
+                    pick_device, pick_precision, release, stream)
+from tokenizer import Tokenizer, run_command
+
+both = pytest.mark.parametrize("architecture", ARCHITECTURES)
+SAMPLINGS = [dict(temperature=0), dict(temperature=1.5), dict(temperature=0.8, top_k=5),
+             dict(top_p=0.9, min_p=0.01), dict(temperature=0, repetition_penalty=1.3)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(shards):
+    return Tokenizer.load(shards / "tokenizer.json")
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return tiny(vocab_size=tokenizer.n_vocab, block_size=64)
+
+
+@pytest.fixture
+def folder(tmp_path, model, shards):
+    """A run with three checkpoints, of which the second is the best."""
+    folder = tmp_path / "runs" / "words"
+    folder.mkdir(parents=True)
+    shutil.copy(shards / "tokenizer.json", folder)
+    rows = [dict(step=step, loss=1.0) for step in range(1, 31)]
+    for step, loss in (5, 1.5), (10, 2.0), (20, 1.8), (30, 1.9):  # step 5 is not kept
+        rows[step - 1]["val_loss"] = loss
+        if step > 5:
+            save_model(model, folder / f"step_{step:06d}.pt")
+    text = "\n".join(map(json.dumps, rows)) + '\n{"step": 31, "val_l'
+    (folder / "log.jsonl").write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def command(folder, monkeypatch, capfd):
+    """Call the command in the folder that holds runs/; -> (text on stdout, text on stderr)."""
+    monkeypatch.chdir(folder.parent.parent)
+
+    def call(*words):
+        monkeypatch.setattr("sys.argv", ["sample.py", *map(str, words)])
+        try:
+            run_command(sample.main)
+        except SystemExit as end:
+            print(end, file=sample.sys.stderr)
+        return capfd.readouterr()
+    return call
+
+
+def logits_of(n_rows=6, V=50):
+    return 2 * torch.randn(n_rows, V, generator=torch.Generator().manual_seed(0))
+
+
+def kept(logits):
+    """The ids of each row that are left, as sets."""
+    return [set(row.isfinite().nonzero().flatten().tolist()) for row in logits]
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# -----------------------------------------------------------------------------
+# Logits to one token.
+
+
+def test_top_k_keeps_the_k_likeliest():
+    logits = logits_of()
+    ranked = [sorted(range(50), key=lambda i: -row[i])[:7] for row in logits.tolist()]
+    assert kept(keep_top_k(logits, 7)) == [set(ids) for ids in ranked]
+    assert kept(keep_top_k(logits, 99)) == [set(range(50))] * 6
+
+
+@pytest.mark.parametrize("top_p", [0.01, 0.3, 0.9, 0.999, 1.0])
+def test_top_p_keeps_the_fewest_likeliest_that_sum_to_p(top_p):
+    expected = []
+    for row in logits_of().double().softmax(dim=-1).tolist():
+        expected.append(set())
+        for i in sorted(range(50), key=lambda i: -row[i]):
+            if sum(row[j] for j in expected[-1]) < top_p:
+                expected[-1].add(i)
+    assert kept(keep_top_p(logits_of(), top_p)) == expected
+
+
+@pytest.mark.parametrize("min_p", [0.0, 0.05, 0.5, 1.0])
+def test_min_p_keeps_what_is_p_times_as_likely_as_the_likeliest(min_p):
+    rows = logits_of().softmax(dim=-1).tolist()
+    expected = [{i for i, p in enumerate(row) if p >= min_p * max(row)} for row in rows]
+    assert kept(keep_min_p(logits_of(), min_p)) == expected
+
+
+def test_filters_leave_the_logits_that_they_keep_as_they_are():
+    logits = logits_of()
+    for left in keep_top_k(logits, 5), keep_top_p(logits, 0.5), keep_min_p(logits, 0.1):
+        assert torch.equal(left[left.isfinite()], logits[left.isfinite()])
+
+
+def test_a_penalty_divides_positive_and_multiplies_negative_logits_of_what_was_seen():
+    logits = torch.tensor([[2.0, -2.0, 3.0, -3.0]])
+    penalized = penalize_repeats(logits, torch.tensor([[0, 1, 0]]), 2)
+    assert penalized.tolist() == [[1.0, -4.0, 3.0, -3.0]]
+
+
+@pytest.mark.parametrize("options", SAMPLINGS[:4])
+def test_probabilities_sum_to_one_after_all_filters(options):
+    chances = distribution(logits_of(), **options)
+    torch.testing.assert_close(chances.sum(dim=-1), torch.ones(6))
+
+
+def test_a_token_is_drawn_as_often_as_the_distribution_says():
+    logits, options = logits_of(1, 6), dict(temperature=0.7, top_k=5)
+    drawn = pick(logits.expand(20_000, -1), generator=seeded(), **options)
+    shares = torch.bincount(drawn, minlength=6) / 20_000
+    torch.testing.assert_close(shares, distribution(logits, **options)[0], rtol=0, atol=0.015)
+
+
+def test_temperature_divides_the_logits():
+    expected = (logits_of() / 0.5).softmax(dim=-1)
+    torch.testing.assert_close(distribution(logits_of(), temperature=0.5), expected)
+
+
+@pytest.mark.parametrize("options", [dict(temperature=0), dict(top_k=1), dict(top_p=1e-9),
+                                     dict(min_p=1.0), dict(temperature=1e-30)])
+def test_each_way_to_leave_one_token_is_greedy(options):
+    assert torch.equal(pick(logits_of(), **options), logits_of().argmax(dim=-1))
+
+
+@pytest.mark.parametrize("name, value", [
+    ("temperature", -0.1), ("temperature", float("nan")), ("top_k", 0), ("top_p", 0.0),
+    ("top_p", 1.1), ("min_p", -0.1), ("min_p", 2.0), ("repetition_penalty", 0.0)])
+def test_a_value_outside_its_range_is_named(name, value):
+    with pytest.raises(ValueError, match=f"{name}={value}.* must be"):
+        pick(logits_of(), **{name: value}, seen=torch.zeros(6, 1, dtype=torch.long))
+
+
+# -----------------------------------------------------------------------------
+# Token after token.
+
+
+@both
+@pytest.mark.parametrize("options", SAMPLINGS)
+def test_with_and_without_cache_the_same_tokens_are_chosen(architecture, options):
+    model, ids = tiny(architecture), torch.randint(64, (3, 4), generator=seeded())
+    cached, plain = (list(generate(model, ids, 99, cache=cache, generator=seeded(), **options))
+                     for cache in (True, False))
+    assert len(plain) == 12 and torch.equal(torch.stack(cached), torch.stack(plain))
+
+
+def test_greedy_takes_the_argmax_of_what_the_model_says_at_each_step():
+    model, ids = tiny(), torch.tensor([[1, 2, 3]])
+    for chosen in generate(model, ids, 10, temperature=0):
+        assert chosen.item() == model(ids)[0][0, -1].argmax()
+        ids = torch.cat((ids, chosen[None]), dim=1)
+
+
+def test_generation_ends_when_the_context_is_full():
+    for T, n_tokens in (1, 15), (10, 6), (15, 1):
+        assert len(list(generate(tiny(), torch.ones(1, T, dtype=torch.long), 99))) == n_tokens
+
+
+@pytest.mark.parametrize("T", [0, 16, 17])
+def test_a_prompt_that_does_not_fit_is_refused_with_its_length_and_the_limit(T):
+    with pytest.raises(ValueError, match=f"prompt has {T} tokens, this model takes 1 to 15 "):
+        next(generate(tiny(), torch.ones(1, T, dtype=torch.long)))
+
+
+def test_the_weights_stay_out_of_autograd_and_a_caller_stays_out_of_inference_mode():
+    for chosen in generate(tiny(), torch.ones(1, 3, dtype=torch.long), 2):
+        assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        assert not chosen.requires_grad
+
+
+# -----------------------------------------------------------------------------
+# Text.
+
+
+def speak(monkeypatch, *ids):
+    """Let the next texts consist of these tokens, whatever the model says."""
+    steps = [torch.tensor([id]) for id in ids]
+    monkeypatch.setattr(sample, "generate", lambda model, ids, n, **options: iter(steps[:n]))
+
+
+def test_the_same_seed_gives_the_same_text(model, tokenizer):
+    first, again, other = (complete(model, tokenizer, "the cat", seed=seed) for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_without_a_seed_texts_differ(model, tokenizer):
+    assert complete(model, tokenizer) != complete(model, tokenizer)
+
+
+def test_the_pieces_join_to_the_decoded_tokens(model, tokenizer):
+    for seed in range(9):
+        pairs = list(stream(model, tokenizer, "the", seed=seed, temperature=1.5))
+        ids = [token for token, _ in pairs if token != tokenizer.eot]
+        assert "".join(text for _, text in pairs) == tokenizer.decode(ids)
+
+
+def test_a_character_is_shown_only_when_all_its_bytes_are_there(model, tokenizer, monkeypatch):
+    text = "aé€😀z"
+    speak(monkeypatch, *text.encode())
+    pieces = [text for _, text in stream(model, tokenizer)]
+    assert pieces == ["a", "", "é", "", "", "€", "", "", "", "😀", "z"]
+
+
+def test_the_end_of_the_document_ends_the_text_and_is_not_in_it(model, tokenizer, monkeypatch):
+    speak(monkeypatch, *b"ab", tokenizer.eot, *b"cd")
+    assert complete(model, tokenizer) == "ab"
+
+
+@pytest.mark.parametrize("stop, shown", [("lo w", "hel"), ("rld!", "hello wo"), ("h", ""),
+                                         ("ox", "hello world!"), ("world!?", "hello world!")])
+def test_a_stop_string_across_tokens_is_never_shown(model, tokenizer, monkeypatch, stop, shown):
+    speak(monkeypatch, *b"hello world!")
+    pieces = [text for _, text in stream(model, tokenizer, "", 12, ["never", stop])]
+    assert "".join(pieces) == shown
+
+
+def test_text_waits_no_longer_than_a_stop_string_may_have_begun():
+    assert release("a = 1 #", ["# end"]) == ("a = 1 ", "#", False)
+    assert release("a = 1 # e", ["# end", "x"]) == ("a = 1 ", "# e", False)
+    assert release("a = 1 # o", ["# end"]) == ("a = 1 # o", "", False)
+    assert release("a # end b x", ["x", "# end"]) == ("a ", "", True)
+    assert release("a = 1 #", ["# end"], last=True) == ("a = 1 #", "", False)
+
+
+# -----------------------------------------------------------------------------
+# Runs and the machine.
+
+
+def test_a_run_is_found_and_loaded_with_its_best_checkpoint(folder, model):
+    assert list(checkpoints(folder)) == [10, 20, 30]
+    found = {which: pick_checkpoint(folder, which).name for which in ("best", "last", "10", 20)}
+    assert found == {"best": "step_000020.pt", "last": "step_000030.pt",
+                     "10": "step_000010.pt", 20: "step_000020.pt"}
+    loaded, tokenizer = load_run(folder)
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight) and not loaded.training
+
+
+def test_without_a_log_the_last_checkpoint_is_the_best(folder):
+    (folder / "log.jsonl").unlink()
+    assert pick_checkpoint(folder, "best").name == "step_000030.pt"
+
+
+def test_the_newest_run_is_the_one_written_last(folder):
+    older = shutil.copytree(folder, folder.with_name("older"))
+    for path in older.iterdir():
+        os.utime(path, (1, 1))
+    assert newest_run(folder.parent) == folder
+
+
+def test_a_model_with_another_tokenizer_is_refused(folder):
+    Tokenizer([]).save(folder / "tokenizer.json")
+    with pytest.raises(ValueError, match="has 262 tokens, the model step_000020.pt has 3"):
+        load_run(folder)
+
+
+def test_a_model_whose_training_diverged_is_refused(folder, tokenizer):
+    broken = tiny(vocab_size=tokenizer.n_vocab)
+    broken.lm_head.weight.data[3] = float("nan")
+    save_model(broken, folder / "step_000020.pt")
+    with pytest.raises(ValueError, match="diverged"):
+        load_run(folder)
+
+
+def test_a_device_that_is_there_is_taken_and_others_are_named():
+    assert pick_device("cpu") == "cpu" and pick_device() in ("cuda", "mps", "cpu")
+    with pytest.raises(ValueError, match="unknown device 'cdua': did you mean cuda"):
+        pick_device("cdua")
+    with pytest.raises(ValueError, match="device=cuda:99 does not work"):
+        pick_device("cuda:99")
+
+
+def test_a_precision_is_a_name_and_a_dtype():
+    assert pick_precision("bf16", "cpu") == ("bf16", torch.bfloat16)
+    assert pick_precision("auto", "mps") == ("fp32", torch.float32)
+    assert pick_precision("auto", "cpu")[0] in ("fp32", "bf16")
+    with pytest.raises(ValueError, match="unknown precision 'bf61': did you mean bf16"):
+        pick_precision("bf61", "cpu")
+
+
+# -----------------------------------------------------------------------------
+# The command.
+
+
+def test_the_command_prints_prompt_text_and_one_line_about_it(folder):
+    done = run("sample.py", "--prompt=the cat", "--max_new_tokens=20", cwd=folder.parent.parent)
+    assert done.returncode == 0
+    assert done.stdout.startswith("the cat") and done.stdout.endswith("\n")
+    assert done.stderr.count("\n") == 1 and "step_000020.pt: " in done.stderr
+
+
+def test_help_does_not_wait_for_torch():
+    done = run("sample.py", "--help", env=dict(os.environ, PYTHONPROFILEIMPORTTIME="1"))
+    assert done.returncode == 0 and "--temperature" in done.stdout
+    assert "torch" not in done.stderr
+
+
+def test_n_samples_differ_and_each_can_be_had_again(command):
+    both, _ = command("--n_samples=2", "--seed=7")
+    alone = [command(f"--seed={seed}")[0] for seed in (7, 8)]
+    assert both == f"--- 1 of 2\n{alone[0]}--- 2 of 2\n{alone[1]}" and alone[0] != alone[1]
+
+
+def test_a_full_context_is_said(command):
+    _, notes = command("--max_new_tokens=100", "--temperature=0", "--prompt=the cat")
+    assert notes.startswith("stopped: the context of 64 tokens is full\n")
+
+
+@pytest.mark.parametrize("words, line", [
+    (["runs/none"], "error: there is no run folder runs/none: python train.py makes a run"),
+    (["words"], "error: there is no run folder words: did you mean runs/words?"),
+    (["runs"], "error: runs holds no checkpoint (step_NNNNNN.pt): "
+     "python train.py --out=runs writes some"),
+    (["--checkpoint=7"], "error: runs/words holds no checkpoint of step 7, only of 10, 20, 30"),
+    (["--checkpoint=lst"], "error: unknown checkpoint 'lst': did you mean last?"),
+    (["--prompt=" + "#" * 99], "error: the prompt has 99 tokens, this model takes 1 to 63 "
+     "(block_size=64, one must follow): shorten the prompt"),
+    (["--max_new_tokens=0"], "error: max_new_tokens=0 must be at least 1"),
+    (["--top_p=3"], "error: top_p=3.0 must be above 0 and at most 1; 1 keeps all tokens"),
+    (["--stop="], "error: a stop string is empty: leave it out, or give it characters"),
+    (["--device=tpu"], "error: unknown device 'tpu': did you mean cpu?")])
+def test_a_wrong_input_ends_in_one_line(command, words, line):
+    text, notes = command(*words)
+    assert (text, notes.replace("\\", "/")) == ("", line + "\n")
+
+
+def test_an_empty_place_says_how_to_make_a_run(command, folder):
+    shutil.rmtree(folder)
+    assert command() == ("", "error: no run in runs/: python train.py makes one\n")
+
+
+@pytest.mark.parametrize("damage", [b"", b"something else", None])
+def test_a_damaged_checkpoint_ends_in_one_line(command, folder, damage):
+    path = folder / "step_000020.pt"
+    path.write_bytes(path.read_bytes()[:-5000] if damage is None else damage)
+    text, notes = command()
+    assert text == "" and notes.count("\n") == 1 and "step_000020.pt is damaged" in notes
