@@ -207,13 +207,14 @@ def read_rows(path):
 
 
 # -----------------------------------------------------------------------------
-# Intervals: where the score would lie in 95 of 100 repetitions with other text.
+# Intervals: 95 of 100 such intervals hold the score that endless text of this kind would give.
 
 
 def wilson(share, n, z=1.96):
     """The interval of a share of n, which stays within 0 and 1: Wilson (1927)."""
     middle, half = share + z * z / 2 / n, z * math.sqrt(share * (1 - share) / n + (z / 2 / n) ** 2)
-    return tuple((middle + sign * half) / (1 + z * z / n) for sign in (-1, 1))
+    low, high = ((middle + sign * half) / (1 + z * z / n) for sign in (-1, 1))
+    return max(0.0, low), min(1.0, high)
 
 
 def bootstrap(sums, units, n_draws=1000, seed=0):
@@ -258,8 +259,8 @@ def score_rows(task, model, tokenizer, rows):
 
 
 def score_continuation(model, tokenizer, tokens, options):
-    ends = np.flatnonzero(tokens == tokenizer.eot)
-    texts = [tokenizer.decode(part.tolist()) for part in np.split(tokens, ends + 1)]
+    documents = np.split(tokens, np.flatnonzero(tokens == tokenizer.eot))
+    texts = [tokenizer.decode(ids[ids != tokenizer.eot].tolist()) for ids in documents]
     rows = continuation_rows(texts, options.n_questions, options.seed)
     return score_rows("continuation", model, tokenizer, rows)
 
@@ -323,10 +324,10 @@ def table(scores):
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
-PANELS = {  # metric: (label, scale) of its panel in the picture
-    "perplexity": ("perplexity (lower is better)", "log"),
-    "bits per byte": ("bits per byte (lower is better)", "linear"),
-    "acc": ("questions answered right (higher is better)", "linear"),
+PANELS = {  # metric: (label, scale, lowest value, how values are written) of its panel
+    "perplexity": ("perplexity (lower is better)", "log", 1, "{x:,.0f}"),
+    "bits per byte": ("bits per byte (lower is better)", "linear", 0, "{x:.1f}"),
+    "acc": ("questions answered right (higher is better)", "linear", 0, "{x:.0%}"),
 }
 
 
@@ -336,19 +337,18 @@ def draw_panel(ax, metric, rows):
                                 for name in ("value", "low", "high", "chance"))
     places = range(len(rows))
     ax.plot(chance, places, "d", color="#cc6633", markersize=7, label="guessing")
-    ax.errorbar(value, places, xerr=[value - low, high - value], fmt="o", capsize=4,
-                color="#4477aa", label="the model, with its 95% interval")
+    spread = np.maximum(0, [value - low, high - value])  # rounding may make them negative
+    ax.errorbar(value, places, xerr=spread, fmt="o", capsize=4, color="#4477aa",
+                label="the model, with its 95% interval")
     for y, row in enumerate(rows):
         ax.annotate(written(row["value"], row["metric"]), (row["value"], y), (0, 8), ha="center",
                     textcoords="offset points")
-    label, scale = PANELS[metric]
+    label, scale, lowest, form = PANELS[metric]
     names = [row["task"] if row["metric"] in PANELS else f"{row['task']}, per character"
              for row in rows]
-    ax.set(xlabel=label, xscale=scale, yticks=places, yticklabels=names)
-    ax.set(ylim=(len(rows) - 0.4, -0.8), xlim=(1 if scale == "log" else 0, None))
-    if metric == "acc":
-        ax.set_xlim(0, 1)
-        ax.xaxis.set_major_formatter(lambda share, _: f"{100 * share:.0f}%")
+    ax.set(xlabel=label, xscale=scale, yticks=places, yticklabels=names,
+           xlim=(lowest, 1 if metric == "acc" else None), ylim=(len(rows) - 0.4, -0.8))
+    ax.xaxis.set_major_formatter(form)
     ax.grid(axis="x", alpha=0.3)
 
 

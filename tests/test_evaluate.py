@@ -1,0 +1,323 @@
+"""evaluate.py: likelihoods by their definition, each token scored once, intervals that hold."""
+
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from conftest import run, tiny
+
+import evaluate
+from data import read_split
+from evaluate import (bits_per_byte, bootstrap, continuation_rows, encode_pair, loglikelihood,
+                      multiple_choice, perplexity, read_rows, surprisal, table, wilson, windows)
+from model import save_model
+from sample import complete
+from tokenizer import Tokenizer, run_command
+
+TEXT = "the cat sees a big red dog. the old bird likes the tree. a dog runs on under the sun. " * 9
+
+
+@pytest.fixture(scope="module")
+def tokenizer(shards):
+    return Tokenizer.load(shards / "tokenizer.json")
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return tiny(vocab_size=tokenizer.n_vocab, block_size=64)
+
+
+@pytest.fixture
+def uniform(tokenizer):
+    """A model to which all tokens are equally likely."""
+    model = tiny(vocab_size=tokenizer.n_vocab, block_size=64)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    return model
+
+
+@pytest.fixture
+def folder(tmp_path, model, shards, tokenizer):
+    folder = tmp_path / "runs" / "words"
+    folder.mkdir(parents=True)
+    tokenizer.save(folder / "tokenizer.json")
+    save_model(model, folder / "step_000001.pt")
+    data = {"path": str(shards), "sources": [{"name": "words.txt"}]}
+    (folder / "config.json").write_text(json.dumps({"data": data}), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def command(folder, monkeypatch, capfd):
+    """Call the command in the folder that holds runs/; -> (text on stdout, text on stderr)."""
+    monkeypatch.chdir(folder.parent.parent)
+
+    def call(*words):
+        monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, words)])
+        try:
+            run_command(evaluate.main)
+        except SystemExit as end:
+            print(end, file=evaluate.sys.stderr)
+        return capfd.readouterr()
+    return call
+
+
+def score_by_definition(model, before, after):
+    """The log-probability of each id of after, one forward pass for each."""
+    ids, scores = list(before), []
+    for id in after:
+        with torch.inference_mode():
+            logits, _ = model(torch.tensor([ids]))
+        scores.append(logits[0, -1].double().log_softmax(dim=-1)[id].item())
+        ids.append(id)
+    return scores
+
+
+# -----------------------------------------------------------------------------
+# The primitive.
+
+
+def test_a_loglikelihood_is_the_sum_of_the_tokens_log_probabilities(model, tokenizer):
+    pairs = [("the cat", " sees a dog"), ("", "a tree"), ("old", " bird likes the big red cat.")]
+    for pair, (score, _) in zip(pairs, loglikelihood(model, tokenizer, pairs)):
+        before, after = encode_pair(tokenizer, *pair)
+        assert score == pytest.approx(sum(score_by_definition(model, before, after)), abs=1e-4)
+
+
+def test_in_batches_and_one_by_one_likelihoods_are_the_same(model, tokenizer, monkeypatch):
+    draw = random.Random(0)
+    pairs = [(TEXT[:draw.randrange(60)], TEXT[:draw.randrange(1, 60)]) for _ in range(25)]
+    monkeypatch.setattr(evaluate, "BATCH_TOKENS", 200)
+    monkeypatch.setattr(evaluate, "HEAD_TOKENS", 7)
+    scores, greedy = zip(*loglikelihood(model, tokenizer, pairs))
+    each = [loglikelihood(model, tokenizer, [pair])[0] for pair in pairs]
+    assert scores == pytest.approx([score for score, _ in each], abs=1e-4)
+    assert list(greedy) == [likeliest for _, likeliest in each]
+
+
+def test_what_greedy_sampling_writes_is_greedy(model, tokenizer):
+    text = complete(model, tokenizer, "the cat", temperature=0, max_new_tokens=5)
+    pairs = [("the cat", text), ("the cat", " sees the old dog")]
+    assert [greedy for _, greedy in loglikelihood(model, tokenizer, pairs)] == [True, False]
+
+
+def test_white_space_at_the_end_of_a_context_goes_to_the_continuation(tokenizer):
+    assert encode_pair(tokenizer, "the ", "cat") == encode_pair(tokenizer, "the", " cat")
+    assert encode_pair(tokenizer, "the\n ", "cat") == encode_pair(tokenizer, "the", "\n cat")
+    before, after = encode_pair(tokenizer, "the cat sees ", "a dog")
+    assert tokenizer.decode(before) == "the cat sees" and tokenizer.decode(after) == " a dog"
+
+
+@pytest.mark.parametrize("context", ["", " "])
+def test_without_a_context_a_document_begins(tokenizer, context):
+    before, after = encode_pair(tokenizer, context, "cat")
+    assert before == [tokenizer.eot] and tokenizer.decode(after) == context + "cat"
+
+
+def test_a_context_that_is_too_long_loses_its_beginning(model, tokenizer):
+    before, after = encode_pair(tokenizer, TEXT, " a cat")
+    seen = (before + after)[-65:-len(after)]
+    score, _ = loglikelihood(model, tokenizer, [(TEXT, " a cat")])[0]
+    assert score == pytest.approx(sum(score_by_definition(model, seen, after)), abs=1e-4)
+
+
+@pytest.mark.parametrize("continuation", ["", TEXT])
+def test_a_continuation_that_does_not_fit_is_refused(model, tokenizer, continuation):
+    with pytest.raises(ValueError, match="continuation has .* tokens, this model takes 1 to 64"):
+        loglikelihood(model, tokenizer, [("the", continuation)])
+
+
+# -----------------------------------------------------------------------------
+# Predicting text.
+
+
+@pytest.mark.parametrize("n", [2, 5, 8, 9, 10, 30])
+@pytest.mark.parametrize("block_size, stride", [(8, 8), (8, 4), (8, 3), (8, 1), (1, 1)])
+def test_each_token_but_the_first_is_scored_once_with_enough_before_it(n, block_size, stride):
+    scored = []
+    for ids, n_scored in windows(list(range(n)), block_size, stride):
+        assert len(ids) <= block_size + 1
+        scored += ids[-n_scored:]
+        least = min(ids[-n_scored], block_size - stride)  # ids count from 0: as many stand before
+        assert ids[-n_scored] - ids[0] >= max(1, least)
+    assert scored == list(range(1, n))
+
+
+@pytest.mark.parametrize("stride", [1, 3, 8, 16])
+def test_surprisal_equals_one_forward_pass_for_each_token(stride):
+    model, ids = tiny(), torch.randint(64, (45,)).tolist()
+    starts = [max(0, math.ceil((i - 16) / stride)) * stride for i in range(1, 45)]
+    expected = [-score_by_definition(model, ids[start:i], ids[i:i + 1])[0]
+                for i, start in enumerate(starts, 1)]
+    assert surprisal(model, np.array(ids), stride) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("stride", [0, 17])
+def test_a_stride_that_would_leave_tokens_out_is_refused(stride):
+    with pytest.raises(ValueError, match=f"stride={stride} must be 1 to block_size=16"):
+        surprisal(tiny(), np.zeros(9, np.int64), stride)
+
+
+def test_an_untrained_model_guesses_among_all_tokens(uniform, model, tokenizer):
+    ids, V = np.array(tokenizer.encode(TEXT)), tokenizer.n_vocab
+    assert perplexity(surprisal(uniform, ids)) == pytest.approx(V, rel=1e-5)
+    random_ids = np.random.default_rng(0).integers(V, size=2000)
+    assert perplexity(surprisal(model, random_ids)) == pytest.approx(V, rel=0.1)
+
+
+def test_bits_per_byte_and_perplexity_by_hand():
+    nats = [math.log(8), math.log(2)]  # 3 bits and 1 bit, for 2 bytes
+    assert bits_per_byte(nats, 2) == pytest.approx(2)
+    assert perplexity(nats) == pytest.approx(4)
+
+
+# -----------------------------------------------------------------------------
+# Multiple choice.
+
+
+def test_the_likeliest_choice_wins_by_its_sum_and_by_its_mean_per_character(monkeypatch):
+    scores = {" no": -2.0, " surely": -3.0, "x": -1.0, "yy": -1.5}
+    monkeypatch.setattr(evaluate, "loglikelihood", lambda model, tokenizer, pairs, title: [
+        (scores[continuation], False) for _, continuation in pairs])
+    rows = [{"context": "is it?", "choices": ["no", "surely"], "answer": 0},
+            {"context": "is it?\n", "choices": ["x", "yy"], "answer": 1}]
+    assert multiple_choice(None, None, rows) == {"acc": 0.5, "acc_norm": 0.5}
+    rows[0]["answer"] = 1  # -3/6 is more than -2/2
+    assert multiple_choice(None, None, rows) == {"acc": 0.0, "acc_norm": 1.0}
+
+
+def test_a_model_that_knows_nothing_answers_as_often_as_chance(uniform, tokenizer, shards):
+    text = tokenizer.decode(np.concatenate(read_split(shards, "val")).tolist())
+    rows = continuation_rows([text], n_rows=200)
+    low, high = wilson(multiple_choice(uniform, tokenizer, rows)["acc"], len(rows))
+    assert low <= 0.25 <= high
+
+
+def test_questions_have_one_true_continuation_among_four_places_of_the_text():
+    text = " ".join(f"{n}\n  " if n % 9 == 0 else str(n) for n in range(2000))
+    rows = continuation_rows([text], n_rows=50)
+    assert len(rows) == 50
+    for row in rows:
+        assert row["context"] + row["choices"][row["answer"]] in text
+        assert len(set(row["choices"])) == 4 and all(choice in text for choice in row["choices"])
+
+
+def test_the_same_text_and_seed_give_the_same_questions():
+    text = " ".join(map(str, range(2000)))
+    assert continuation_rows([text], 20, seed=1) == continuation_rows([text], 20, seed=1)
+    assert continuation_rows([text], 20, seed=1) != continuation_rows([text], 20, seed=2)
+
+
+def test_text_that_is_too_short_for_questions_is_refused():
+    with pytest.raises(ValueError, match="too short for continuation questions of 48 words"):
+        continuation_rows(["some words " * 10, "one " * 100])
+
+
+def test_rows_are_read_from_lines_of_json(tmp_path):
+    rows = [{"context": "2 + 2 =", "choices": ["3", "4"], "answer": 1},
+            {"context": "", "choices": ["a\u2028b", "ä", "c"], "answer": 0, "more": None}]
+    lines = "\r\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "rows.jsonl").write_bytes(lines.encode("utf-8-sig"))
+    assert read_rows(tmp_path / "rows.jsonl") == rows
+
+
+@pytest.mark.parametrize("line", [
+    b"{", b"[]", b"3", b"\xff", b'{"choices": ["a", "b"], "answer": 0}',
+    b'{"context": 1, "choices": ["a", "b"], "answer": 0}',
+    b'{"context": "", "choices": ["a"], "answer": 0}',
+    b'{"context": "", "choices": "ab", "answer": 0}',
+    b'{"context": "", "choices": ["a", ""], "answer": 0}',
+    b'{"context": "", "choices": ["a", "b"], "answer": 2}',
+    b'{"context": "", "choices": ["a", "b"], "answer": true}'])
+def test_a_row_that_is_wrong_is_named_by_its_line(tmp_path, line):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(evaluate.EXAMPLE_ROW.encode() + b"\n\n" + line)
+    with pytest.raises(ValueError, match=r"rows.jsonl, line 3 is not "):
+        read_rows(path)
+
+
+# -----------------------------------------------------------------------------
+# Intervals.
+
+
+def test_wilsons_interval_solves_its_equation():
+    for share, n in (0.5, 100), (0.0, 10), (1.0, 10), (0.3, 1):
+        for edge in wilson(share, n):  # its standard error, times 1.96, reaches to the share
+            assert (share - edge) ** 2 == pytest.approx(1.96**2 * edge * (1 - edge) / n, abs=1e-9)
+
+
+def test_intervals_hold_the_truth_about_as_often_as_they_say():
+    rng, held = np.random.default_rng(0), {"wilson": 0, "bootstrap": 0}
+    for _ in range(200):
+        low, high = wilson(rng.binomial(60, 0.7) / 60, 60)
+        held["wilson"] += low <= 0.7 <= high
+        units = rng.integers(1, 9, size=60)
+        low, high = bootstrap(rng.normal(2 * units, 3), units, n_draws=200)
+        held["bootstrap"] += low <= 2 <= high
+    assert all(0.9 <= times / 200 <= 0.99 for times in held.values()), held
+
+
+# -----------------------------------------------------------------------------
+# The command.
+
+
+def test_the_command_prints_a_table_and_writes_a_file_and_a_picture(folder):
+    done = run("evaluate.py", "--max_tokens=800", "--n_questions=20", cwd=folder.parent.parent)
+    assert done.returncode == 0 and done.stderr == ""
+    report = json.loads((folder / "scores.json").read_text("utf-8"))
+    assert table(report["scores"]) in done.stdout
+    assert [row["metric"] for row in report["scores"]] == [
+        "perplexity", "bits per byte", "acc", "acc_norm"]
+    assert (folder / "scores.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_scores_written_are_those_of_the_held_out_tokens(command, folder, model, shards):
+    tokenizer = Tokenizer.load(shards / "tokenizer.json")
+    command("--tasks=perplexity", "--max_tokens=300")
+    ids = np.concatenate(read_split(shards, "val"))[:300].tolist()
+    nats = surprisal(model, np.array([tokenizer.eot, *ids]))
+    first, second = json.loads((folder / "scores.json").read_text("utf-8"))["scores"]
+    text = tokenizer.decode(ids).replace("<|endoftext|>", "")
+    assert first["value"] == pytest.approx(perplexity(nats), rel=1e-6)
+    assert second["value"] == pytest.approx(bits_per_byte(nats, len(text.encode())), rel=1e-6)
+    assert all(row["low"] < row["value"] < row["high"] for row in (first, second))
+    assert (first["n"], first["chance"]) == (300, tokenizer.n_vocab)
+
+
+def test_rows_of_a_file_need_no_held_out_text(command, folder, tmp_path):
+    (folder / "config.json").unlink()
+    (tmp_path / "sums.jsonl").write_text(evaluate.EXAMPLE_ROW, encoding="utf-8")
+    shown, _ = command("--tasks=rows", "--rows=sums.jsonl")
+    assert "sums  acc       " in shown and "1 questions" in shown
+
+
+@pytest.mark.parametrize("words, line", [
+    (["runs/none"], "there is no run folder runs/none: python train.py makes a run"),
+    (["--tasks=perplexity,continuaton"], "unknown task 'continuaton': did you mean continuation?"),
+    (["--tasks=rows"], "the task rows needs a file of questions: --rows=FILE.jsonl"),
+    (["--rows=none.jsonl"], "No such file or directory: none.jsonl"),
+    (["--max_tokens=0"], "max_tokens=0 must be at least 1"),
+    (["--stride=65"], "stride=65 must be 1 to block_size=64"),
+    (["--data=nothing"], "nothing: no val shards"),
+    (["--tasks=continuation", "--max_tokens=20"], "the held-out text is too short for ")])
+def test_a_wrong_input_ends_in_one_line(command, words, line):
+    _, notes = command(*words)
+    assert notes.replace("\\", "/").startswith("error: " + line) and notes.count("\n") == 1
+
+
+def test_a_held_out_text_that_is_gone_is_named_with_the_command_that_makes_it(command, folder):
+    config = {"data": {"path": "shards/words", "sources": [{"name": "words.txt"}]}}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    _, notes = command()
+    assert notes.replace("\\", "/") == (
+        "error: the text held out from training is gone (shards/words): python data.py words.txt "
+        "--tokenizer=runs/words/tokenizer.json --out=shards/words makes it again\n")
+
+
+def test_shards_of_another_tokenizer_are_refused(command, folder):
+    Tokenizer([(b"a", b"b")]).save(folder / "tokenizer.json")
+    save_model(tiny(vocab_size=263, block_size=64), folder / "step_000001.pt")
+    _, notes = command()
+    assert "was written with another tokenizer than" in notes and notes.count("\n") == 1
