@@ -577,6 +577,8 @@ def save_model(model, path, **state):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+    except RuntimeError as error:  # torch's word for a disk that is full
+        raise OSError(f"{path} could not be written ({str(error)[:40]}): is its disk full?") from None
     finally:
         part.unlink(missing_ok=True)
 

@@ -50,6 +50,7 @@ class TrainConfig:
     # data and output
     data: str = "stdlib"            # shards, or what data.py takes: stdlib, a file, folder, URL ...
     out: str = ""                   # run folder; empty: runs/ and the name of the data
+    config: str = ""                # a config.json whose options are taken; those typed come first
     resume: bool = False            # continue the run in --out, or the newest one
     vocab_size: int = 4096          # of the tokenizer, when one is trained
     # model
@@ -116,6 +117,26 @@ def parse_options(config_class):
             group.add_argument(f"--{f.name}", default=argparse.SUPPRESS,
                                help=option[2].replace("%", "%%") + shown, **kind)
     return vars(parser.parse_args())
+
+
+def complete_options(given):
+    """The options typed, over those of the config.json that --config or --resume point to."""
+    config = TrainConfig(**given)
+    if config.resume:
+        folder = Path(config.out) if config.out else newest_run()
+        pick_checkpoint(folder, "last")  # where there is nothing to go on from, this says so
+        given = given | {"out": str(folder)}
+        config.config = str(folder / "config.json")
+    if not config.config:
+        return config
+    try:
+        saved = json.loads(Path(config.config).read_text(encoding="utf-8"))["train"]
+        saved.update(out="", config="", resume=False)
+        if given.keys() & set(LENGTHS):  # a new length takes the place of all former ones
+            saved |= dict.fromkeys(LENGTHS, 0)
+        return TrainConfig(**saved | given)
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{config.config} is not the config.json of a run ({error!r})") from None
 
 
 def shape_of(config, vocab_size):
@@ -550,15 +571,7 @@ def report(summary):
 
 
 def main():
-    given = parse_options(TrainConfig)
-    config = TrainConfig(**given)
-    if config.resume:
-        folder = Path(config.out) if config.out else newest_run()
-        pick_checkpoint(folder, "last")  # nothing to go on from is said before anything is done
-        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))["train"]
-        if given.keys() & set(LENGTHS):  # a new length takes the place of all former ones
-            saved = {name: value for name, value in saved.items() if name not in LENGTHS}
-        config = TrainConfig(**saved | given | {"out": str(folder)})
+    config = complete_options(parse_options(TrainConfig))
     try:
         summary = train(config)
         if summary:
