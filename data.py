@@ -17,6 +17,7 @@ import contextlib
 import difflib
 import gzip
 import hashlib
+import html
 import http.client
 import io
 import itertools
@@ -29,27 +30,25 @@ import sysconfig
 import tempfile
 import time
 import unicodedata
-import urllib.error
 import urllib.parse
 import urllib.request
 import zipfile
 import zlib
 from array import array
 from collections import Counter
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from tokenizer import Parser, Tokenizer, replacing, run_command
+from tokenizer import SPECIAL_TOKENS, Parser, Tokenizer, replacing, room_for_merges, run_command
 
 RECIPE = 1  # part of each fingerprint: raised when the same content would give other shards
 SEPARATOR = "<|endoftext|>"  # between the documents of a .txt file
-FEW_DOCUMENTS = 20  # below this, each document gives its end to validation
-PIECE_CHARS = 1 << 19  # a text much longer than this is tokenized in pieces
-GROUP_CHARS = 1 << 22  # text tokenized at a time: the ids of a large corpus must not fill memory
+LONG_TEXT = 1 << 21  # characters; a .txt file of a longer text is read as several documents
+GROUP_CHARS = 1 << 23  # text tokenized at a time: the ids of a large corpus must not fill memory
 LEARN_BYTES = 200_000_000  # a tokenizer learns from a sample of this size: more changes little
+FEW_DOCUMENTS = 20  # below this, each document gives its end to validation
 SHARD_TOKENS = 100_000_000
 LOSSES = ["replaced bytes", "control characters", "empty documents", "exact duplicates",
           "skipped files"]
@@ -83,40 +82,18 @@ NAMES = ["stdlib", *KNOWN, *READY]
 # Reading: a file becomes documents, one str each.
 
 
-@contextlib.contextmanager
-def open_text(path):
-    """Open a text file, plain or .gz, line ends as they are. Raises ValueError for a binary file.
-
-    A byte that is not UTF-8 arrives as a lone surrogate, for clean() to count and replace.
-    """
-    try:
-        with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
-            head = file.peek(8192)[:8192]
-            is_utf16 = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # PowerShell's >
-            if b"\0" in head and not is_utf16:
-                raise ValueError(f"{path} is a binary file, not text")
-            encoding = "utf-16" if is_utf16 else "utf-8-sig"
-            yield io.TextIOWrapper(file, encoding, "surrogateescape", newline="")
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-
-
-def read_whole(file):
-    """Yield the one document of a file."""
-    yield file.read()
-
-
 def read_txt(file):
-    """Yield the documents of a .txt file, one or many."""
-    lines = []
-    for line in file:
-        *ended, line = line.split(SEPARATOR)
-        for end in ended:
-            yield "".join([*lines, end])
-            lines = []
-        lines.append(line)
-    if any(map(str.strip, lines)):  # most files end with a separator or a line end, not a document
-        yield "".join(lines)
+    """Yield the documents of a .txt file, one or many; parts of those longer than LONG_TEXT."""
+    rest = ""
+    while block := file.read(LONG_TEXT):
+        *texts, rest = (rest + block).split(SEPARATOR)
+        yield from texts
+        if len(rest) >= LONG_TEXT:  # so that a file of any size fits into memory
+            end = rest.rfind("\n") + 1 or len(rest)
+            yield rest[:end]
+            rest = rest[end:]
+    if rest.strip():  # most files end with a separator or a line end, not with a document
+        yield rest
 
 
 def read_jsonl(file):
@@ -139,77 +116,66 @@ def read_topics(file):
             yield from ast.literal_eval(node.value).values()
 
 
-class PageText(HTMLParser):
-    """Collects the text of a web page, each block on its own lines, without scripts and styles."""
-
-    INLINE = set("a abbr acronym b bdi bdo big cite code data del dfn em font i img ins kbd label "
-                 "mark q s samp small span strike strong sub sup time tt u var wbr".split())
-    HIDDEN = {"script", "style", "template"}
-
-    def __init__(self):
-        super().__init__()
-        self.parts, self.n_open = ["\n"], Counter()
-
-    def handle_starttag(self, tag, attrs):
-        self.n_open[tag] += 1
-        self.end_line(tag)
-
-    def handle_endtag(self, tag):
-        self.n_open[tag] = max(0, self.n_open[tag] - 1)  # pages close tags that they never opened
-        self.end_line(tag)
-
-    def end_line(self, tag):
-        if tag not in self.INLINE and not self.parts[-1].endswith("\n"):
-            self.parts.append("\n")
-
-    def handle_data(self, data):
-        if any(self.n_open[tag] for tag in self.HIDDEN):
-            return
-        if not self.n_open["pre"]:  # outside <pre>, any run of white space is one space
-            data = re.sub(r"\s+", " ", data)
-            data = data.lstrip() if self.parts[-1][-1].isspace() else data
-        self.parts += [data] if data else []
+HIDDEN = re.compile(r"(?is)<!--.*?-->|<(script|style|template)\b.*?</\1\s*>")
+PRE = re.compile(r"(?is)<pre\b[^>]*>(.*?)</pre\s*>")  # the one place where white space counts
+TAG = re.compile(r"""</?([a-zA-Z!?][^\s/>]*)(?:"[^"]*"|'[^']*'|[^>"'])*>""")
+INLINE = set("a abbr acronym b bdi bdo big cite code data del dfn em font i img ins kbd label mark "
+             "q s samp small span strike strong sub sup time tt u var wbr".split())
 
 
 def html_to_text(page):
     """The visible text of a web page: html_to_text(b"<p>a &lt; <b>b</b>").strip() == "a < b"."""
-    page = page.decode("utf-8-sig", "surrogateescape")
-    parser = PageText()
-    parser.feed(re.sub(r"<!\[[^>]*>", "", page))  # <![if ...]> stops the parser of some Pythons
-    parser.close()
-    return "".join(parser.parts)
+    parts = PRE.split(HIDDEN.sub("", page.decode("utf-8-sig", "surrogateescape")))
+    for i, part in enumerate(parts):
+        part = part if i % 2 else re.sub(r"\s+", " ", part)
+        part = TAG.sub(lambda tag: "" if tag[1].lower() in INLINE else "\n", part)
+        if i % 2 == 0:
+            part = re.sub(r"\s+", lambda space: "\n" if "\n" in space[0] else " ", part)
+        parts[i] = html.unescape(part)
+    return "\n".join(parts)
 
 
-def read_html(file):
-    """Yield the one document of a web page."""
-    yield html_to_text(file.buffer.read())
+READERS = {
+    ".txt": read_txt,
+    ".md": lambda file: [file.read()],
+    ".py": lambda file: [file.read()],
+    ".jsonl": read_jsonl,
+    ".html": lambda file: [html_to_text(file.buffer.read())],
+}
 
 
-READERS = {".txt": read_txt, ".md": read_whole, ".py": read_whole, ".jsonl": read_jsonl,
-           ".html": read_html}
-
-
-def ending(name):
+def ending(path):
     """What says how a file is read: ending("notes.TXT.gz") == ".txt"."""
-    name = str(name).lower()
-    return Path(name[:-3] if name.endswith(".gz") else name).suffix
+    return Path(Path(path).name.lower().removesuffix(".gz")).suffix
 
 
-def reader_of(path):
-    """The function that reads this file. Raises ValueError when there is none for its ending."""
-    if path.parts[-2:] == ("pydoc_data", "topics.py"):
-        return read_topics
+@contextlib.contextmanager
+def open_text(path):
+    """Open a text file, plain or .gz, line ends as they are. Raises ValueError for any other file.
+
+    A byte that is not UTF-8 arrives as a lone surrogate, for clean() to count and replace.
+    """
     if ending(path) not in READERS:
         raise ValueError(f"{path}: cannot read {path.suffix or 'a file without an ending'}, only "
                          f"{' '.join(READERS)}, each also as .gz")
-    return READERS[ending(path)]
+    try:
+        with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
+            head = file.peek(8192)[:8192]
+            is_utf16 = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # PowerShell's >
+            if b"\0" in head and not is_utf16:
+                raise ValueError(f"{path} is a binary file, not text")
+            encoding = "utf-16" if is_utf16 else "utf-8-sig"
+            yield io.TextIOWrapper(file, encoding, "surrogateescape", newline="")
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
 
 
 def read_documents(path):
     """Yield the documents of one file, as they are, one by one."""
-    reader = reader_of(Path(path))
-    with open_text(Path(path)) as file:
-        yield from reader(file)
+    path = Path(path)
+    with open_text(path) as file:
+        is_topics = path.parts[-2:] == ("pydoc_data", "topics.py")
+        yield from read_topics(file) if is_topics else READERS[ending(path)](file)
 
 
 # -----------------------------------------------------------------------------
@@ -225,21 +191,23 @@ def file_hash(path):
     return hasher.hexdigest()
 
 
-def receive(url, part, total):
-    """Append what is missing of url to the file `part`; return how large it should be, if known."""
+def receive(url, part):
+    """Append what is missing of url to the file `part`; return the size that it should then have."""
     n_done = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"User-Agent": "data.py (urllib)"})
-    if n_done:
-        request.add_header("Range", f"bytes={n_done}-")
-    with urllib.request.urlopen(request, timeout=30) as response:
-        n_done = n_done if response.status == 206 else 0  # 200: this server starts from the front
-        n_more = response.headers.get("Content-Length")
-        total = total or (n_done + int(n_more) if n_more else None)
-        bar = tqdm(None, part.stem, total, initial=n_done, unit="B", unit_scale=True, disable=None)
-        with open(part, "ab" if n_done else "wb") as file, bar:
-            while block := response.read(1 << 18):
-                file.write(block)
-                bar.update(len(block))
+    headers = {"User-Agent": "data.py (urllib)"} | ({"Range": f"bytes={n_done}-"} if n_done else {})
+    request = urllib.request.Request(url, headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=30) as response:
+            n_done = n_done if response.status == 206 else 0  # 200: this server sends all of it
+            total = n_done + int(response.headers.get("Content-Length") or 0)
+            bar = dict(desc=part.stem, total=total, initial=n_done, disable=None)
+            with open(part, "ab" if n_done else "wb") as file:
+                shutil.copyfileobj(response, tqdm.wrapattr(file, "write", **bar))
+    except (OSError, http.client.HTTPException) as error:
+        if getattr(error, "code", None) == 416:  # it is no part of this file
+            part.unlink(missing_ok=True)
+        raise ValueError(f"{url}: {error}; check it and start again, or take stdlib, "
+                         "which needs no network") from None
     return total
 
 
@@ -252,21 +220,12 @@ def download(url, path, n_bytes=None, sha256=None):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    try:
-        total = receive(url, part, n_bytes)
-    except urllib.error.HTTPError as error:
-        if error.code == 416 and part.exists():  # nothing is left to send: start again
-            part.unlink()
-            return download(url, path, n_bytes, sha256)
-        raise ValueError(f"{url}: the server answers {error.code} {error.reason}") from None
-    except urllib.error.URLError as error:
-        raise ValueError(f"{url}: no connection ({error.reason}); stdlib needs none") from None
-    except (http.client.HTTPException, ConnectionError, TimeoutError) as error:
-        raise ValueError(f"{url}: cut off ({error}); start again to go on") from None
-    n_done = part.stat().st_size
-    if total and n_done < total:
-        raise ValueError(f"{url}: cut off at {n_done:,} of {total:,} bytes; start again to go on")
-    if (n_bytes and n_done != n_bytes) or (sha256 and file_hash(part) != sha256):
+    whole = part.exists() and part.stat().st_size == n_bytes
+    total, n_done = n_bytes if whole else receive(url, part), part.stat().st_size
+    if n_done < (n_bytes or total):
+        raise ValueError(f"{url}: cut off at {n_done:,} of {n_bytes or total:,} bytes; "
+                         "start again to go on")
+    if n_done != (n_bytes or n_done) or sha256 not in (None, file_hash(part)):
         part.unlink()
         raise ValueError(f"{url}: not the expected {n_bytes} bytes with sha256 {sha256}; removed")
     os.replace(part, path)
@@ -293,63 +252,63 @@ def download_page(url, folder):
     return download(url, folder / f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}")
 
 
-def walk(folder, skip=()):
-    """All files below a folder by path, but hidden ones and what is in folders named in `skip`."""
-    files = []
-    for place, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if name not in skip and not name.startswith(".")]
-        files += [Path(place, name) for name in names if not name.startswith(".")]
-    return sorted((path for path in files if path.is_file()), key=lambda path: path.parts)
+def download_ready(name, folder, n_shards):
+    """Download a row of READY: the shard to validate on, and n_shards to train on."""
+    url, last = READY[name]["url"], READY[name]["last"]
+    if not 1 <= n_shards <= last:
+        raise ValueError(f"{name} has 1 to {last} training shards, not {n_shards}")
+    names = ["val_000000.bin"] + [f"train_{i:06d}.bin" for i in range(1, n_shards + 1)]
+    return [download(url + file, folder / name / file) for file in names]
 
 
 def is_readable(path):
     """Whether a file is text that we can read, judged by its name and its beginning."""
     try:
         with open_text(path) as file:
-            return bool(reader_of(path) and file.read(1))
+            return bool(file.read(1))
     except ValueError:
         return False
 
 
-def standard_library():
-    """The .py files that come with the running Python, without tests and installed packages."""
-    folder = Path(sysconfig.get_paths()["stdlib"])
-    skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    files = [path for path in walk(folder, skip) if path.suffix == ".py" and is_readable(path)]
+def text_files(folder, counts, skip=()):
+    """The readable files below a folder, in a fixed order, without hidden and `skip` folders."""
+    found = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if name not in skip and name[0] != ".")
+        paths = [Path(place, name) for name in sorted(names) if name[0] != "."]
+        found += [path for path in paths if path.is_file()]
+    files = [path for path in found if is_readable(path)]
+    counts["skipped files"] += len(found) - len(files)
     if not files:
-        raise ValueError(f"this Python lacks the sources of its library ({folder}): name a folder")
+        raise ValueError(f"{folder}: a folder without text (only {' '.join(READERS)} are read)")
     return files
 
 
-def find_files(source, downloads, counts):
-    """The files of one source, in a fixed order. Raises ValueError where nothing can be read."""
+def find_files(source, downloads, counts, n_shards=1):
+    """The files of one source, in a fixed order. Raises ValueError where there is none."""
     path = Path(source)
     if source == "stdlib":
-        return standard_library()
+        skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+        files = text_files(sysconfig.get_paths()["stdlib"], Counter(), skip)
+        return [file for file in files if file.suffix == ".py"]
     if source in KNOWN:
         return [download_known(source, downloads)]
+    if source in READY:
+        return download_ready(source, downloads, n_shards)
     if re.match("https?://", source):
         return [download_page(source, downloads)]
     if path.is_dir():
-        found = walk(path)
-        files = [file for file in found if is_readable(file)]
-        counts["skipped files"] += len(found) - len(files)
-        if not files:
-            raise ValueError(f"{source}: a folder without text (only {' '.join(READERS)} are read)")
-        return files
-    if not path.exists():
-        beside = os.listdir(path.parent) if path.parent.is_dir() else []
-        near = difflib.get_close_matches(
-            source, NAMES + [str(path.with_name(name)) for name in beside], 1)
-        raise ValueError(f"{source}: no such file or folder, and not one of {', '.join(NAMES)}"
-                         + (f"; did you mean {near[0]}?" if near else ""))
-    if reader_of(path) and not path.stat().st_size:
-        raise ValueError(f"{source} is empty")
-    return [path]
+        return text_files(path, counts)
+    if path.exists():
+        return [path]
+    beside = map(str, path.parent.glob("*"))
+    near = difflib.get_close_matches(source, [*NAMES, *beside], 1)
+    raise ValueError(f"{source}: no such file or folder, and not one of {', '.join(NAMES)}"
+                     + (f"; did you mean {near[0]}?" if near else ""))
 
 
 # -----------------------------------------------------------------------------
-# Cleaning: the same text in one spelling, once, and on one side of the split.
+# Cleaning: the same text in one spelling, and once.
 
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # Unicode's Cc but \t \n \r
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -388,38 +347,12 @@ def exact_duplicates(texts):
     return found
 
 
-def last_line_end(text, position):
-    """Where the last line before this position ends; the position itself in a long line."""
-    nearest = max(0, position - (len(text) - position) // 2)
-    return text.rfind("\n", nearest, position) + 1 or position
-
-
-def choose_cuts(texts, val_ratio=None):
-    """Return (cuts, rule): train on texts[i][:cuts[i]], validate on the rest; the rule in words.
-
-    Whole documents go by their own hash, so none changes sides when others come or go.
-    """
-    if len(texts) < FEW_DOCUMENTS:
-        ratio = val_ratio or 0.1
-        rule = f"fewer than {FEW_DOCUMENTS} documents: the last {ratio:.0%} of each validates"
-        return [last_line_end(text, round(len(text) * (1 - ratio))) for text in texts], rule
-    ratio = val_ratio or 0.05
-    rule = f"documents with a sha256 (as a fraction of 1) below {ratio} validate, at least one"
-    sizes, fractions = [], []
-    for text in texts:
-        sizes.append(len(text))
-        fractions.append(int.from_bytes(text_hash(text)[:8], "big") / 2**64)
-    limit = max(ratio, min(fractions))
-    return [0 if fraction <= limit else size for size, fraction in zip(sizes, fractions)], rule
-
-
 # -----------------------------------------------------------------------------
 # Shards: a header of 256 int32 (magic, version, number of tokens), then the tokens. This is llm.c's
 # format: its shards can be read here, and ours there.
 
 HEADER_BYTES = 1024
 FORMATS = {"<u2": (20240520, 1), "<u4": (20240801, 7)}  # type of a token: magic, version
-SHARD_NAME = re.compile(r"(train|val)_\d{6}\.bin(\.part)?")
 
 
 def write_shards(arrays, folder, split, n_vocab, shard_tokens=SHARD_TOKENS):
@@ -447,19 +380,15 @@ def write_shards(arrays, folder, split, n_vocab, shard_tokens=SHARD_TOKENS):
 def read_shard(path):
     """The tokens of a shard as a memory map. Raises ValueError for a foreign or damaged file."""
     magic, version, n_tokens, *_ = [*np.fromfile(path, "<i4", 3).tolist(), 0, 0, 0]
-    for kind, (known_magic, known_version) in FORMATS.items():
-        if magic == known_magic:
-            break
-    else:
-        known = " or ".join(str(magic) for magic, _ in FORMATS.values())
-        raise ValueError(f"{path}: not a token shard (its magic is {magic}, not {known})")
-    if version != known_version:
-        raise ValueError(f"{path}: a shard of version {version}, only {known_version} can be read")
+    kind = {row: kind for kind, row in FORMATS.items()}.get((magic, version))
+    if kind is None:
+        raise ValueError(f"{path}: not a token shard that can be read (magic {magic}, version "
+                         f"{version}; known are {' and '.join(map(str, FORMATS.values()))})")
     size, expected = os.path.getsize(path), HEADER_BYTES + n_tokens * np.dtype(kind).itemsize
-    if size != expected:
+    if n_tokens < 1 or size != expected:
         raise ValueError(f"{path}: damaged, {size:,} bytes where {n_tokens:,} tokens need "
                          f"{expected:,}; delete it and run data.py again")
-    return np.memmap(path, kind, "r", HEADER_BYTES, n_tokens) if n_tokens else np.empty(0, kind)
+    return np.memmap(path, kind, "r", HEADER_BYTES, n_tokens)
 
 
 def read_split(folder, split="train"):
@@ -471,118 +400,156 @@ def read_split(folder, split="train"):
 
 
 # -----------------------------------------------------------------------------
-# Preparing: from sources to a finished folder.
-
-LINE_END = re.compile(r"[^\W_](?=\n)")
+# From text to shards, one stage after the other.
 
 
 class Documents:
-    """Texts in a temporary file: first appended, then read like a list, however many they are."""
+    """A list of texts that lies in a file, because a corpus may be larger than memory."""
 
-    def __init__(self, file):
-        self.file, self.starts, self.sizes = file, array("q"), array("q")
+    def __init__(self, file, starts, ends):
+        self.file, self.starts, self.ends = file, starts[starts < ends], ends[starts < ends]
+        self.n_bytes = int((ends - starts).sum())
 
-    def append(self, text):
-        data = text.encode()
-        self.starts.append(self.file.tell())
-        self.sizes.append(len(data))
-        self.file.write(data)
+    @classmethod
+    def store(cls, texts, file):
+        """Write texts to an empty binary file; those without a character are left out."""
+        sizes = np.array(array("q", (file.write(text.encode()) for text in texts)))
+        return cls(file, sizes.cumsum() - sizes, sizes.cumsum())
+
+    def without(self, positions):
+        """The list without the texts at these positions."""
+        return Documents(self.file, *np.delete([self.starts, self.ends], positions, axis=1))
 
     def __len__(self):
         return len(self.starts)
 
     def __getitem__(self, i):
         self.file.seek(self.starts[i])
-        return self.file.read(self.sizes[i]).decode()
-
-    def drop(self, positions):
-        dropped = set(positions)
-        kept = [i not in dropped for i in range(len(self))]
-        self.starts = array("q", itertools.compress(self.starts, kept))
-        self.sizes = array("q", itertools.compress(self.sizes, kept))
+        return self.file.read(self.ends[i] - self.starts[i]).decode()
 
 
-def gather(files, documents, counts):
-    """Read and clean all files into `documents`, without those that are empty or repeated."""
+def clean_documents(files, counts):
+    """Yield the documents of all files, cleaned; what is lost by that is added to `counts`."""
     texts = (text for path in files for text in read_documents(path))
     for text in tqdm(texts, "reading", unit=" documents", disable=None, leave=False):
-        counts["documents read"] += 1
         text = clean(text, counts)
-        if text:
-            documents.append(text)
-        else:
-            counts["empty documents"] += 1
-    duplicates = exact_duplicates(documents)
-    documents.drop(duplicates)
-    counts["exact duplicates"] = len(duplicates)
-    counts["documents"], counts["bytes"] = len(documents), sum(documents.sizes)
-    if not documents:
-        raise ValueError(f"no text in these sources: {counts['empty documents']} empty documents")
+        counts.update({"documents read": 1, "empty documents": not text})
+        yield text
 
 
-def one_side(documents, cuts, split, counts):
-    """Yield what choose_cuts gave to a split, document by document, and count it."""
-    texts = tqdm(documents, split, unit=" documents", disable=None, leave=False)
-    for text, position in zip(texts, cuts):
-        text = text[:position] if split == "train" else text[position:]
-        if text:
-            counts.update(documents=1, bytes=len(text.encode()))
-            yield text
+def split(documents, val_ratio=None):
+    """Return (train, val, rule): two Documents, and in words what decides between them.
 
-
-def pieces(text):
-    """Yield a long text in pieces, cut after a letter or digit that ends a line.
-
-    No token of the usual split patterns reaches across: pieces and whole text have the same ids.
+    Whole documents go by their own hash, so none changes sides when others come or go.
     """
-    start = 0
-    while found := LINE_END.search(text, start + PIECE_CHARS):
-        yield text[start:found.end()]
-        start = found.end()
-    yield text[start:]
+    starts, ends = documents.starts, documents.ends
+    if len(documents) < FEW_DOCUMENTS:
+        ratio, cuts = val_ratio or 0.1, starts.copy()
+        for i, text in enumerate(documents):
+            position = round(len(text) * (1 - ratio))
+            line_end = text.rfind("\n", position * 9 // 10, position) + 1
+            cuts[i] += len(text[:line_end or position].encode())
+        rule = f"fewer than {FEW_DOCUMENTS} documents: the last {ratio:.0%} of each validates"
+    else:
+        ratio = val_ratio or 0.05
+        fractions = np.array([int.from_bytes(text_hash(text)[:8], "big") / 2**64
+                              for text in documents])
+        cuts = np.where(fractions > max(ratio, fractions.min()), ends, starts)
+        rule = f"documents with a sha256 (as a fraction of 1) below {ratio} validate, at least one"
+    train, val = Documents(documents.file, starts, cuts), Documents(documents.file, cuts, ends)
+    if not train or not val:
+        raise ValueError(f"{documents.n_bytes:,} bytes in {len(documents)} documents cannot be "
+                         f"split into train and val: give more text or another val_ratio")
+    return train, val, rule
 
 
-def tokenize(texts, tokenizer):
-    """Yield the ids of texts, <|endoftext|> behind each, in large arrays."""
-    def marked():
-        for text in texts:
-            *parts, last = pieces(text)
-            yield from ((part, []) for part in parts)
-            yield last, [tokenizer.eot]
-
-    group, n_chars = [], 0
-    for piece in itertools.chain(marked(), [None]):
-        if piece is None or n_chars >= GROUP_CHARS:
-            ids = []
-            encoded = tokenizer.encode_batch([part for part, _ in group])
-            for part_ids, (_, end) in zip(encoded, group):
-                ids += part_ids
-                ids += end
-            yield np.array(ids, np.int64)
-            group, n_chars = [], 0
-        if piece is not None:
-            group.append(piece)
-            n_chars += len(piece[0])
-
-
-def write_split(documents, cuts, split, out, tokenizer):
-    """Tokenize and write one split; return what the card says about it."""
-    counts = Counter()
-    texts = one_side(documents, cuts, split, counts)
-    shards = write_shards(tokenize(texts, tokenizer), out, split, tokenizer.n_vocab)
-    if not shards:
-        raise ValueError(f"no text is left for {split}: give more text or another --val_ratio")
-    return dict(counts, tokens=sum(shards.values()), shards=shards)
-
-
-def learn_tokenizer(documents, cuts, vocab_size, say):
-    """Train a tokenizer on the training side; of a very large corpus, on every nth document."""
-    start, every = time.perf_counter(), sum(documents.sizes) // LEARN_BYTES + 1
-    texts = itertools.islice(one_side(documents, cuts, "train", Counter()), 0, None, every)
-    tokenizer = Tokenizer.train(texts, vocab_size)
+def learn_tokenizer(documents, vocab_size, say):
+    """Train a tokenizer; of a very large corpus, on every nth document."""
+    start, every = time.perf_counter(), documents.n_bytes // LEARN_BYTES + 1
+    tokenizer = Tokenizer.train(itertools.islice(documents, 0, None, every), vocab_size)
     fewer = f" (no text for {vocab_size:,})" if tokenizer.n_vocab < vocab_size else ""
     say(f"tokenizer: {tokenizer.n_vocab:,} tokens{fewer}, {time.perf_counter() - start:.1f} s")
     return tokenizer
+
+
+def take(texts, n_chars):
+    """The next texts of an iterator, until they have n_chars characters."""
+    taken = []
+    for text in texts:
+        taken.append(text)
+        n_chars -= len(text)
+        if n_chars <= 0:
+            break
+    return taken
+
+
+def tokenize(texts, tokenizer):
+    """Yield the ids of texts, <|endoftext|> behind each, in large arrays; all cores do it."""
+    texts = iter(texts)
+    while group := take(texts, GROUP_CHARS):
+        encoded = tokenizer.encode_batch(group)
+        yield np.array([id for ids in encoded for id in (*ids, tokenizer.eot)])
+
+
+def build(found, out, vocab_size, tokenizer, val_ratio, counts, say):
+    """Files to shards in `out`; return the tokenizer and what the card says about the splits."""
+    title = " ".join(found) if len(found) < 4 else f"{len(found)} sources"
+    files = itertools.chain(*found.values())
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=out.parent) as file:
+        documents = Documents.store(clean_documents(files, counts), file)
+        duplicates = exact_duplicates(documents)
+        documents = documents.without(duplicates)
+        counts.update({"exact duplicates": len(duplicates), "documents": len(documents),
+                       "bytes": documents.n_bytes})
+        if not documents:
+            raise ValueError(f"{title}: no text in it, {counts['empty documents']} empty documents")
+        lost = ", ".join(f"{counts[loss]:,} {loss}" for loss in LOSSES if counts[loss])
+        plural = "s" if len(documents) > 1 else ""
+        say(f"{title}: {len(documents):,} document{plural}, {documents.n_bytes / 1e6:.1f} MB; "
+            f"lost: {lost or 'nothing'}")
+        train, val, rule = split(documents, val_ratio)
+        tokenizer = tokenizer or learn_tokenizer(train, vocab_size, say)
+        clear_folder(out)
+        card = dict(split=rule)
+        for name, texts in dict(train=train, val=val).items():
+            bar = tqdm(texts, name, unit=" documents", disable=None, leave=False)
+            shards = write_shards(tokenize(bar, tokenizer), out, name, tokenizer.n_vocab)
+            card[name] = dict(documents=len(texts), bytes=texts.n_bytes,
+                              tokens=sum(shards.values()), shards=shards)
+        return tokenizer, card
+
+
+def link_ready(files, out, tokenizer):
+    """Put shards that others have tokenized into `out`; return what the card says about them."""
+    card, n_vocab = dict(split="as published"), tokenizer.n_vocab
+    lengths = np.array([len(token) for token in tokenizer.token_bytes()])
+    lengths[tokenizer.eot] = 0
+    for name in "train", "val":
+        shards = {path.name: read_shard(path) for path in files if path.name.startswith(name)}
+        uses = np.zeros(n_vocab, np.int64)  # of each token
+        for ids in shards.values():
+            for part in np.array_split(ids, len(ids) // GROUP_CHARS + 1):
+                if part.max() >= n_vocab:
+                    raise ValueError(f"{name} shards: id {part.max()} is not in a vocabulary of "
+                                     f"{n_vocab}; give the tokenizer that they were made with")
+                uses += np.bincount(part, minlength=n_vocab)
+        card[name] = dict(documents=int(uses[tokenizer.eot]), bytes=int(uses @ lengths),
+                          tokens=int(uses.sum()), shards={key: len(shards[key]) for key in shards})
+    clear_folder(out)
+    out.mkdir(parents=True, exist_ok=True)
+    for path in files:
+        try:
+            os.link(path, out / path.name)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, out / path.name)
+    return card
+
+
+# -----------------------------------------------------------------------------
+# Preparing: a finished folder of shards, made anew only when it has to be.
+
+SHARD_NAME = re.compile(r"(train|val)_\d{6}\.bin(\.part)?")
 
 
 def load_tokenizer(tokenizer):
@@ -603,126 +570,34 @@ def load_tokenizer(tokenizer):
 
 def fingerprint(files, options):
     """The sha256 of what decides the shards: contents and options, but no names and no dates."""
-    parts = [RECIPE, options, [[reader_of(path).__name__, file_hash(path)] for path in files]]
+    parts = [RECIPE, options, [[ending(path), file_hash(path)] for path in files]]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def read_card(out):
-    """The card of a shard folder, a dict; None where there is none of ours."""
+def is_finished(out, key):
+    """Whether a folder was made for this fingerprint and holds all that its card lists."""
     try:
         card = json.loads((out / "card.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return None
-    return card if isinstance(card, dict) and "fingerprint" in card else None
-
-
-def our_files(out):
-    """The names of the shards in a folder, begun ones too."""
-    return {path.name for path in out.glob("*") if SHARD_NAME.fullmatch(path.name)}
-
-
-def is_finished(out, key):
-    """Whether a folder holds everything that its card lists, and was made for this fingerprint."""
-    card = read_card(out)
-    if card is None or card["fingerprint"] != key:
-        return False
-    shards = card["train"]["shards"] | card["val"]["shards"]
-    try:
-        return (our_files(out) == set(shards)
+        shards = card["train"]["shards"] | card["val"]["shards"]
+        return (card["fingerprint"] == key
                 and all(len(read_shard(out / name)) == n for name, n in shards.items())
                 and Tokenizer.load(out / "tokenizer.json").hash() == card["tokenizer"])
-    except (OSError, ValueError):
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
 def check_folder(out):
-    """Refuse a folder that holds anything, but neither our card nor shards of an unfinished run."""
-    others = sorted(path.name for path in out.glob("[!.]*"))
-    if others and read_card(out) is None and not our_files(out):
-        raise ValueError(f"{out} holds other files ({others[0]}): give a new or empty folder")
+    """Refuse a folder that holds files, but no shard: it is somebody else's."""
+    names = sorted(path.name for path in out.glob("[!.]*"))
+    if names and not any(map(SHARD_NAME.fullmatch, names)):
+        raise ValueError(f"{out} holds other files ({names[0]}): give a new or empty folder")
 
 
 def clear_folder(out):
-    """Remove our card, then our shards: from here to the next card the folder is unfinished."""
-    (out / "card.json").unlink(missing_ok=True)
-    for name in our_files(out):
-        (out / name).unlink()
-
-
-def finish_folder(out, card, tokenizer, say):
-    """Write tokenizer.json and, as the last of all files, card.json."""
-    tokenizer.save(out / "tokenizer.json")
-    card = dict(card, tokenizer=tokenizer.hash(), vocab_size=tokenizer.n_vocab)
-    with replacing(out / "card.json") as file:
-        file.write(json.dumps(card, indent=2).encode())
-    train, val = card["train"], card["val"]
-    ratio = (train["bytes"] + val["bytes"]) / (train["tokens"] + val["tokens"])
-    say(f"{out}: {train['tokens']:,} tokens to train on, {val['tokens']:,} to validate on, "
-        f"{ratio:.2f} bytes per token")
-    return out
-
-
-def describe_shard(path, tokenizer):
-    """Count the documents, bytes and tokens of a ready shard; refuse ids that are no tokens."""
-    ids = read_shard(path)
-    counts = dict(documents=0, bytes=0, tokens=len(ids))
-    lengths = np.array([len(token) for token in tokenizer.token_bytes()])
-    lengths[tokenizer.eot] = 0
-    for part in np.array_split(ids, len(ids) // GROUP_CHARS + 1):
-        if len(part) and part.max() >= len(lengths):
-            raise ValueError(f"{path}: id {part.max()} is not in a vocabulary of {len(lengths)}")
-        counts["documents"] += int((part == tokenizer.eot).sum())
-        counts["bytes"] += int(lengths[part].sum())
-    return counts
-
-
-def prepare_ready(name, out, tokenizer, n_shards, say):
-    """Download shards that others have tokenized with GPT-2's vocabulary: check, link, describe."""
-    url, last = READY[name]["url"], READY[name]["last"]
-    if not 1 <= n_shards <= last:
-        raise ValueError(f"{name} has 1 to {last} training shards, not {n_shards}")
-    tokenizer = load_tokenizer(tokenizer or "gpt2")
-    key = fingerprint([], dict(ready=name, n_shards=n_shards, tokenizer=tokenizer.hash()))
-    if is_finished(out, key):
-        say(f"{out}: used again, {name} with {n_shards} training shards")
-        return out
-    check_folder(out)
-    folder, splits = out.parent / "downloads" / name, {}
-    for split, numbers in dict(train=range(1, n_shards + 1), val=[0]).items():
-        counts, shards = Counter(), {}
-        for number in numbers:
-            file = f"{split}_{number:06d}.bin"
-            path = download(url + file, folder / file)
-            counts.update(describe_shard(path, tokenizer))
-            shards[file] = len(read_shard(path))
-        splits[split] = dict(counts, shards=shards)
-    clear_folder(out)
-    out.mkdir(parents=True, exist_ok=True)
-    for file in [*splits["train"]["shards"], *splits["val"]["shards"]]:
-        try:
-            os.link(folder / file, out / file)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(folder / file, out / file)
-    card = dict(sources=[dict(name=name)], split="as published", **splits, fingerprint=key)
-    return finish_folder(out, card, tokenizer, say)
-
-
-def build(files, out, title, vocab_size, tokenizer, val_ratio, counts, say):
-    """Files to shards; return the tokenizer and what the card says about split, train and val."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=out.parent) as file:
-        documents = Documents(file)
-        gather(files, documents, counts)
-        lost = ", ".join(f"{counts[loss]:,} {loss}" for loss in LOSSES if counts[loss])
-        plural = "s" if len(documents) > 1 else ""
-        say(f"{title}: {len(documents):,} document{plural}, {counts['bytes'] / 1e6:.1f} MB; "
-            f"lost: {lost or 'nothing'}")
-        cuts, rule = choose_cuts(documents, val_ratio)
-        tokenizer = tokenizer or learn_tokenizer(documents, cuts, vocab_size, say)
-        clear_folder(out)
-        train = write_split(documents, cuts, "train", out, tokenizer)
-        return tokenizer, dict(split=rule, train=train,
-                               val=write_split(documents, cuts, "val", out, tokenizer))
+    """Remove what an earlier run wrote, the card first: without it a folder is unfinished."""
+    ours = [path for path in out.glob("*") if SHARD_NAME.fullmatch(path.name)]
+    for path in [out / "card.json", out / "tokenizer.json", *ours]:
+        path.unlink(missing_ok=True)
 
 
 def prepare(sources, out, vocab_size=4096, tokenizer=None, val_ratio=None, n_shards=1, say=print):
@@ -733,30 +608,42 @@ def prepare(sources, out, vocab_size=4096, tokenizer=None, val_ratio=None, n_sha
     """
     sources = [sources] if isinstance(sources, (str, Path)) else sources
     sources, out, counts = list(map(str, sources)), Path(out), Counter(dict.fromkeys(LOSSES, 0))
-    title = " ".join(sources) if len(sources) < 4 else f"{len(sources)} sources"
-    if set(sources) & set(READY):
-        if len(sources) > 1:
-            raise ValueError(f"{title}: ready shards do not mix with another source")
-        return prepare_ready(sources[0], out, tokenizer, n_shards, say)
+    ready = sources[0] in READY
+    if len(sources) > 1 and set(sources) & set(READY):
+        raise ValueError(f"{' '.join(sources)}: ready shards do not mix with another source")
     if val_ratio is not None and not 0 < val_ratio < 1:
         raise ValueError(f"val_ratio={val_ratio} is not between 0 and 1")
-    if tokenizer is not None:
-        tokenizer, vocab_size = load_tokenizer(tokenizer), None
-    found = {source: find_files(source, out.parent / "downloads", counts) for source in sources}
+    if tokenizer is not None or ready:
+        tokenizer, vocab_size = load_tokenizer(tokenizer or "gpt2"), None
+    else:
+        room_for_merges(vocab_size, SPECIAL_TOKENS)  # refuses a small one before all the work
+    downloads = out.parent / "downloads"
+    found = {source: find_files(source, downloads, counts, n_shards) for source in sources}
     files = [path for paths in found.values() for path in paths]
-    given = tokenizer and tokenizer.hash()
-    options = dict(vocab_size=vocab_size, tokenizer=given, val_ratio=val_ratio)
+    options = dict(vocab_size=vocab_size, tokenizer=tokenizer and tokenizer.hash(),
+                   val_ratio=val_ratio)
     key = fingerprint(files, options)
     if is_finished(out, key):
         say(f"{out}: used again, the content and the options are the same")
         return out
     check_folder(out)
-    tokenizer, made = build(files, out, title, vocab_size, tokenizer, val_ratio, counts, say)
+    if ready:
+        made = link_ready(files, out, tokenizer)
+    else:
+        tokenizer, made = build(found, out, vocab_size, tokenizer, val_ratio, counts, say)
+    tokenizer.save(out / "tokenizer.json")
     origin = [dict(name=source, files=len(paths), bytes=sum(path.stat().st_size for path in paths))
               for source, paths in found.items()]
-    python = platform.python_version() if "stdlib" in sources else None
-    card = dict(sources=origin, python=python, options=options, counts=counts, **made)
-    return finish_folder(out, dict(card, fingerprint=key), tokenizer, say)
+    card = dict(sources=origin, python=platform.python_version() if "stdlib" in sources else None,
+                options=options, counts=counts, **made, fingerprint=key,
+                tokenizer=tokenizer.hash(), vocab_size=tokenizer.n_vocab)
+    with replacing(out / "card.json") as file:
+        file.write(json.dumps(card, indent=2).encode())
+    train, val = made["train"], made["val"]
+    ratio = (train["bytes"] + val["bytes"]) / (train["tokens"] + val["tokens"])
+    say(f"{out}: {train['tokens']:,} tokens to train on, {val['tokens']:,} to validate on, "
+        f"{ratio:.2f} bytes per token")
+    return out
 
 
 # -----------------------------------------------------------------------------

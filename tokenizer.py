@@ -78,12 +78,15 @@ def run_command(main):
             stream.reconfigure(errors="replace")
     try:
         main()
+    except BrokenPipeError:  # whoever read our output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         name = f": {error.filename}" if error.filename else ""
         sys.exit(f"error: {error.strerror or error}{name}")
     except ValueError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 
