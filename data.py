@@ -12,9 +12,7 @@ went in and what was lost. Such a folder is used again for the same content and 
 """
 
 import ast
-import codecs
 import contextlib
-import difflib
 import gzip
 import hashlib
 import html
@@ -34,7 +32,6 @@ import urllib.parse
 import urllib.request
 import zipfile
 import zlib
-from array import array
 from collections import Counter
 from pathlib import Path
 
@@ -46,7 +43,7 @@ from tokenizer import SPECIAL_TOKENS, Parser, Tokenizer, replacing, room_for_mer
 RECIPE = 1  # part of each fingerprint: raised when the same content would give other shards
 SEPARATOR = "<|endoftext|>"  # between the documents of a .txt file
 LONG_TEXT = 1 << 21  # characters; a .txt file of a longer text is read as several documents
-GROUP_CHARS = 1 << 23  # text tokenized at a time: the ids of a large corpus must not fill memory
+GROUP_BYTES = 1 << 23  # text tokenized at a time: the ids of a large corpus must not fill memory
 LEARN_BYTES = 200_000_000  # a tokenizer learns from a sample of this size: more changes little
 FEW_DOCUMENTS = 20  # below this, each document gives its end to validation
 SHARD_TOKENS = 100_000_000
@@ -56,27 +53,21 @@ LOSSES = ["replaced bytes", "control characters", "empty documents", "exact dupl
 # Texts to download, each pinned to one revision so that its size and sha256 can be checked.
 KNOWN = {
     "shakespeare": dict(
-        url="https://raw.githubusercontent.com/karpathy/char-rnn/"
-            "6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/data/tinyshakespeare/input.txt",
-        file="shakespeare.txt", n_bytes=1_115_394,
+        n_bytes=1_115_394, url="https://raw.githubusercontent.com/karpathy/char-rnn/"
+        "6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/data/tinyshakespeare/input.txt",
         sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
     "tinystories": dict(
-        url="https://huggingface.co/datasets/roneneldan/TinyStories/resolve/"
-            "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64/TinyStoriesV2-GPT4-train.txt",
-        file="tinystories.txt", n_bytes=2_227_753_162,
+        n_bytes=2_227_753_162, url="https://huggingface.co/datasets/roneneldan/TinyStories/resolve/"
+        "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64/TinyStoriesV2-GPT4-train.txt",
         sha256="6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443"),
     "wikitext": dict(
-        url="https://huggingface.co/datasets/ggml-org/ci/resolve/"
-            "927b3642933080f1b0e811e2f916e14c292992f9/wikitext-2-raw-v1.zip",
-        file="wikitext.zip", n_bytes=4_721_645,
+        n_bytes=4_721_645, url="https://huggingface.co/datasets/ggml-org/ci/resolve/"
+        "927b3642933080f1b0e811e2f916e14c292992f9/wikitext-2-raw-v1.zip",
         sha256="ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11"),
 }
-# Ready token shards: val_000000.bin and train_000001.bin to the last, behind the same words.
-READY = {
-    "fineweb10B": dict(
-        url="https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main/fineweb_", last=103),
-}
-NAMES = ["stdlib", *KNOWN, *READY]
+# Ready token shards: val_000000.bin and train_000001.bin to train_000103.bin, behind these words.
+FINEWEB = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main/fineweb_"
+NAMES = ["stdlib", *KNOWN, "fineweb10B"]
 
 # -----------------------------------------------------------------------------
 # Reading: a file becomes documents, one str each.
@@ -99,14 +90,12 @@ def read_txt(file):
 def read_jsonl(file):
     """Yield the field "text" of the JSON object in each line."""
     for number, line in enumerate(file, 1):
-        if line.strip():
-            try:
-                text = json.loads(line)["text"]
-            except (ValueError, TypeError, KeyError):
-                text = None
-            if not isinstance(text, str):
-                raise ValueError(f'{file.name}, line {number}: no JSON object with a "text" in it')
-            yield text
+        try:
+            if line.strip():
+                yield json.loads(line)["text"] + ""  # a TypeError for what is no str
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(f'{file.name}, line {number}: no JSON object with a "text" in it'
+                             ) from None
 
 
 def read_topics(file):
@@ -119,8 +108,7 @@ def read_topics(file):
 HIDDEN = re.compile(r"(?is)<!--.*?-->|<(script|style|template)\b.*?</\1\s*>")
 PRE = re.compile(r"(?is)<pre\b[^>]*>(.*?)</pre\s*>")  # the one place where white space counts
 TAG = re.compile(r"""</?([a-zA-Z!?][^\s/>]*)(?:"[^"]*"|'[^']*'|[^>"'])*>""")
-INLINE = set("a abbr acronym b bdi bdo big cite code data del dfn em font i img ins kbd label mark "
-             "q s samp small span strike strong sub sup time tt u var wbr".split())
+INLINE = "a abbr b cite code em font i img kbd mark q s small span strong sub sup tt u var".split()
 
 
 def html_to_text(page):
@@ -160,12 +148,9 @@ def open_text(path):
                          f"{' '.join(READERS)}, each also as .gz")
     try:
         with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
-            head = file.peek(8192)[:8192]
-            is_utf16 = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # PowerShell's >
-            if b"\0" in head and not is_utf16:
-                raise ValueError(f"{path} is a binary file, not text")
-            encoding = "utf-16" if is_utf16 else "utf-8-sig"
-            yield io.TextIOWrapper(file, encoding, "surrogateescape", newline="")
+            if b"\0" in file.peek(8192)[:8192]:
+                raise ValueError(f"{path} is a binary file, not text (text must be UTF-8)")
+            yield io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
 
@@ -191,27 +176,7 @@ def file_hash(path):
     return hasher.hexdigest()
 
 
-def receive(url, part):
-    """Append what is missing of url to the file `part`; return the size that it should then have."""
-    n_done = part.stat().st_size if part.exists() else 0
-    headers = {"User-Agent": "data.py (urllib)"} | ({"Range": f"bytes={n_done}-"} if n_done else {})
-    request = urllib.request.Request(url, headers=headers)
-    try:
-        with urllib.request.urlopen(request, timeout=30) as response:
-            n_done = n_done if response.status == 206 else 0  # 200: this server sends all of it
-            total = n_done + int(response.headers.get("Content-Length") or 0)
-            bar = dict(desc=part.stem, total=total, initial=n_done, disable=None)
-            with open(part, "ab" if n_done else "wb") as file:
-                shutil.copyfileobj(response, tqdm.wrapattr(file, "write", **bar))
-    except (OSError, http.client.HTTPException) as error:
-        if getattr(error, "code", None) == 416:  # it is no part of this file
-            part.unlink(missing_ok=True)
-        raise ValueError(f"{url}: {error}; check it and start again, or take stdlib, "
-                         "which needs no network") from None
-    return total
-
-
-def download(url, path, n_bytes=None, sha256=None):
+def download(url, path, n_bytes=0, sha256=None):
     """Fetch url to path, unless it is there; what was cut off continues where it stopped.
 
     Raises ValueError without a connection or page, or with another size or sha256 than given.
@@ -220,22 +185,39 @@ def download(url, path, n_bytes=None, sha256=None):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    whole = part.exists() and part.stat().st_size == n_bytes
-    total, n_done = n_bytes if whole else receive(url, part), part.stat().st_size
-    if n_done < (n_bytes or total):
-        raise ValueError(f"{url}: cut off at {n_done:,} of {n_bytes or total:,} bytes; "
-                         "start again to go on")
-    if n_done != (n_bytes or n_done) or sha256 not in (None, file_hash(part)):
+    n_done = part.stat().st_size if part.exists() else 0
+    headers = {"User-Agent": "data.py (urllib)", "Range": f"bytes={n_done}-"}
+    try:
+        request = urllib.request.Request(url, headers=headers)
+        with urllib.request.urlopen(request, timeout=30) as response:
+            n_done = n_done if response.status == 206 else 0  # 200: this server sends all of it
+            n_bytes = n_bytes or n_done + int(response.headers.get("Content-Length") or 0)
+            bar = dict(desc=path.name, total=n_bytes, initial=n_done, disable=None)
+            with (open(part, "ab" if n_done else "wb") as file,
+                  tqdm.wrapattr(file, "write", **bar) as counted):
+                shutil.copyfileobj(response, counted)
+    except (OSError, http.client.HTTPException) as error:
+        if n_done == 0 or getattr(error, "code", None) != 416:  # 416: nothing is missing
+            raise ValueError(f"{url}: {error}; start again to go on, or use stdlib, which "
+                             "needs no network") from None
+    n_done = part.stat().st_size
+    if n_done < n_bytes:
+        raise ValueError(f"{url}: cut off at {n_done:,} of {n_bytes:,} bytes; start again to go on")
+    if n_done > n_bytes > 0 or sha256 not in (None, file_hash(part)):
         part.unlink()
         raise ValueError(f"{url}: not the expected {n_bytes} bytes with sha256 {sha256}; removed")
     os.replace(part, path)
     return path
 
 
-def download_known(name, folder):
-    """Download a row of KNOWN; return its text file."""
-    row = KNOWN[name]
-    path = download(row["url"], folder / row["file"], row["n_bytes"], row["sha256"])
+def fetch(source, folder):
+    """Download a known name or a URL into a folder; return the text file."""
+    if source not in KNOWN:  # without a known ending it is a web page, unless it speaks of .txt
+        name = re.sub(r"[^\w.-]+", "-", Path(urllib.parse.urlsplit(source).path).name)
+        name += "" if ending(name) in READERS else ".txt" if ".txt" in name else ".html"
+        return download(source, folder / hashlib.sha256(source.encode()).hexdigest()[:8] / name)
+    path = folder / (source + Path(KNOWN[source]["url"]).suffix)
+    download(path=path, **KNOWN[source])
     text = path.with_suffix(".txt")
     if not text.exists():  # WikiText is one text: only a heading shows where an article starts
         with zipfile.ZipFile(path) as archive, replacing(text) as file:
@@ -244,41 +226,17 @@ def download_known(name, folder):
     return text
 
 
-def download_page(url, folder):
-    """Download any URL. Without a known ending it is a web page, unless its name speaks of .txt."""
-    name = re.sub(r"[^\w.-]+", "-", Path(urllib.parse.urlsplit(url).path).name)
-    if ending(name) not in READERS:
-        name += ".txt" if ".txt" in name else ".html"
-    return download(url, folder / f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}")
-
-
-def download_ready(name, folder, n_shards):
-    """Download a row of READY: the shard to validate on, and n_shards to train on."""
-    url, last = READY[name]["url"], READY[name]["last"]
-    if not 1 <= n_shards <= last:
-        raise ValueError(f"{name} has 1 to {last} training shards, not {n_shards}")
-    names = ["val_000000.bin"] + [f"train_{i:06d}.bin" for i in range(1, n_shards + 1)]
-    return [download(url + file, folder / name / file) for file in names]
-
-
-def is_readable(path):
-    """Whether a file is text that we can read, judged by its name and its beginning."""
-    try:
-        with open_text(path) as file:
-            return bool(file.read(1))
-    except ValueError:
-        return False
-
-
 def text_files(folder, counts, skip=()):
-    """The readable files below a folder, in a fixed order, without hidden and `skip` folders."""
-    found = []
+    """The files with text below a folder, in a fixed order, but not in hidden or `skip` folders."""
+    files = []
     for place, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if name not in skip and name[0] != ".")
-        paths = [Path(place, name) for name in sorted(names) if name[0] != "."]
-        found += [path for path in paths if path.is_file()]
-    files = [path for path in found if is_readable(path)]
-    counts["skipped files"] += len(found) - len(files)
+        for path in [Path(place, name) for name in sorted(names) if name[0] != "."]:
+            counts["skipped files"] += 1
+            with contextlib.suppress(ValueError, OSError), open_text(path) as file:
+                if file.read(1):
+                    files.append(path)
+                    counts["skipped files"] -= 1
     if not files:
         raise ValueError(f"{folder}: a folder without text (only {' '.join(READERS)} are read)")
     return files
@@ -291,24 +249,22 @@ def find_files(source, downloads, counts, n_shards=1):
         skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
         files = text_files(sysconfig.get_paths()["stdlib"], Counter(), skip)
         return [file for file in files if file.suffix == ".py"]
-    if source in KNOWN:
-        return [download_known(source, downloads)]
-    if source in READY:
-        return download_ready(source, downloads, n_shards)
-    if re.match("https?://", source):
-        return [download_page(source, downloads)]
+    if source == "fineweb10B":
+        if not 1 <= n_shards <= 103:
+            raise ValueError(f"fineweb10B has 1 to 103 training shards, not {n_shards}")
+        names = ["val_000000.bin"] + [f"train_{i:06d}.bin" for i in range(1, n_shards + 1)]
+        return [download(FINEWEB + name, downloads / source / name) for name in names]
+    if source in KNOWN or re.match("https?://", source):
+        return [fetch(source, downloads)]
     if path.is_dir():
         return text_files(path, counts)
-    if path.exists():
-        return [path]
-    beside = map(str, path.parent.glob("*"))
-    near = difflib.get_close_matches(source, [*NAMES, *beside], 1)
-    raise ValueError(f"{source}: no such file or folder, and not one of {', '.join(NAMES)}"
-                     + (f"; did you mean {near[0]}?" if near else ""))
+    if not path.exists():
+        raise ValueError(f"{source}: no such file or folder, and not one of {', '.join(NAMES)}")
+    return [path]
 
 
 # -----------------------------------------------------------------------------
-# Cleaning: the same text in one spelling, and once.
+# Cleaning: the same text in one spelling, once, and on one side of the split.
 
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # Unicode's Cc but \t \n \r
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -348,8 +304,7 @@ def exact_duplicates(texts):
 
 
 # -----------------------------------------------------------------------------
-# Shards: a header of 256 int32 (magic, version, number of tokens), then the tokens. This is llm.c's
-# format: its shards can be read here, and ours there.
+# Shards, in llm.c's format: 256 int32 (magic, version, number of tokens, zeros), then the tokens.
 
 HEADER_BYTES = 1024
 FORMATS = {"<u2": (20240520, 1), "<u4": (20240801, 7)}  # type of a token: magic, version
@@ -400,25 +355,16 @@ def read_split(folder, split="train"):
 
 
 # -----------------------------------------------------------------------------
-# From text to shards, one stage after the other.
+# From text to shards: read, clean, drop duplicates, split, tokenize, write.
 
 
 class Documents:
     """A list of texts that lies in a file, because a corpus may be larger than memory."""
 
     def __init__(self, file, starts, ends):
-        self.file, self.starts, self.ends = file, starts[starts < ends], ends[starts < ends]
+        some = starts < ends
+        self.file, self.starts, self.ends = file, starts[some], ends[some]
         self.n_bytes = int((ends - starts).sum())
-
-    @classmethod
-    def store(cls, texts, file):
-        """Write texts to an empty binary file; those without a character are left out."""
-        sizes = np.array(array("q", (file.write(text.encode()) for text in texts)))
-        return cls(file, sizes.cumsum() - sizes, sizes.cumsum())
-
-    def without(self, positions):
-        """The list without the texts at these positions."""
-        return Documents(self.file, *np.delete([self.starts, self.ends], positions, axis=1))
 
     def __len__(self):
         return len(self.starts)
@@ -428,139 +374,89 @@ class Documents:
         return self.file.read(self.ends[i] - self.starts[i]).decode()
 
 
-def clean_documents(files, counts):
-    """Yield the documents of all files, cleaned; what is lost by that is added to `counts`."""
-    texts = (text for path in files for text in read_documents(path))
-    for text in tqdm(texts, "reading", unit=" documents", disable=None, leave=False):
-        text = clean(text, counts)
-        counts.update({"documents read": 1, "empty documents": not text})
-        yield text
+def gather(files, file, counts):
+    """Read and clean all files into one; return its Documents, each text once, and count."""
+    texts = (clean(text, counts) for path in files for text in read_documents(path))
+    texts = tqdm(texts, "read", unit=" documents", disable=None, leave=False)
+    sizes = np.fromiter((file.write(text.encode()) for text in texts), np.int64)
+    ends = sizes.cumsum()
+    documents = Documents(file, ends - sizes, ends)
+    repeated = exact_duplicates(documents)
+    counts.update({"documents read": len(sizes), "exact duplicates": len(repeated),
+                   "empty documents": len(sizes) - len(documents)})
+    return Documents(file, *np.delete([documents.starts, documents.ends], repeated, axis=1))
 
 
 def split(documents, val_ratio=None):
-    """Return (train, val, rule): two Documents, and in words what decides between them.
+    """Return Documents to train on, Documents to validate on, and in words what decides.
 
     Whole documents go by their own hash, so none changes sides when others come or go.
     """
     starts, ends = documents.starts, documents.ends
     if len(documents) < FEW_DOCUMENTS:
-        ratio, cuts = val_ratio or 0.1, starts.copy()
-        for i, text in enumerate(documents):
-            position = round(len(text) * (1 - ratio))
-            line_end = text.rfind("\n", position * 9 // 10, position) + 1
-            cuts[i] += len(text[:line_end or position].encode())
+        ratio = val_ratio or 0.1
         rule = f"fewer than {FEW_DOCUMENTS} documents: the last {ratio:.0%} of each validates"
+        cuts = starts + [len(text[:int(len(text) * (1 - ratio))].encode()) for text in documents]
     else:
         ratio = val_ratio or 0.05
-        fractions = np.array([int.from_bytes(text_hash(text)[:8], "big") / 2**64
-                              for text in documents])
-        cuts = np.where(fractions > max(ratio, fractions.min()), ends, starts)
         rule = f"documents with a sha256 (as a fraction of 1) below {ratio} validate, at least one"
+        hashes = [int.from_bytes(text_hash(text)[:8], "big") / 2**64 for text in documents]
+        cuts = np.where(np.array(hashes) > max(ratio, min(hashes)), ends, starts)
     train, val = Documents(documents.file, starts, cuts), Documents(documents.file, cuts, ends)
     if not train or not val:
-        raise ValueError(f"{documents.n_bytes:,} bytes in {len(documents)} documents cannot be "
-                         f"split into train and val: give more text or another val_ratio")
+        raise ValueError(f"{documents.n_bytes:,} bytes of text are too few to train and "
+                         f"validate on with val_ratio={ratio}: give more text or another ratio")
     return train, val, rule
 
 
-def learn_tokenizer(documents, vocab_size, say):
-    """Train a tokenizer; of a very large corpus, on every nth document."""
-    start, every = time.perf_counter(), documents.n_bytes // LEARN_BYTES + 1
-    tokenizer = Tokenizer.train(itertools.islice(documents, 0, None, every), vocab_size)
-    fewer = f" (no text for {vocab_size:,})" if tokenizer.n_vocab < vocab_size else ""
-    say(f"tokenizer: {tokenizer.n_vocab:,} tokens{fewer}, {time.perf_counter() - start:.1f} s")
-    return tokenizer
-
-
-def take(texts, n_chars):
-    """The next texts of an iterator, until they have n_chars characters."""
-    taken = []
-    for text in texts:
-        taken.append(text)
-        n_chars -= len(text)
-        if n_chars <= 0:
-            break
-    return taken
-
-
-def tokenize(texts, tokenizer):
-    """Yield the ids of texts, <|endoftext|> behind each, in large arrays; all cores do it."""
-    texts = iter(texts)
-    while group := take(texts, GROUP_CHARS):
-        encoded = tokenizer.encode_batch(group)
+def tokenize(documents, tokenizer):
+    """Yield the ids of documents, <|endoftext|> behind each, in large arrays, with every core."""
+    texts = tqdm(documents, "tokenize", unit=" documents", disable=None, leave=False)
+    groups = (documents.ends - documents.starts).cumsum() // GROUP_BYTES
+    for _, group in itertools.groupby(zip(groups, texts), lambda pair: pair[0]):
+        encoded = tokenizer.encode_batch(text for _, text in group)
         yield np.array([id for ids in encoded for id in (*ids, tokenizer.eot)])
 
 
-def build(found, out, vocab_size, tokenizer, val_ratio, counts, say):
-    """Files to shards in `out`; return the tokenizer and what the card says about the splits."""
+def texts_to_ids(found, file, vocab_size, tokenizer, val_ratio, counts, say):
+    """All stages up to the shards: return (tokenizer, rule of the split, {split: arrays of ids}).
+
+    Between the stages the texts lie in `file`; of a very large corpus the tokenizer sees a part.
+    """
+    documents = gather(itertools.chain(*found.values()), file, counts)
     title = " ".join(found) if len(found) < 4 else f"{len(found)} sources"
-    files = itertools.chain(*found.values())
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=out.parent) as file:
-        documents = Documents.store(clean_documents(files, counts), file)
-        duplicates = exact_duplicates(documents)
-        documents = documents.without(duplicates)
-        counts.update({"exact duplicates": len(duplicates), "documents": len(documents),
-                       "bytes": documents.n_bytes})
-        if not documents:
-            raise ValueError(f"{title}: no text in it, {counts['empty documents']} empty documents")
-        lost = ", ".join(f"{counts[loss]:,} {loss}" for loss in LOSSES if counts[loss])
-        plural = "s" if len(documents) > 1 else ""
-        say(f"{title}: {len(documents):,} document{plural}, {documents.n_bytes / 1e6:.1f} MB; "
-            f"lost: {lost or 'nothing'}")
-        train, val, rule = split(documents, val_ratio)
-        tokenizer = tokenizer or learn_tokenizer(train, vocab_size, say)
-        clear_folder(out)
-        card = dict(split=rule)
-        for name, texts in dict(train=train, val=val).items():
-            bar = tqdm(texts, name, unit=" documents", disable=None, leave=False)
-            shards = write_shards(tokenize(bar, tokenizer), out, name, tokenizer.n_vocab)
-            card[name] = dict(documents=len(texts), bytes=texts.n_bytes,
-                              tokens=sum(shards.values()), shards=shards)
-        return tokenizer, card
-
-
-def link_ready(files, out, tokenizer):
-    """Put shards that others have tokenized into `out`; return what the card says about them."""
-    card, n_vocab = dict(split="as published"), tokenizer.n_vocab
-    lengths = np.array([len(token) for token in tokenizer.token_bytes()])
-    lengths[tokenizer.eot] = 0
-    for name in "train", "val":
-        shards = {path.name: read_shard(path) for path in files if path.name.startswith(name)}
-        uses = np.zeros(n_vocab, np.int64)  # of each token
-        for ids in shards.values():
-            for part in np.array_split(ids, len(ids) // GROUP_CHARS + 1):
-                if part.max() >= n_vocab:
-                    raise ValueError(f"{name} shards: id {part.max()} is not in a vocabulary of "
-                                     f"{n_vocab}; give the tokenizer that they were made with")
-                uses += np.bincount(part, minlength=n_vocab)
-        card[name] = dict(documents=int(uses[tokenizer.eot]), bytes=int(uses @ lengths),
-                          tokens=int(uses.sum()), shards={key: len(shards[key]) for key in shards})
-    clear_folder(out)
-    out.mkdir(parents=True, exist_ok=True)
-    for path in files:
-        try:
-            os.link(path, out / path.name)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(path, out / path.name)
-    return card
+    lost = ", ".join(f"{counts[loss]:,} {loss}" for loss in LOSSES if counts[loss]) or "nothing"
+    if not documents:
+        raise ValueError(f"{title}: there is no text in it (lost: {lost})")
+    say(f"{title}: {len(documents):,} document{'s' * (len(documents) > 1)}, "
+        f"{documents.n_bytes / 1e6:.1f} MB; lost: {lost}")
+    train, val, rule = split(documents, val_ratio)
+    if tokenizer is None:
+        start, every = time.perf_counter(), train.n_bytes // LEARN_BYTES + 1
+        tokenizer = Tokenizer.train(itertools.islice(train, 0, None, every), vocab_size)
+        say(f"tokenizer: {tokenizer.n_vocab:,} of {vocab_size:,} tokens, "
+            f"{time.perf_counter() - start:.1f} s")
+    return tokenizer, rule, dict(train=tokenize(train, tokenizer), val=tokenize(val, tokenizer))
 
 
 # -----------------------------------------------------------------------------
-# Preparing: a finished folder of shards, made anew only when it has to be.
+# Preparing: a finished folder of shards, made only when it is not there.
 
-SHARD_NAME = re.compile(r"(train|val)_\d{6}\.bin(\.part)?")
+
+def our_files(out):
+    """What a run writes to a folder, the card first. Refuses a folder that is somebody else's."""
+    shards = [*out.glob("train_??????.bin*"), *out.glob("val_??????.bin*")]
+    other = next(out.glob("[!.]*"), None)
+    if other and not shards:
+        raise ValueError(f"{out} holds other files ({other.name}): give a new or empty folder")
+    return [out / "card.json", out / "tokenizer.json", *shards]
 
 
 def load_tokenizer(tokenizer):
     """The tokenizer of a file, or of the name "gpt2"; one that is loaded already comes back."""
     if tokenizer == "gpt2":
         import tiktoken
-        try:
-            tokenizer = Tokenizer.from_tiktoken(tiktoken.get_encoding("gpt2"))
-        except OSError as error:
-            raise ValueError("gpt2: no connection to download GPT-2's vocabulary; --tokenizer=FILE "
-                             f"takes one from a file ({type(error).__name__})") from None
+        tokenizer = Tokenizer.from_tiktoken(tiktoken.get_encoding("gpt2"))
     elif isinstance(tokenizer, (str, Path)):
         tokenizer = Tokenizer.load(tokenizer)
     if tokenizer.eot is None:
@@ -578,71 +474,69 @@ def is_finished(out, key):
     """Whether a folder was made for this fingerprint and holds all that its card lists."""
     try:
         card = json.loads((out / "card.json").read_text("utf-8"))
-        shards = card["train"]["shards"] | card["val"]["shards"]
+        n_tokens = [sum(map(len, read_split(out, split))) for split in ("train", "val")]
         return (card["fingerprint"] == key
-                and all(len(read_shard(out / name)) == n for name, n in shards.items())
+                and n_tokens == [card["train"]["tokens"], card["val"]["tokens"]]
                 and Tokenizer.load(out / "tokenizer.json").hash() == card["tokenizer"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
-def check_folder(out):
-    """Refuse a folder that holds files, but no shard: it is somebody else's."""
-    names = sorted(path.name for path in out.glob("[!.]*"))
-    if names and not any(map(SHARD_NAME.fullmatch, names)):
-        raise ValueError(f"{out} holds other files ({names[0]}): give a new or empty folder")
-
-
-def clear_folder(out):
-    """Remove what an earlier run wrote, the card first: without it a folder is unfinished."""
-    ours = [path for path in out.glob("*") if SHARD_NAME.fullmatch(path.name)]
-    for path in [out / "card.json", out / "tokenizer.json", *ours]:
+def write_folder(out, splits, tokenizer, card):
+    """Write {split: arrays of ids}, the tokenizer, and last the card: it says that all is there."""
+    lengths = np.array([len(token) for token in tokenizer.token_bytes()])
+    lengths[tokenizer.eot] = 0
+    for path in our_files(out):
         path.unlink(missing_ok=True)
+    for name, arrays in splits.items():
+        counts, shards = Counter(), write_shards(arrays, out, name, tokenizer.n_vocab)
+        for ids in read_split(out, name):
+            for part in np.array_split(ids, len(ids) // GROUP_BYTES + 1):
+                counts.update(documents=int((part == tokenizer.eot).sum()),
+                              bytes=int(lengths[part].sum()), tokens=len(part))
+        card[name] = dict(counts, shards=shards)
+    tokenizer.save(out / "tokenizer.json")
+    card.update(tokenizer=tokenizer.hash(), vocab_size=tokenizer.n_vocab)
+    with replacing(out / "card.json") as file:
+        file.write(json.dumps(card, indent=2).encode())
 
 
 def prepare(sources, out, vocab_size=4096, tokenizer=None, val_ratio=None, n_shards=1, say=print):
     """Turn sources (names, files, folders, URLs) into a folder of shards and return its Path.
 
     A folder made from the same content with the same options is used as it is. tokenizer: a file,
-    "gpt2" or a Tokenizer; None trains one of vocab_size. n_shards is for ready shards only.
+    "gpt2" or a Tokenizer; None trains one of vocab_size. n_shards is for fineweb10B only.
     """
     sources = [sources] if isinstance(sources, (str, Path)) else sources
     sources, out, counts = list(map(str, sources)), Path(out), Counter(dict.fromkeys(LOSSES, 0))
-    ready = sources[0] in READY
-    if len(sources) > 1 and set(sources) & set(READY):
+    is_ready = "fineweb10B" in sources
+    if is_ready and len(sources) > 1:
         raise ValueError(f"{' '.join(sources)}: ready shards do not mix with another source")
     if val_ratio is not None and not 0 < val_ratio < 1:
         raise ValueError(f"val_ratio={val_ratio} is not between 0 and 1")
-    if tokenizer is not None or ready:
+    if tokenizer is not None or is_ready:
         tokenizer, vocab_size = load_tokenizer(tokenizer or "gpt2"), None
     else:
         room_for_merges(vocab_size, SPECIAL_TOKENS)  # refuses a small one before all the work
-    downloads = out.parent / "downloads"
+    downloads, given = out.parent / "downloads", tokenizer and tokenizer.hash()
     found = {source: find_files(source, downloads, counts, n_shards) for source in sources}
-    files = [path for paths in found.values() for path in paths]
-    options = dict(vocab_size=vocab_size, tokenizer=tokenizer and tokenizer.hash(),
-                   val_ratio=val_ratio)
-    key = fingerprint(files, options)
+    options = dict(vocab_size=vocab_size, tokenizer=given, val_ratio=val_ratio)
+    key = fingerprint(itertools.chain(*found.values()), options)
     if is_finished(out, key):
         say(f"{out}: used again, the content and the options are the same")
         return out
-    check_folder(out)
-    if ready:
-        made = link_ready(files, out, tokenizer)
-    else:
-        tokenizer, made = build(found, out, vocab_size, tokenizer, val_ratio, counts, say)
-    tokenizer.save(out / "tokenizer.json")
+    our_files(out)  # refuses a folder before all the work
     origin = [dict(name=source, files=len(paths), bytes=sum(path.stat().st_size for path in paths))
               for source, paths in found.items()]
-    card = dict(sources=origin, python=platform.python_version() if "stdlib" in sources else None,
-                options=options, counts=counts, **made, fingerprint=key,
-                tokenizer=tokenizer.hash(), vocab_size=tokenizer.n_vocab)
-    with replacing(out / "card.json") as file:
-        file.write(json.dumps(card, indent=2).encode())
-    train, val = made["train"], made["val"]
-    ratio = (train["bytes"] + val["bytes"]) / (train["tokens"] + val["tokens"])
-    say(f"{out}: {train['tokens']:,} tokens to train on, {val['tokens']:,} to validate on, "
-        f"{ratio:.2f} bytes per token")
+    python = platform.python_version() if "stdlib" in sources else None
+    card = dict(sources=origin, python=python, options=options, counts=counts, fingerprint=key)
+    if is_ready:
+        maps = {path.name: read_shard(path) for path in found["fineweb10B"]}
+        splits = {}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=out.parent) as file:
+        tokenizer, splits = texts_to_ids(found, file, tokenizer, card, say)
+        write_folder(out, splits, tokenizer, card)
     return out
 
 

@@ -66,10 +66,10 @@ class TrainConfig:
     max_steps: int = 0              # optimizer steps; 0: no limit
     epochs: float = 0.0             # passes over the data; 0: no limit
     minutes: float = 0.0            # end after this long, data included; 0: no limit
-    batch_size: int = 16            # sequences per step, over all devices
-    micro_batch_size: int = 16      # sequences per forward pass on a device; the rest accumulates
+    batch_size: int = 8             # sequences per step, over all devices
+    micro_batch_size: int = 8       # sequences per forward pass on a device; the rest accumulates
     # optimizer
-    learning_rate: float = 3e-3     # the highest, after warm-up
+    learning_rate: float = 1.5e-3   # the highest, after warm-up
     min_lr: float = 1e-4            # the last
     warmup_steps: int = 40          # steps from 0 to the highest
     weight_decay: float = 0.1       # on matrices only
