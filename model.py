@@ -30,9 +30,9 @@ FORMAT = "gpt-checkpoint-1"  # written into each checkpoint; another format is r
 # One architecture is one row of options.
 ARCHITECTURES = {
     "gpt2": dict(position="learned", norm="layernorm", activation="gelu", bias=True, qk_norm=False,
-                 sharing=1),
+                 zero_init=False, sharing=1),
     "modern": dict(position="rope", norm="rmsnorm", activation="swiglu", bias=False, qk_norm=True,
-                   sharing=2),  # query heads that share a key/value head
+                   zero_init=True, sharing=2),  # query heads that share a key/value head
 }
 
 # Parameters with a vocabulary of 4,096 (modern) for the first four, of 50,257 (gpt2) for the rest.
@@ -72,6 +72,7 @@ class GPTConfig:
     activation: str | None = None   # gelu | swiglu
     bias: bool | None = None        # in linear layers and LayerNorm
     qk_norm: bool | None = None     # normalise queries and keys
+    zero_init: bool | None = None   # blocks begin as no change: what they write starts at zero
     rope_theta: float = 10000.0
 
     def __post_init__(self):
@@ -155,12 +156,11 @@ class FusedAttention(torch.autograd.Function):
     @staticmethod
     def scores(q, k, t, past):
         """One tile of q k^T, (B*K, H/K * t, s), -inf where a query would see its future."""
-        scores = torch.bmm(q, k.transpose(1, 2)).to(wide(q.dtype))
-        if past is not None:
-            s = k.size(1)
-            future = causal_mask(t, s, q.device, past).logical_not_()
-            scores.view(len(q), -1, t, s).masked_fill_(future, -torch.inf)
-        return scores
+        scores = torch.bmm(q, k.transpose(1, 2))
+        if past is None:
+            return scores.to(wide(q.dtype))
+        future = torch.full((t, k.size(1)), -torch.inf, dtype=wide(q.dtype), device=q.device)
+        return (scores.unflatten(1, (-1, t)) + future.triu_(past + 1)).flatten(1, 2)
 
     @staticmethod
     def forward(ctx, q, k, v, causal):
@@ -517,12 +517,13 @@ class GPT(nn.Module):
         self.use()
 
     def initialize(self):
-        """GPT-2's: normal, deviation 0.02; what writes to the stream is scaled down by depth."""
+        """GPT-2's: normal, deviation 0.02; what writes to the stream is scaled down by its depth,
+        or starts at zero."""
+        smaller = 0.0 if self.config.zero_init else (2 * self.config.n_layer) ** -0.5
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 writes = name.endswith(("o_proj", "down_proj"))
-                depth = 2 * self.config.n_layer if writes else 1
-                nn.init.normal_(module.weight, std=0.02 / math.sqrt(depth))
+                nn.init.normal_(module.weight, std=0.02 * (smaller if writes else 1.0))
                 if getattr(module, "bias", None) is not None:
                     nn.init.zeros_(module.bias)
 

@@ -5,9 +5,11 @@ The figures of this project, measured here and now: medians, and ratios against 
     python tests/benchmark.py training bpe   # some of: training sampling bpe
 """
 
+import math
 import statistics
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -15,8 +17,8 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from data import prepare, read_documents, standard_library
-from model import GPT, Linear
+from data import find_files, read_documents
+from model import GPT, Linear, tiles
 from sample import generate, pick_device, pick_precision
 from tokenizer import SPECIAL_TOKENS, Tokenizer, train_fast
 from train import TrainConfig, build_optimizer, clip_gradients, keep_freed_memory, shape_of
@@ -37,17 +39,23 @@ def show(name, value):
     print(f"{name:58} {value}", flush=True)
 
 
-def matmul_rate(model, n_rows, dtype):
-    """FLOP/s of the matrix products of a training step alone: each linear layer's three, timed in
-    torch on n_rows rows."""
-    flops = seconds = 0
-    for n_out, n_in in (m.weight.shape for m in model.modules() if isinstance(m, Linear)):
-        shapes = (n_rows, n_in), (n_out, n_in), (n_rows, n_out)
-        x, weight, d_y = (torch.randn(*shape, dtype=dtype, device=model.device) for shape in shapes)
-        for product in (lambda: x @ weight.T, lambda: d_y @ weight, lambda: d_y.T @ x):
-            seconds += median_seconds(product, 3)
-            flops += 2 * n_rows * n_out * n_in
-    return flops / seconds
+def matmul_seconds(model, B, T, dtype):
+    """How long the matrix products of a training step take alone, and their FLOPs: three for each
+    linear layer, seven for each pair of attention's tiles, on tensors of their shapes."""
+    c = model.config
+    linears = [m for m in model.modules() if isinstance(m, Linear)]
+    kinds = Counter(((), B * T, *m.weight.shape, 1) for m in linears)
+    for rows, columns, _ in tiles(T, T, True):
+        t, s = rows.stop - rows.start, columns.stop - columns.start
+        kinds[(B * c.n_kv_head,), t * c.n_head // c.n_kv_head, s, c.head_size, 7 / 3] += c.n_layer
+    seconds = flops = 0
+    for (batch, rows, columns, inner, times), count in kinds.items():
+        x, weight, d_y = (torch.randn(*batch, *shape, dtype=dtype, device=model.device) for shape in
+                          ((rows, inner), (columns, inner), (rows, columns)))
+        three = [(x, weight.mT), (d_y, weight), (d_y.mT, x)]
+        seconds += sum(median_seconds(lambda: a @ b, 5) for a, b in three) * times * count
+        flops += 2 * 3 * math.prod(batch) * rows * columns * inner * times * count
+    return seconds, flops
 
 
 def default_model(device):
@@ -75,11 +83,10 @@ def training():
                 optimizer.zero_grad()
 
             seconds = median_seconds(step)
-            rate = model.flops_per_token() * ids.numel() / seconds
-            limit = matmul_rate(model, ids.numel(), dtype)
+            alone, flops = matmul_seconds(model, *shape, dtype)
             show(f"training {config.size}, {device} {precision}, {kernels} kernels",
-                 f"{ids.numel() / seconds:,.0f} tokens/s, {rate / 1e9:.0f} GFLOP/s, "
-                 f"{rate / limit:.0%} of the {limit / 1e9:.0f} of its matrix products alone")
+                 f"{ids.numel() / seconds:,.0f} tokens/s; its matrix products alone take "
+                 f"{alone / seconds:.0%} of the step, at {flops / alone / 1e9:.0f} GFLOP/s")
 
 
 def sampling():
@@ -94,7 +101,8 @@ def sampling():
 
 def bpe():
     """Training and encoding on Python's own library."""
-    texts = [text for path in standard_library() for text in read_documents(path)]
+    files = find_files("stdlib", None, Counter())
+    texts = [text for path in files for text in read_documents(path)]
     n_bytes = sum(len(text.encode()) for text in texts)
     seconds = median_seconds(lambda: train_fast(texts, 4096), 3)
     show(f"BPE training, {n_bytes / 1e6:.1f} MB to 4,096 tokens",
