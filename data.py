@@ -28,12 +28,12 @@ import sysconfig
 import tempfile
 import time
 import unicodedata
-import urllib.parse
-import urllib.request
 import zipfile
 import zlib
 from collections import Counter
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
 
 import numpy as np
 from tqdm import tqdm
@@ -94,42 +94,37 @@ def read_jsonl(file):
             if line.strip():
                 yield json.loads(line)["text"] + ""  # a TypeError for what is no str
         except (ValueError, TypeError, KeyError):
-            raise ValueError(f'{file.name}, line {number}: no JSON object with a "text" in it'
-                             ) from None
+            raise ValueError(f'{file.name}, line {number}: no JSON object with a "text"') from None
 
 
-def read_topics(file):
-    """Yield the help texts of pydoc_data/topics.py, a file with one dict. Nothing is executed."""
-    for node in ast.parse(file.read()).body:
-        if isinstance(node, ast.Assign):
-            yield from ast.literal_eval(node.value).values()
+def read_whole(file):
+    """Yield the one document of a file; of pydoc_data/topics.py, a big dict, the texts in it."""
+    if Path(file.name).parts[-2:] == ("pydoc_data", "topics.py"):
+        yield from ast.literal_eval(ast.parse(file.read()).body[0].value).values()
+    else:
+        yield file.read()
 
 
 HIDDEN = re.compile(r"(?is)<!--.*?-->|<(script|style|template)\b.*?</\1\s*>")
 PRE = re.compile(r"(?is)<pre\b[^>]*>(.*?)</pre\s*>")  # the one place where white space counts
-TAG = re.compile(r"""</?([a-zA-Z!?][^\s/>]*)(?:"[^"]*"|'[^']*'|[^>"'])*>""")
+TAG = re.compile(r"""</?([a-zA-Z!?][^\s/>]*)(?:"[^"]*"|'[^']*'|[^<>"'])*>""")
 INLINE = "a abbr b cite code em font i img kbd mark q s small span strong sub sup tt u var".split()
 
 
 def html_to_text(page):
     """The visible text of a web page: html_to_text(b"<p>a &lt; <b>b</b>").strip() == "a < b"."""
     parts = PRE.split(HIDDEN.sub("", page.decode("utf-8-sig", "surrogateescape")))
-    for i, part in enumerate(parts):
+    for i, part in enumerate(parts):  # the odd ones come from a <pre>
         part = part if i % 2 else re.sub(r"\s+", " ", part)
         part = TAG.sub(lambda tag: "" if tag[1].lower() in INLINE else "\n", part)
-        if i % 2 == 0:
-            part = re.sub(r"\s+", lambda space: "\n" if "\n" in space[0] else " ", part)
         parts[i] = html.unescape(part)
+        if i % 2 == 0:
+            parts[i] = re.sub(r"\s+", lambda run: "\n" if "\n" in run[0] else " ", parts[i]).strip()
     return "\n".join(parts)
 
 
-READERS = {
-    ".txt": read_txt,
-    ".md": lambda file: [file.read()],
-    ".py": lambda file: [file.read()],
-    ".jsonl": read_jsonl,
-    ".html": lambda file: [html_to_text(file.buffer.read())],
-}
+READERS = {".txt": read_txt, ".md": read_whole, ".py": read_whole, ".jsonl": read_jsonl,
+           ".html": lambda file: [html_to_text(file.buffer.read())]}
 
 
 def ending(path):
@@ -157,10 +152,8 @@ def open_text(path):
 
 def read_documents(path):
     """Yield the documents of one file, as they are, one by one."""
-    path = Path(path)
-    with open_text(path) as file:
-        is_topics = path.parts[-2:] == ("pydoc_data", "topics.py")
-        yield from read_topics(file) if is_topics else READERS[ending(path)](file)
+    with open_text(Path(path)) as file:
+        yield from READERS[ending(path)](file)
 
 
 # -----------------------------------------------------------------------------
@@ -188,8 +181,7 @@ def download(url, path, n_bytes=0, sha256=None):
     n_done = part.stat().st_size if part.exists() else 0
     headers = {"User-Agent": "data.py (urllib)", "Range": f"bytes={n_done}-"}
     try:
-        request = urllib.request.Request(url, headers=headers)
-        with urllib.request.urlopen(request, timeout=30) as response:
+        with urlopen(Request(url, headers=headers), timeout=30) as response:
             n_done = n_done if response.status == 206 else 0  # 200: this server sends all of it
             n_bytes = n_bytes or n_done + int(response.headers.get("Content-Length") or 0)
             bar = dict(desc=path.name, total=n_bytes, initial=n_done, disable=None)
@@ -198,8 +190,7 @@ def download(url, path, n_bytes=0, sha256=None):
                 shutil.copyfileobj(response, counted)
     except (OSError, http.client.HTTPException) as error:
         if n_done == 0 or getattr(error, "code", None) != 416:  # 416: nothing is missing
-            raise ValueError(f"{url}: {error}; start again to go on, or use stdlib, which "
-                             "needs no network") from None
+            raise ValueError(f"{url}: {error}; start again to go on, or take stdlib") from None
     n_done = part.stat().st_size
     if n_done < n_bytes:
         raise ValueError(f"{url}: cut off at {n_done:,} of {n_bytes:,} bytes; start again to go on")
@@ -213,9 +204,9 @@ def download(url, path, n_bytes=0, sha256=None):
 def fetch(source, folder):
     """Download a known name or a URL into a folder; return the text file."""
     if source not in KNOWN:  # without a known ending it is a web page, unless it speaks of .txt
-        name = re.sub(r"[^\w.-]+", "-", Path(urllib.parse.urlsplit(source).path).name)
+        name = re.sub(r"[^\w.-]+", "-", Path(urlsplit(source).path).name)
         name += "" if ending(name) in READERS else ".txt" if ".txt" in name else ".html"
-        return download(source, folder / hashlib.sha256(source.encode()).hexdigest()[:8] / name)
+        return download(source, folder / f"{zlib.crc32(source.encode()):08x}-{name}")
     path = folder / (source + Path(KNOWN[source]["url"]).suffix)
     download(path=path, **KNOWN[source])
     text = path.with_suffix(".txt")
@@ -227,19 +218,17 @@ def fetch(source, folder):
 
 
 def text_files(folder, counts, skip=()):
-    """The files with text below a folder, in a fixed order, but not in hidden or `skip` folders."""
+    """The files with text below a folder, in a fixed order, without hidden and `skip` folders."""
     files = []
     for place, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if name not in skip and name[0] != ".")
-        for path in [Path(place, name) for name in sorted(names) if name[0] != "."]:
+        folders[:] = [name for name in folders if name not in skip and name[0] != "."]
+        for path in [Path(place, name) for name in names if name[0] != "."]:
             counts["skipped files"] += 1
             with contextlib.suppress(ValueError, OSError), open_text(path) as file:
                 if file.read(1):
                     files.append(path)
                     counts["skipped files"] -= 1
-    if not files:
-        raise ValueError(f"{folder}: a folder without text (only {' '.join(READERS)} are read)")
-    return files
+    return sorted(files)
 
 
 def find_files(source, downloads, counts, n_shards=1):
@@ -267,7 +256,6 @@ def find_files(source, downloads, counts, n_shards=1):
 # Cleaning: the same text in one spelling, once, and on one side of the split.
 
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # Unicode's Cc but \t \n \r
-SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def clean(text, counts=None):
@@ -281,7 +269,7 @@ def clean(text, counts=None):
     text, n_removed = CONTROL.subn("", text)
     counts["control characters"] += n_removed
     if not text.isascii():
-        text, n_replaced = SURROGATE.subn("\ufffd", text)
+        text, n_replaced = re.subn("[\ud800-\udfff]", "\ufffd", text)
         counts["replaced bytes"] += n_replaced
         text = unicodedata.normalize("NFC", text)
     text = "\n".join([line.rstrip() for line in text.split("\n")])
@@ -382,9 +370,11 @@ def gather(files, file, counts):
     ends = sizes.cumsum()
     documents = Documents(file, ends - sizes, ends)
     repeated = exact_duplicates(documents)
-    counts.update({"documents read": len(sizes), "exact duplicates": len(repeated),
-                   "empty documents": len(sizes) - len(documents)})
-    return Documents(file, *np.delete([documents.starts, documents.ends], repeated, axis=1))
+    kept = Documents(file, *np.delete([documents.starts, documents.ends], repeated, axis=1))
+    counts.update({"documents read": len(sizes), "empty documents": len(sizes) - len(documents),
+                   "exact duplicates": len(repeated), "documents": len(kept),
+                   "bytes": kept.n_bytes})
+    return kept
 
 
 def split(documents, val_ratio=None):
@@ -418,25 +408,23 @@ def tokenize(documents, tokenizer):
         yield np.array([id for ids in encoded for id in (*ids, tokenizer.eot)])
 
 
-def texts_to_ids(found, file, vocab_size, tokenizer, val_ratio, counts, say):
-    """All stages up to the shards: return (tokenizer, rule of the split, {split: arrays of ids}).
-
-    Between the stages the texts lie in `file`; of a very large corpus the tokenizer sees a part.
-    """
+def texts_to_ids(found, file, tokenizer, card, say):
+    """All stages before the shards, with the texts in `file`: return (tokenizer, {split: ids})."""
+    counts, vocab_size = card["counts"], card["options"]["vocab_size"]
     documents = gather(itertools.chain(*found.values()), file, counts)
     title = " ".join(found) if len(found) < 4 else f"{len(found)} sources"
     lost = ", ".join(f"{counts[loss]:,} {loss}" for loss in LOSSES if counts[loss]) or "nothing"
     if not documents:
-        raise ValueError(f"{title}: there is no text in it (lost: {lost})")
+        raise ValueError(f"{title}: no text; only {' '.join(READERS)} are read (lost: {lost})")
     say(f"{title}: {len(documents):,} document{'s' * (len(documents) > 1)}, "
         f"{documents.n_bytes / 1e6:.1f} MB; lost: {lost}")
-    train, val, rule = split(documents, val_ratio)
+    train, val, card["split"] = split(documents, card["options"]["val_ratio"])
     if tokenizer is None:
         start, every = time.perf_counter(), train.n_bytes // LEARN_BYTES + 1
         tokenizer = Tokenizer.train(itertools.islice(train, 0, None, every), vocab_size)
         say(f"tokenizer: {tokenizer.n_vocab:,} of {vocab_size:,} tokens, "
             f"{time.perf_counter() - start:.1f} s")
-    return tokenizer, rule, dict(train=tokenize(train, tokenizer), val=tokenize(val, tokenizer))
+    return tokenizer, dict(train=tokenize(train, tokenizer), val=tokenize(val, tokenizer))
 
 
 # -----------------------------------------------------------------------------
@@ -525,18 +513,23 @@ def prepare(sources, out, vocab_size=4096, tokenizer=None, val_ratio=None, n_sha
     if is_finished(out, key):
         say(f"{out}: used again, the content and the options are the same")
         return out
-    our_files(out)  # refuses a folder before all the work
+    our_files(out)  # refuses a wrong folder before all the work
     origin = [dict(name=source, files=len(paths), bytes=sum(path.stat().st_size for path in paths))
               for source, paths in found.items()]
     python = platform.python_version() if "stdlib" in sources else None
     card = dict(sources=origin, python=python, options=options, counts=counts, fingerprint=key)
-    if is_ready:
-        maps = {path.name: read_shard(path) for path in found["fineweb10B"]}
-        splits = {}
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=out.parent) as file:
-        tokenizer, splits = texts_to_ids(found, file, tokenizer, card, say)
+        if is_ready:
+            val, *train = map(read_shard, found["fineweb10B"])
+            card["split"], splits = "as published", dict(train=train, val=[val])
+        else:
+            tokenizer, splits = texts_to_ids(found, file, tokenizer, card, say)
         write_folder(out, splits, tokenizer, card)
+    train, val = card["train"], card["val"]
+    ratio = (train["bytes"] + val["bytes"]) / (train["tokens"] + val["tokens"])
+    say(f"{out}: {train['tokens']:,} tokens to train on, {val['tokens']:,} to validate on, "
+        f"{ratio:.2f} bytes per token")
     return out
 
 
@@ -555,8 +548,7 @@ class TokenLoader:
     def __init__(self, path, batch_size, block_size, rank=0, world_size=1, seed=0, position=0,
                  split="train"):
         if min(batch_size, block_size) < 1 or not 0 <= rank < world_size or position < 0:
-            raise ValueError(f"no batches of batch_size={batch_size}, block_size={block_size}, "
-                             f"rank={rank} of world_size={world_size}, position={position}")
+            raise ValueError(f"bad {batch_size=} {block_size=} {rank=} {world_size=} {position=}")
         self.shards = read_split(path, split)
         self.starts = np.cumsum([0, *map(len, self.shards)])
         self.n_tokens = int(self.starts[-1])
@@ -604,7 +596,7 @@ class TokenLoader:
 
 def folder_name(source):
     """What to call the shards of a source: folder_name("texts/My book.txt.gz") == "My-book"."""
-    path = urllib.parse.urlsplit(source).path if "://" in source else Path(source).absolute()
+    path = urlsplit(source).path if "://" in source else Path(source).absolute()
     return re.sub(r"[^\w-]+", "-", Path(path).name.split(".")[0]).strip("-") or "text"
 
 
@@ -616,14 +608,12 @@ def main():
     parser.add_argument("--vocab_size", type=int, default=4096, help="default %(default)s")
     parser.add_argument("--tokenizer", help="use this tokenizer.json, or gpt2, and train none")
     parser.add_argument("--val_ratio", type=float,
-                        help="share to validate on (default 0.05 of all documents, or 0.1 of each "
-                             f"when there are fewer than {FEW_DOCUMENTS})")
+                        help="share to validate on (default 0.05, or 0.1 with few documents)")
     parser.add_argument("--shards", type=int, default=1, dest="n_shards", metavar="N",
                         help="training shards of fineweb10B, 200 MB each (default %(default)s)")
     args = parser.parse_intermixed_args()
-    out = args.out or Path("shards", folder_name(args.sources[0]))
-    out = prepare(args.sources, out, args.vocab_size, args.tokenizer, args.val_ratio, args.n_shards)
-    print(f"next: python train.py --data={out}")
+    args.out = args.out or Path("shards", folder_name(args.sources[0]))
+    print(f"next: python train.py --data={prepare(**vars(args))}")
 
 
 if __name__ == "__main__":

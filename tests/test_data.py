@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import io
 import json
 import threading
 import zipfile
@@ -14,7 +15,7 @@ from conftest import run
 
 import data
 from data import TokenLoader, clean, prepare, read_documents, read_shard, read_split, write_shards
-from tokenizer import GPT2_SPLIT, GPT4_SPLIT, Tokenizer
+from tokenizer import Tokenizer
 
 STORIES = [f"Story {i}.\n\nFox number {i * i} ran over {i + 7} hills,\nthen it slept.\n"
            for i in range(60)]
@@ -28,6 +29,13 @@ def folder_of(tmp_path, texts, name="texts"):
     for i, text in enumerate(texts):
         (folder / f"{i:03d}.txt").write_text(text, encoding="utf-8", newline="")
     return folder
+
+
+def documents_of(texts):
+    """Texts as data.Documents, in a file in memory."""
+    sizes = np.array([len(text.encode()) for text in texts])
+    ends = sizes.cumsum()
+    return data.Documents(io.BytesIO("".join(texts).encode()), ends - sizes, ends)
 
 
 def shards_of(tmp_path, n_tokens, shard_tokens=10**8):
@@ -88,10 +96,17 @@ def test_a_txt_file_may_hold_many_documents(tmp_path):
     assert list(map(clean, read_documents(path))) == ["one", "two", "three\nlines"]
 
 
+@pytest.mark.parametrize("text, parts", [
+    ("one\ntwo\n" * 3, ["one\ntwo\n"] * 3), ("x" * 21, ["x" * 8] * 2 + ["x" * 5])])
+def test_a_long_text_is_read_as_several_documents(tmp_path, monkeypatch, text, parts):
+    (tmp_path / "a.txt").write_text(text, newline="")
+    monkeypatch.setattr(data, "LONG_TEXT", 8)
+    assert list(read_documents(tmp_path / "a.txt")) == parts
+
+
 def test_a_file_with_the_byte_order_mark_of_windows_is_text(tmp_path):
-    for i, encoding in enumerate(["utf-8-sig", "utf-16"]):
-        (tmp_path / f"{i}.txt").write_text("grün", encoding=encoding)
-        assert list(read_documents(tmp_path / f"{i}.txt")) == ["grün"]
+    (tmp_path / "a.txt").write_text("grün", encoding="utf-8-sig")
+    assert list(read_documents(tmp_path / "a.txt")) == ["grün"]
 
 
 def test_jsonl_gives_its_texts_and_names_the_line_without(tmp_path):
@@ -124,12 +139,11 @@ def test_a_folder_is_read_in_order_and_skips_what_is_no_text(tmp_path):
     assert names == ["000.txt", "001.txt", "a.md"] and counts["skipped files"] == 4
 
 
-def test_the_standard_library_is_a_corpus_without_tests():
-    files = data.standard_library()
+def test_the_standard_library_is_a_corpus_without_tests(tmp_path):
+    files = data.find_files("stdlib", tmp_path, data.Counter())
     names = {part for path in files for part in path.relative_to(files[0].parent).parts}
     assert "argparse.py" in names and "json" in names
     assert not names & {"test", "tests", "idle_test", "site-packages", "dist-packages"}
-    assert files == data.standard_library()
 
 
 def test_the_topics_of_pydoc_are_documents_of_prose():
@@ -149,17 +163,15 @@ def test_a_text_that_occurs_again_is_dropped(tmp_path):
 
 def test_a_document_stays_on_its_side_when_others_come_and_go():
     def validated(texts):
-        return {text for text, position in zip(texts, data.choose_cuts(texts)[0]) if not position}
+        return set(data.split(documents_of(texts))[1])
     assert validated(STORIES)
     assert validated(STORIES[::-1]) == validated(STORIES)
     assert validated([f"new {i}" for i in range(40)] + STORIES) & set(STORIES) <= validated(STORIES)
 
 
 def test_few_documents_validate_on_their_ends():
-    texts = ["".join(f"line {i}\n" for i in range(1000)), "x" * 1000]
-    cuts, _ = data.choose_cuts(texts)
-    assert [round(position / len(text), 2) for text, position in zip(texts, cuts)] == [0.9, 0.9]
-    assert texts[0][cuts[0]:].startswith("line")
+    train, val, _ = data.split(documents_of(["x" * 900 + "y" * 100, "ä" * 90 + "ö" * 10]))
+    assert list(train) == ["x" * 900, "ä" * 90] and list(val) == ["y" * 100, "ö" * 10]
 
 
 # -----------------------------------------------------------------------------
@@ -186,15 +198,12 @@ def test_shards_decode_to_the_clean_documents(prepared):
     assert sorted(texts) == sorted(["", *map(clean, STORIES)])
 
 
-@pytest.mark.parametrize("pattern", [GPT2_SPLIT, GPT4_SPLIT])
-def test_a_long_text_encodes_in_pieces_as_in_one(monkeypatch, pattern):
-    text = "".join(STORIES) + "a\n\n  b;\n\n\n'sc\t\n" * 9
-    tokenizer = Tokenizer.train(text, 400, pattern=pattern)
-    monkeypatch.setattr(data, "PIECE_CHARS", 50)
-    monkeypatch.setattr(data, "GROUP_CHARS", 200)
-    ids = np.concatenate(list(data.tokenize([text, "", text], tokenizer))).tolist()
-    whole = tokenizer.encode(text) + [tokenizer.eot]
-    assert ids == whole + [tokenizer.eot] + whole
+def test_texts_are_tokenized_in_groups(monkeypatch):
+    tokenizer = Tokenizer.train("".join(STORIES), 400)
+    monkeypatch.setattr(data, "GROUP_BYTES", 200)
+    groups = list(data.tokenize(documents_of(STORIES), tokenizer))
+    ids = [id for text in STORIES for id in (*tokenizer.encode(text), tokenizer.eot)]
+    assert np.concatenate(groups).tolist() == ids and len(groups) > 10
 
 
 def test_an_id_outside_the_vocabulary_is_not_written(tmp_path):
@@ -293,6 +302,8 @@ class Pages(BaseHTTPRequestHandler):
         if body is None:
             return self.send_error(404)
         start = int(self.headers.get("Range", "bytes=0-")[6:-1])
+        if start >= len(body):
+            return self.send_error(416)
         self.server.starts.append(start)
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", len(body) - start)
@@ -316,11 +327,11 @@ def server(monkeypatch):
 
 
 def test_a_page_is_downloaded_once(tmp_path, server):
-    server.files["/a/b?c=1"] = b"<p>" + "\n".join(STORIES).encode()
+    server.files["/?c=1"] = b"<p>" + "\n".join(STORIES).encode()
     for _ in range(2):
-        out = prepare(f"{server.url}/a/b?c=1", tmp_path / "shards" / "page", 300, **quiet)
+        out = prepare(f"{server.url}/?c=1", tmp_path / "shards" / "page", 300, **quiet)
     [kept] = (tmp_path / "shards" / "downloads").iterdir()
-    assert kept.name.endswith("-b.html") and len(server.starts) == 1
+    assert kept.suffix == ".html" and len(server.starts) == 1
     assert card_of(out)["counts"]["documents"] == 1
 
 
@@ -330,27 +341,29 @@ def test_a_download_that_was_cut_off_continues_where_it_stopped(tmp_path, server
         data.download(f"{server.url}/a.txt", tmp_path / "a.txt")
     path = data.download(f"{server.url}/a.txt", tmp_path / "a.txt")
     assert server.starts == [0, 3000] and path.read_bytes() == server.files["/a.txt"]
+    path.rename(tmp_path / "a.txt.part")  # ended between the last byte and the new name
+    data.download(f"{server.url}/a.txt", path)
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
 def test_a_download_with_another_checksum_is_removed(tmp_path, server, monkeypatch):
     server.files["/a.txt"] = b"right"
     sha256 = hashlib.sha256(b"right").hexdigest()
-    row = dict(url=f"{server.url}/a.txt", file="a.txt", n_bytes=5, sha256=sha256)
+    row = dict(url=f"{server.url}/a.txt", n_bytes=5, sha256=sha256)
     monkeypatch.setitem(data.KNOWN, "shakespeare", row)
-    assert data.download_known("shakespeare", tmp_path / "right").read_bytes() == b"right"
+    assert data.fetch("shakespeare", tmp_path / "right").read_bytes() == b"right"
     server.files["/a.txt"] = b"wrong"
     with pytest.raises(ValueError, match="not the expected 5 bytes"):
-        data.download_known("shakespeare", tmp_path / "wrong")
+        data.fetch("shakespeare", tmp_path / "wrong")
     assert not list((tmp_path / "wrong").iterdir())
 
 
 def test_a_page_or_a_connection_that_is_not_there_is_one_line(tmp_path, server):
-    with pytest.raises(ValueError, match="the server answers 404"):
+    with pytest.raises(ValueError, match="404"):
         data.download(f"{server.url}/none.txt", tmp_path / "a.txt")
     server.server_close()
     server.shutdown()
-    with pytest.raises(ValueError, match="no connection"):
+    with pytest.raises(ValueError, match="take stdlib"):
         data.download(f"{server.url}/none.txt", tmp_path / "a.txt")
 
 
@@ -358,10 +371,9 @@ def test_wikitext_is_cut_into_its_articles(tmp_path, server, monkeypatch):
     text = " \n = Cat = \n \n Purrs . \n = = Food = = \n Fish . \n = Dog = \n Barks . \n"
     with zipfile.ZipFile(tmp_path / "wiki.zip", "w") as archive:
         archive.writestr("wikitext-2-raw/wiki.train.raw", text)
-    server.files["/w"] = (tmp_path / "wiki.zip").read_bytes()
-    row = dict(url=f"{server.url}/w", file="w.zip", n_bytes=None, sha256=None)
-    monkeypatch.setitem(data.KNOWN, "wikitext", row)
-    texts = list(map(clean, read_documents(data.download_known("wikitext", tmp_path))))
+    server.files["/w.zip"] = (tmp_path / "wiki.zip").read_bytes()
+    monkeypatch.setitem(data.KNOWN, "wikitext", dict(url=f"{server.url}/w.zip"))
+    texts = list(map(clean, read_documents(data.fetch("wikitext", tmp_path / "downloads"))))
     assert texts == ["", " = Cat =\n\n Purrs .\n = = Food = =\n Fish .", " = Dog =\n Barks ."]
 
 
@@ -369,7 +381,7 @@ def test_ready_shards_are_checked_and_used_as_they_are(tmp_path, server, monkeyp
     tokenizer = Tokenizer.load(prepared / "tokenizer.json")
     for theirs, ours in ("train_000001", "train_000000"), ("val_000000", "val_000000"):
         server.files[f"/fineweb_{theirs}.bin"] = (prepared / f"{ours}.bin").read_bytes()
-    monkeypatch.setitem(data.READY, "fineweb10B", dict(url=f"{server.url}/fineweb_", last=1))
+    monkeypatch.setattr(data, "FINEWEB", f"{server.url}/fineweb_")
     for _ in range(2):
         out = prepare("fineweb10B", tmp_path / "shards" / "ready", tokenizer=tokenizer, **quiet)
     card, given = card_of(out), card_of(prepared)
@@ -447,11 +459,11 @@ def test_the_command_prepares_and_names_the_next_one(tmp_path):
 
 
 @pytest.mark.parametrize("words, code, message", [
-    (["none.txt"], 1, "no such file"), (["shakespear"], 1, "did you mean shakespeare?"),
-    (["empty.txt"], 1, "is empty"), (["binary.txt"], 1, "is a binary file"),
-    (["a.pdf"], 1, "cannot read .pdf"), (["empty"], 1, "a folder without text"),
+    (["none.txt"], 1, "no such file"), (["shakespear"], 1, "not one of stdlib, shakespeare"),
+    (["empty.txt"], 1, "no text"), (["binary.txt"], 1, "is a binary file"),
+    (["a.pdf"], 1, "cannot read .pdf"), (["empty"], 1, "no text"),
     (["a.jsonl"], 1, "a.jsonl, line 2"), (["blank.txt"], 1, "no text"),
-    (["a.txt", "--vocab_size=99"], 1, "too small"), (["fineweb10B", "a.txt"], 1, "do not mix"),
+    (["none.txt", "--vocab_size=99"], 1, "too small"), (["fineweb10B", "a.txt"], 1, "do not mix"),
     (["a.txt", "--val_ratio=2"], 1, "not between 0 and 1"),
     (["a.txt", "--tokenizer=none"], 1, "No such file"),
     (["a.txt", "--vocabsize=300"], 2, "did you mean --vocab_size?")])
