@@ -46,7 +46,6 @@ LONG_TEXT = 1 << 21  # characters; a .txt file of a longer text is read as sever
 GROUP_BYTES = 1 << 23  # text tokenized at a time: the ids of a large corpus must not fill memory
 LEARN_BYTES = 200_000_000  # a tokenizer learns from a sample of this size: more changes little
 FEW_DOCUMENTS = 20  # below this, each document gives its end to validation
-SHARD_TOKENS = 100_000_000
 LOSSES = ["replaced bytes", "control characters", "empty documents", "exact duplicates",
           "skipped files"]
 
@@ -298,7 +297,7 @@ HEADER_BYTES = 1024
 FORMATS = {"<u2": (20240520, 1), "<u4": (20240801, 7)}  # type of a token: magic, version
 
 
-def write_shards(arrays, folder, split, n_vocab, shard_tokens=SHARD_TOKENS):
+def write_shards(arrays, folder, split, n_vocab, shard_tokens=10**8):
     """Write arrays of ids as split_000000.bin, split_000001.bin ...; return {file name: tokens}."""
     kind = "<u2" if n_vocab <= 2**16 else "<u4"
     arrays = (ids for ids in map(np.asarray, arrays) if len(ids))
@@ -367,8 +366,7 @@ def gather(files, file, counts):
     texts = (clean(text, counts) for path in files for text in read_documents(path))
     texts = tqdm(texts, "read", unit=" documents", disable=None, leave=False)
     sizes = np.fromiter((file.write(text.encode()) for text in texts), np.int64)
-    ends = sizes.cumsum()
-    documents = Documents(file, ends - sizes, ends)
+    documents = Documents(file, sizes.cumsum() - sizes, sizes.cumsum())
     repeated = exact_duplicates(documents)
     kept = Documents(file, *np.delete([documents.starts, documents.ends], repeated, axis=1))
     counts.update({"documents read": len(sizes), "empty documents": len(sizes) - len(documents),
@@ -444,7 +442,10 @@ def load_tokenizer(tokenizer):
     """The tokenizer of a file, or of the name "gpt2"; one that is loaded already comes back."""
     if tokenizer == "gpt2":
         import tiktoken
-        tokenizer = Tokenizer.from_tiktoken(tiktoken.get_encoding("gpt2"))
+        try:
+            tokenizer = Tokenizer.from_tiktoken(tiktoken.get_encoding("gpt2"))
+        except OSError:
+            raise ValueError("gpt2: no connection to fetch it; give a tokenizer.json") from None
     elif isinstance(tokenizer, (str, Path)):
         tokenizer = Tokenizer.load(tokenizer)
     if tokenizer.eot is None:
@@ -527,9 +528,8 @@ def prepare(sources, out, vocab_size=4096, tokenizer=None, val_ratio=None, n_sha
             tokenizer, splits = texts_to_ids(found, file, tokenizer, card, say)
         write_folder(out, splits, tokenizer, card)
     train, val = card["train"], card["val"]
-    ratio = (train["bytes"] + val["bytes"]) / (train["tokens"] + val["tokens"])
     say(f"{out}: {train['tokens']:,} tokens to train on, {val['tokens']:,} to validate on, "
-        f"{ratio:.2f} bytes per token")
+        f"{train['bytes'] / train['tokens']:.2f} bytes per token")
     return out
 
 
