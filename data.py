@@ -234,7 +234,9 @@ def find_files(source, downloads, counts, n_shards=1):
     """The files of one source, in a fixed order. Raises ValueError where there is none."""
     path = Path(source)
     if source == "stdlib":
-        skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+        # encodings is left out, too: its tables of characters teach a small model to write tables
+        skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__",
+                "encodings"}
         files = text_files(sysconfig.get_paths()["stdlib"], Counter(), skip)
         return [file for file in files if file.suffix == ".py"]
     if source == "fineweb10B":

@@ -220,9 +220,10 @@ def room(model, T, max_new_tokens):
     return min(max_new_tokens, block_size - T)
 
 
-def generate(model, ids, max_new_tokens=200, cache=True, **options):
+def generate(model, ids, max_new_tokens=200, cache=True, first=None, **options):
     """Yield the tokens that follow ids (B, T), one tensor (B,) a step, at most until the context
-    is full. Options are those of pick. Without the cache the choices are the same, only slower."""
+    is full. Options are those of pick; first (V,) marks the tokens that may come first. Without
+    the cache the choices are the same, only slower."""
     n_tokens, memory = room(model, ids.size(1), max_new_tokens), None
     if cache:
         size = ids.size(0), ids.size(1) + n_tokens
@@ -233,7 +234,10 @@ def generate(model, ids, max_new_tokens=200, cache=True, **options):
         unseen = ids[:, memory[0].length:] if cache else ids             # (B, T), then (B, 1)
         with torch.inference_mode():
             logits, _ = model(unseen, cache=memory, last_only=True)      # (B, 1, V)
-        chosen = pick(logits[:, -1].float(), seen=ids, **options)        # (B,)
+        logits = logits[:, -1].float()                                   # (B, V)
+        if first is not None:
+            logits, first = logits.masked_fill(~first, -torch.inf), None
+        chosen = pick(logits, seen=ids, **options)                       # (B,)
         ids = torch.cat((ids, chosen[:, None]), dim=1)
         yield chosen
 
@@ -257,13 +261,18 @@ def stream(model, tokenizer, prompt="", max_new_tokens=200, stop=(), seed=None, 
         raise ValueError("a stop string is empty: leave it out, or give it characters")
     generator = torch.Generator(model.device)
     generator.manual_seed(random.getrandbits(63) if seed is None else seed % 2**63)
+    first, space = None, prompt.endswith(" ")
+    if space:  # " name" is one token: the model has seldom seen a space end, so it writes it anew
+        begins = [token.startswith(b" ") for token in tokenizer.token_bytes()]
+        prompt, first = prompt[:-1], torch.tensor(begins, device=model.device)
     ids = tokenizer.encode(prompt) or [tokenizer.eot]
     n_tokens, decoder, waiting = room(model, len(ids), max_new_tokens), tokenizer.decoder(), ""
     ids = torch.tensor([ids], device=model.device)                       # (1, T)
-    steps = generate(model, ids, n_tokens, generator=generator, **options)
+    steps = generate(model, ids, n_tokens, first=first, generator=generator, **options)
     for n, chosen in enumerate(steps, 1):
         token = chosen.item()
-        waiting += decoder.push(token) if token != tokenizer.eot else ""
+        text = decoder.push(token) if token != tokenizer.eot else ""
+        waiting += text[1:] if space and n == 1 else text
         last = token == tokenizer.eot or n == n_tokens
         waiting += decoder.flush() if last else ""
         text, waiting, stopped = release(waiting, stop, last)

@@ -222,6 +222,14 @@ def test_the_end_of_the_document_ends_the_text_and_is_not_in_it(model, tokenizer
     assert complete(model, tokenizer) == "ab"
 
 
+def test_after_a_prompt_that_ends_in_a_space_a_token_begins_with_it(model, tokenizer):
+    for seed in range(20):
+        pieces = list(stream(model, tokenizer, "the ", max_new_tokens=5, seed=seed))
+        first = tokenizer.token_bytes()[pieces[0][0]]
+        assert first.startswith(b" ") and first[1:].decode("utf-8", "replace") == pieces[0][1]
+
+
+
 @pytest.mark.parametrize("stop, shown", [("lo w", "hel"), ("rld!", "hello wo"), ("h", ""),
                                          ("ox", "hello world!"), ("world!?", "hello world!")])
 def test_a_stop_string_across_tokens_is_never_shown(model, tokenizer, monkeypatch, stop, shown):
