@@ -22,8 +22,10 @@ import numpy as np
 from tqdm import tqdm
 
 from data import read_split
-from tokenizer import Parser, Tokenizer, replacing, run_command
+from tokenizer import Parser, Tokenizer, replacing, run_command, share_cores
 
+if __name__ == "__main__":
+    share_cores()
 if not {"-h", "--help"} & set(sys.argv):  # torch takes two seconds to import; help need not wait
     import torch
 

@@ -16,8 +16,10 @@ import sys
 import time
 from pathlib import Path
 
-from tokenizer import Parser, Tokenizer, run_command
+from tokenizer import Parser, Tokenizer, run_command, share_cores
 
+if __name__ == "__main__":
+    share_cores()
 if not {"-h", "--help"} & set(sys.argv):  # torch takes two seconds to import; help need not wait
     import torch
 

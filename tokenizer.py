@@ -90,6 +90,12 @@ def run_command(main):
         sys.exit(130)
 
 
+def share_cores():
+    """To be called before torch is imported: its threads spin only shortly while they wait for one
+    another, which costs nothing, and on a machine that does other things too saves half the time."""
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
+
 @contextlib.contextmanager
 def replacing(path):
     """Open a binary file that appears at `path` complete or not at all: temporary name, rename."""

@@ -28,11 +28,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data import TokenLoader, folder_name, prepare
-from tokenizer import Parser, Tokenizer, replacing, run_command
+from tokenizer import Parser, Tokenizer, replacing, run_command, share_cores
 
-if __name__ == "__main__":  # torch's threads shall not spin for long where others need the core:
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # on a busy machine that doubles the speed
-
+if __name__ == "__main__":
+    share_cores()
 if not {"-h", "--help"} & set(sys.argv):  # torch takes two seconds to import; help need not wait
     import torch
     import torch.distributed as dist
