@@ -581,7 +581,7 @@ def save_model(model, path, **state):
             os.fsync(file.fileno())
         os.replace(part, path)
     except RuntimeError as error:  # torch's word for a disk that is full
-        raise OSError(f"{path} could not be written ({str(error)[:40]}): is its disk full?") from None
+        raise OSError(f"{path} could not be written, is its disk full? ({error!r:.40})") from None
     finally:
         part.unlink(missing_ok=True)
 

@@ -92,7 +92,7 @@ def run_command(main):
 
 def share_cores():
     """To be called before torch is imported: its threads spin only shortly while they wait for one
-    another, which costs nothing, and on a machine that does other things too saves half the time."""
+    another. That costs nothing, and where other programs run it can save half the time."""
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 
@@ -170,7 +170,7 @@ def compile_split(pattern):
 
 
 def compile_special(special_tokens):
-    """A pattern that finds special tokens, the longer first; ValueError for empty or double ones."""
+    """A pattern that finds special tokens, the longer first. None may be empty or double."""
     names = sorted(special_tokens, key=len, reverse=True)
     if "" in names:
         raise ValueError("a special token is empty; give it a name, such as <|endoftext|>")

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: a second thread costs more than it saves
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a tiny model is slower with more
 
 
 def pytest_configure(config):
