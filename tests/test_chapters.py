@@ -1,0 +1,84 @@
+"""chapters/: every notebook runs as it is stored, and its exercises can be solved."""
+
+import re
+
+import nbformat
+import pytest
+from conftest import ROOT
+from nbclient import NotebookClient
+
+NOTEBOOKS = sorted((ROOT / "chapters").glob("*.ipynb"))
+each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+FOLDED = re.compile(r"<details><summary>Solutions?</summary>(.*?)</details>", re.S)
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def printed(cell):
+    return "".join(output.get("text", "") for output in cell.outputs)
+
+
+def checks(notebook):
+    """What the check cells of the exercises print."""
+    return [printed(cell) for cell in code_cells(notebook) if '"right!"' in cell.source]
+
+
+def execute(notebook):
+    """Run all cells in a new kernel, in the folder of the notebook."""
+    client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": ROOT / "chapters"}})
+    return client.execute()
+
+
+def solve(notebook):
+    """Put the folded solutions in the place of the functions that say `your turn`."""
+    text = "".join("".join(FOLDED.findall(cell.source)) for cell in notebook.cells)
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    solutions = {re.search(r"def (\w+)", block)[1]: block for block in blocks}
+    for cell in code_cells(notebook):
+        if "your turn" in cell.source:
+            cell.source = solutions[re.search(r"def (\w+)", cell.source)[1]]
+
+
+@each
+def test_a_notebook_is_stored_as_it_was_run_top_to_bottom(path):
+    cells = code_cells(nbformat.read(path, 4))
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    kinds = [output.output_type for cell in cells for output in cell.outputs]
+    assert "error" not in kinds and sum(bool(cell.outputs) for cell in cells) > len(cells) / 2
+    assert any("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs)
+
+
+@each
+def test_a_notebook_can_be_read_in_a_narrow_column_on_any_machine(path):
+    notebook = nbformat.read(path, 4)
+    for cell in code_cells(notebook):
+        assert len(cell.source.splitlines()) <= 25
+        assert max(map(len, cell.source.splitlines())) <= 80
+    shown = "".join(str(cell.outputs) for cell in code_cells(notebook))
+    assert not re.search(r"/tmp/|/home/|/root/|/Users/|site-packages|Warning", shown)
+
+
+@each
+def test_exercises_are_stored_unsolved(path):
+    texts = checks(nbformat.read(path, 4))
+    assert texts and all(text.startswith("not yet") for text in texts)
+
+
+@pytest.mark.slow
+@each
+def test_a_notebook_runs_and_its_exercises_are_not_solved_yet(path):
+    before = {file.name for file in (ROOT / "chapters").iterdir()}
+    texts = checks(execute(nbformat.read(path, 4)))
+    assert all(text.startswith("not yet") for text in texts)
+    assert {file.name for file in (ROOT / "chapters").iterdir()} - before <= {"__pycache__"}
+
+
+@pytest.mark.slow
+@each
+def test_the_folded_solutions_are_right(path):
+    notebook = nbformat.read(path, 4)
+    solve(notebook)
+    texts = checks(execute(notebook))
+    assert texts and all(text.startswith("right!") for text in texts)
