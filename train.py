@@ -459,6 +459,17 @@ def progress_line(row, left):
             f"norm {row['grad_norm']:.2f} | {row['tokens_per_second']:,} tok/s, {clock(left)} left")
 
 
+def summarize(run, card, began, how, stopped):
+    """What train() returns: where the run is, how far it came, how good and how fast it was."""
+    rows = read_log(run.folder)
+    rates = sorted(row["tokens_per_second"] for row in rows)
+    val_loss = rows[-1].get("val_loss")
+    bits = val_loss and val_loss / math.log(2) * card["val"]["tokens"] / card["val"]["bytes"]
+    return dict(folder=str(run.folder), step=run.step, loss=rows[-1]["loss"], val_loss=val_loss,
+                bits_per_byte=bits, tokens_per_second=rates[len(rates) // 2],
+                seconds=time.perf_counter() - began, how=how, stopped=stopped)
+
+
 def train(config, model_config=None):
     """Train as config says, the model too unless model_config does. -> a summary of the run:
     folder, step, loss and val_loss (nats per token), bits_per_byte, tokens_per_second, seconds,
@@ -494,7 +505,9 @@ def train(config, model_config=None):
         by_clock = run.elapsed / (60 * config.minutes) if config.minutes else 0.0
         return min(1.0, max(run.step / n_steps, by_clock))
 
-    row, progress, stopping = {}, share_done(), False
+    progress, stopping = share_done(), False
+    if progress == 1:
+        say("this run is finished: a larger --max_steps, --epochs or --minutes trains on")
     ready, started_at, shown = time.perf_counter(), progress, 0.0
     bar = tqdm(total=1.0, initial=progress, disable=not (is_main and sys.stderr.isatty()),
                leave=False, bar_format="{percentage:3.0f}% {bar:20} {desc}")
@@ -502,7 +515,7 @@ def train(config, model_config=None):
     with bar, stop_signals() as asked, open(log_path, "a", buffering=1, encoding="utf-8") as log:
         while progress < 1 and not stopping:
             start = time.perf_counter()
-            torch.manual_seed(1_000_003 * run.step + config.seed + rank)  # all dropout depends on
+            torch.manual_seed(1_000_003 * run.step + config.seed + rank)  # dropout: of this step
             rate = learning_rate(run.step, config, progress)
             for group in run.optimizer.param_groups:
                 group["lr"] = rate
@@ -543,17 +556,6 @@ def train(config, model_config=None):
             if check and progress < 1:
                 say(sample_lines(run.model, tokenizer, config.sample_tokens, config.seed))
     return summarize(run, card, began, how, bool(stopping)) if is_main else None
-
-
-def summarize(run, card, began, how, stopped):
-    """What train() returns: where the run is, how far it came, how good and how fast it was."""
-    rows = read_log(run.folder)
-    rates = sorted(row["tokens_per_second"] for row in rows)
-    val_loss = rows[-1].get("val_loss")
-    bits = val_loss and val_loss / math.log(2) * card["val"]["tokens"] / card["val"]["bytes"]
-    return dict(folder=str(run.folder), step=run.step, loss=rows[-1]["loss"], val_loss=val_loss,
-                bits_per_byte=bits, tokens_per_second=rates[len(rates) // 2],
-                seconds=time.perf_counter() - began, how=how, stopped=stopped)
 
 
 def report(summary):

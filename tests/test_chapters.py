@@ -27,8 +27,8 @@ def checks(notebook):
 
 def execute(notebook):
     """Run all cells in a new kernel, in the folder of the notebook."""
-    client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": ROOT / "chapters"}})
-    return client.execute()
+    folder = {"metadata": {"path": ROOT / "chapters"}}
+    return NotebookClient(notebook, timeout=300, resources=folder).execute()
 
 
 def solve(notebook):

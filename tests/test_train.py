@@ -17,8 +17,8 @@ from conftest import ROOT, run, tiny
 from data import TokenLoader
 from model import load_model
 from sample import checkpoints
-from train import (TrainConfig, build_optimizer, draw_loss, gradients, last_step, learning_rate,
-                   read_log, train)
+from train import (TrainConfig, build_optimizer, complete_options, draw_loss, gradients,
+                   last_step, learning_rate, read_log, train)
 
 SHAPE = dict(n_layer=2, n_head=2, n_embd=32, block_size=32)
 
@@ -152,6 +152,24 @@ def test_minutes_end_a_run_with_its_rate_decayed(shards, tmp_path):
     summary = train(config)
     rates = [row["lr"] for row in read_log(config.out)]
     assert summary["val_loss"] and rates[-1] == min(rates[2:]) < max(rates)
+
+
+def test_a_config_goes_out_and_in_again(shards, tmp_path):
+    config = configure(shards, tmp_path / "run", max_steps=2, dropout=0.1)
+    train(config)
+    path = str(tmp_path / "run" / "config.json")
+    again = complete_options(dict(config=path, out="other", epochs=3.0))
+    changed = dict(config=path, out="other", epochs=3.0, max_steps=0)
+    assert again == dataclasses.replace(config, **changed)
+
+
+def test_a_finished_run_is_left_as_it_is_until_it_is_given_more(shards, tmp_path):
+    config = configure(shards, tmp_path / "run", max_steps=2)
+    train(config)
+    before = weights(tmp_path / "run")
+    train(dataclasses.replace(config, resume=True))
+    assert same(before, weights(tmp_path / "run"))
+    assert train(dataclasses.replace(config, resume=True, max_steps=3))["step"] == 3
 
 
 def test_a_folder_with_a_run_is_not_overwritten(shards, tmp_path):
