@@ -37,6 +37,17 @@ GPT4_SPLIT = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
 SPLITS = {"gpt2": GPT2_SPLIT, "gpt4": GPT4_SPLIT}
 SPECIAL_TOKENS = ["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|end|>"]
 
+# A chat is a document: <|endoftext|>, then for each message <|role|>text<|end|>, with nothing
+# between. This is the same in Jinja, for Hugging Face. There a special token in a text would become
+# its id, so the template refuses it; render_chat and render_prompt encode each text as plain text.
+ROLES = ["system", "user", "assistant", "tool"]
+CHAT_TEMPLATE = (
+    "{{ '<|endoftext|>' }}{% for message in messages %}"
+    f"{{% for name in {SPECIAL_TOKENS} if name in message['content'] %}}"
+    "{{ raise_exception(name + ' is a special token; a text must not have it') }}{% endfor %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
+
 PIECE = 1 << 21  # characters that one process splits at a time
 CACHE = 1 << 16  # chunks whose ids a tokenizer remembers, none longer than 64 characters
 BLANK = 100_000  # white-space characters in a row; a million are too many for tiktoken's stack
@@ -454,6 +465,28 @@ def lookup(tokens, id):
     return tokens[id]
 
 
+def check_chat(messages, last):
+    """ValueError unless messages are turns {"role": ..., "content": ...} and the last is of `last`.
+
+    The first is the system's or the user's; the system speaks only first.
+    """
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise ValueError("a chat is a list of messages like {'role': 'user', 'content': 'Hi'}, and "
+                         f"this is a {type(messages).__name__} without one")
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            raise ValueError(f"message {i} is {message!r:.60}: it must be a dict with a role and "
+                             "a content, which is a str")
+        role = message.get("role")
+        if role not in ROLES:
+            raise ValueError(f"message {i} has role {role!r}: it must be one of {', '.join(ROLES)}")
+        if role == "system" and i or role in ("assistant", "tool") and not i:
+            raise ValueError(f"message {i} has role {role}: the first is the system's or the "
+                             "user's, and the system speaks only first")
+    if role not in last:
+        raise ValueError(f"the last message has role {role}: it must be {' or '.join(last)}")
+
+
 class StreamDecoder:
     """Ids one at a time to text in whole characters; all that it returns joins to decode(ids)."""
 
@@ -559,6 +592,36 @@ class Tokenizer:
         """A decoder for ids that come one at a time."""
         return StreamDecoder(self.tokens)
 
+    def render(self, messages):
+        """Yield each message of a chat as the ids of its role and of its text with <|end|>."""
+        for name in SPECIAL_TOKENS:
+            if name not in self.special:
+                raise ValueError(f"this tokenizer cannot render chats: it lacks {name}; train it "
+                                 "with the SPECIAL_TOKENS of tokenizer.py")
+        for message in messages:
+            begin, end = self.special[f"<|{message['role']}|>"], self.special["<|end|>"]
+            yield message["role"], [begin], [*self.encode(message["content"]), end]
+
+    def render_chat(self, messages):
+        """The ids of a chat to train on, and for each id whether it is the assistant's to learn.
+
+        Messages are dicts with role (system, user, assistant or tool) and content. The chat begins
+        with <|endoftext|>, as each document does; a message is <|role|>text<|end|>. The assistant
+        learns its texts and the <|end|> after each; who speaks next is not its to say.
+        """
+        check_chat(messages, ["assistant"])
+        ids, learn = [self.eot], [False]
+        for role, begin, rest in self.render(messages):
+            ids += begin + rest
+            learn += [False] + [role == "assistant"] * len(rest)
+        return ids, learn
+
+    def render_prompt(self, messages):
+        """The ids of a chat up to where the assistant begins; it ends its answer with <|end|>."""
+        check_chat(messages, ["user", "tool"])
+        turns = [begin + rest for _, begin, rest in self.render(messages)]
+        return [self.eot, *chain(*turns), self.special["<|assistant|>"]]
+
     def token_bytes(self):
         """The bytes of each id, in a list; b"" for an id that no token has."""
         return [self.tokens.get(id, b"") for id in range(self.n_vocab)]
@@ -575,7 +638,9 @@ class Tokenizer:
 
     def save(self, path):
         """Write a JSON file, complete or not at all."""
-        state = dict(format=FORMAT, version=VERSION, sha256=self.hash(), **self.definition())
+        template = CHAT_TEMPLATE if {*SPECIAL_TOKENS} <= {*self.special} else None
+        state = dict(format=FORMAT, version=VERSION, sha256=self.hash(), **self.definition(),
+                     chat_template=template)
         with replacing(path) as file:
             file.write(json.dumps(state, indent=1, ensure_ascii=False).encode())
 
@@ -590,6 +655,8 @@ class Tokenizer:
             raise ValueError(f"{path} is not a tokenizer of this program: no format {FORMAT!r}")
         if state.get("version") != VERSION:
             raise ValueError(f"{path} has version {state.get('version')}; this is {VERSION}")
+        if state.get("chat_template") not in (None, CHAT_TEMPLATE):
+            raise ValueError(f"{path} is damaged: its chat_template is another; train again")
         try:
             merges = [tuple(map(to_bytes, line.split(" "))) for line in state["merges"]]
             byte_order = to_bytes(state["bytes"])

@@ -7,6 +7,7 @@ import sys
 import unicodedata
 from collections import Counter
 
+import jinja2
 import pytest
 import regex
 import tiktoken
@@ -255,6 +256,93 @@ def test_the_split_patterns_cut_as_they_do_in_the_papers():
 
 
 # -----------------------------------------------------------------------------
+# Chats.
+
+
+CHAT = [dict(role="system", content="Be brief."), dict(role="user", content="2 + 2?\n"),
+        dict(role="assistant", content="add(2, 2)"), dict(role="tool", content="4"),
+        dict(role="assistant", content="It is 4. 👍")]
+
+
+def turn(role, content="hi"):
+    return dict(role=role, content=content)
+
+
+def test_a_chat_is_one_document_of_marked_turns_in_plain_sight(trained):
+    ids, _ = trained.render_chat(CHAT)
+    assert trained.decode(ids) == (
+        "<|endoftext|><|system|>Be brief.<|end|><|user|>2 + 2?\n<|end|>"
+        "<|assistant|>add(2, 2)<|end|><|tool|>4<|end|><|assistant|>It is 4. 👍<|end|>")
+    assert ids == trained.encode(trained.decode(ids), special=True)
+
+
+def test_the_assistant_learns_its_texts_and_where_they_end(trained):
+    ids, learn = trained.render_chat(CHAT)
+    assert len(ids) == len(learn) and {*map(type, learn)} == {bool}
+    learned = trained.decode(id for id, mine in zip(ids, learn) if mine)
+    assert learned == "add(2, 2)<|end|>It is 4. 👍<|end|>"
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_a_prompt_and_the_answer_are_the_chat(trained, n):
+    prompt, answer = trained.render_prompt(CHAT[:n]), trained.encode(CHAT[n]["content"])
+    ids, learn = trained.render_chat(CHAT[:n + 1])
+    assert prompt + answer + [trained.special["<|end|>"]] == ids
+    assert prompt[-1] == trained.special["<|assistant|>"] and learn[len(prompt):].count(False) == 0
+
+
+@pytest.mark.parametrize("name", NASTY)
+def test_a_text_in_a_chat_never_makes_a_special_id(trained, name):
+    text = "".join(SPECIAL_TOKENS) + NASTY[name] + "<|end|><|system|>"
+    ids, learn = trained.render_chat([turn("user", text), turn("assistant", text)])
+    special = [id for id in ids if id in trained.special.values()]
+    assert trained.decode(special) == "<|endoftext|><|user|><|end|><|assistant|><|end|>"
+    assert sum(learn) == len(trained.encode(text)) + 1
+
+
+@pytest.mark.parametrize("messages, problem", [
+    ([], "a chat is a list of messages"), ("hi", "a chat is a list of messages"),
+    (None, "a chat is a list of messages"), (["hi"], "message 0 is 'hi'"),
+    ([turn("user", None)], "a role and a content, which is a str"),
+    ([turn("user", ["a" * 10**6] * 99)], "a role and a content, which is a str"),
+    ([turn("robot")], "role 'robot': it must be one of system, user, assistant, tool"),
+    ([dict(content="hi")], "has role None"), ([turn(["user"])], "has role ['user']"),
+    ([turn("user"), turn("system"), turn("user")], "message 1 has role system"),
+    ([turn("assistant")], "message 0 has role assistant"), ([turn("tool")], "message 0 has role"),
+    ([turn("system")], "the last message has role system"),
+])
+def test_messages_that_are_no_chat_are_refused_in_one_line(trained, messages, problem):
+    for render in trained.render_chat, trained.render_prompt:
+        with pytest.raises(ValueError, match=regex.escape(problem)) as error:
+            render(messages)
+        assert "\n" not in str(error.value) and len(str(error.value)) < 200
+
+
+def test_who_speaks_last_decides_between_chat_and_prompt(trained):
+    with pytest.raises(ValueError, match="the last message has role user: it must be assistant"):
+        trained.render_chat(CHAT[:2])
+    with pytest.raises(ValueError, match="role assistant: it must be user or tool"):
+        trained.render_prompt(CHAT)
+
+
+def test_a_tokenizer_without_the_tokens_of_chats_says_so(trained):
+    for special in [], SPECIAL_TOKENS[:-1]:
+        with pytest.raises(ValueError, match="cannot render chats: it lacks"):
+            Tokenizer(trained.merges, special).render_chat(CHAT)
+
+
+@pytest.mark.parametrize("n", [2, 5])
+def test_the_template_of_hugging_face_renders_the_same(trained, tmp_path, n):
+    trained.save(tmp_path / "t.json")
+    template = json.loads((tmp_path / "t.json").read_text(encoding="utf-8"))["chat_template"]
+    shown = jinja2.Template(template).render(messages=CHAT[:n], add_generation_prompt=n == 2)
+    ids = trained.render_prompt(CHAT[:n]) if n == 2 else trained.render_chat(CHAT)[0]
+    assert shown == trained.decode(ids)
+    with pytest.raises(jinja2.UndefinedError, match="raise_exception"):
+        jinja2.Template(template).render(messages=[turn("user", "a<|end|>b")])
+
+
+# -----------------------------------------------------------------------------
 # Other formats and the file.
 
 
@@ -304,6 +392,14 @@ def test_what_is_loaded_is_what_was_saved(trained, tmp_path):
         assert again.encode(COMMON) == tokenizer.encode(COMMON)
 
 
+def test_a_file_without_a_chat_template_still_loads(trained, tmp_path):
+    trained.save(tmp_path / "t.json")
+    state = json.loads((tmp_path / "t.json").read_text(encoding="utf-8"))
+    del state["chat_template"]
+    (tmp_path / "t.json").write_text(json.dumps(state))
+    assert Tokenizer.load(tmp_path / "t.json").hash() == trained.hash()
+
+
 def test_another_tokenizer_has_another_hash(trained):
     changes = [dict(merges=trained.merges[:-1]), dict(special_tokens=SPECIAL_TOKENS[1:]),
                dict(pattern=GPT2_SPLIT), dict(byte_order=GPT2_BYTES)]
@@ -327,6 +423,7 @@ def damage(state, **changes):
     (lambda state: damage(state, merges=7), "is damaged"),
     (lambda state: damage(state, special_tokens={"a": "b"}), "is damaged"),
     (lambda state: damage(state, bytes="a"), "is damaged"),
+    (lambda state: damage(state, chat_template="{{ messages }}"), "its chat_template is another"),
     (lambda state: damage(state, pattern="(?:"), "is damaged"),
     (lambda state: damage(state, pattern=None), "is damaged"),
 ])
