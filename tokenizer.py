@@ -8,6 +8,7 @@ Text to token ids and back: byte-level BPE, trained here.
 """
 
 import argparse
+import base64
 import codecs
 import contextlib
 import difflib
@@ -30,11 +31,22 @@ import numpy as np
 import regex
 from tqdm import tqdm
 
-# What no merge may cross: a text is split into chunks first, as GPT-2 and as GPT-4 do it.
+# What no merge may cross: a text is split into chunks first, as OpenAI's models do it.
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 GPT4_SPLIT = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
               r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-SPLITS = {"gpt2": GPT2_SPLIT, "gpt4": GPT4_SPLIT}
+O200K_SPLIT = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+               r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+               r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+               r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*"
+               r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+# cl100k_base, as tiktoken reads it today, keeps white space at the end of the text together.
+CL100K_SPLIT = GPT4_SPLIT.replace(r"|\s*[\r\n]", r"|\s+(?![\s\S])|\s*[\r\n]")
+SPLITS = {"gpt2": GPT2_SPLIT, "gpt4": GPT4_SPLIT, "cl100k": CL100K_SPLIT, "o200k": O200K_SPLIT}
+PLAIN = {  # tiktoken writes two of them with possessive quantifiers, which many engines lack
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s": GPT2_SPLIT,
+    (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+     r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"): CL100K_SPLIT}
 SPECIAL_TOKENS = ["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|end|>"]
 
 # A chat is a document: <|endoftext|>, then for each message <|role|>text<|end|>, with nothing
@@ -52,6 +64,9 @@ PIECE = 1 << 21  # characters that one process splits at a time
 CACHE = 1 << 16  # chunks whose ids a tokenizer remembers, none longer than 64 characters
 BLANK = 100_000  # white-space characters in a row; a million are too many for tiktoken's stack
 FORMAT, VERSION = "byte-level BPE", 1
+WRONG = (KeyError, TypeError, ValueError, AttributeError, IndexError)  # what a wrong file may raise
+HF_SPLIT = dict(type="Split", behavior="Isolated", invert=False)  # Hugging Face's names
+HF_BYTES = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True)
 
 # GPT-2 writes bytes as characters that print: most stand for themselves, the others are moved up.
 # Its vocabulary, like those of tiktoken, also numbers the bytes in this order.
@@ -214,7 +229,7 @@ def count_chunks(texts, special_tokens, pattern):
 def cut(blocks, special_tokens, pattern):
     """Yield a text that comes in blocks in parts: cut after a letter at the end of a line.
 
-    There a chunk of our two patterns ends. With another pattern the text stays whole.
+    There a chunk of the patterns of SPLITS ends. With another pattern the text stays whole.
     """
     seam = regex.compile(r"(?r)\p{L}(?=[\r\n])")  # r: the last one
     known = pattern in SPLITS.values() and not any(map(seam.search, special_tokens))
@@ -458,6 +473,22 @@ def apply_merges(ids, merged):
     return [token for token in ids if token >= 0]
 
 
+def recover_merges(tokens, name):
+    """The merges that made tokens (a dict id -> bytes), and the bytes of the first 256 ids.
+
+    Earlier merges leave two parts of a token: these make it.
+    """
+    byte_order = b"".join(tokens[id] for id in range(256) if len(tokens.get(id, b"")) == 1)
+    byte_ids, merged, merges = invert(byte_order), {}, []
+    for id in sorted(tokens)[256:]:
+        parts = apply_merges(tokens[id].translate(byte_ids), merged)
+        if len(parts) != 2 or id != 256 + len(merges):
+            raise ValueError(f"{name}: token {id} is not the merge of two before it")
+        merged[tuple(parts)] = id
+        merges.append((tokens[parts[0]], tokens[parts[1]]))
+    return merges, byte_order
+
+
 def lookup(tokens, id):
     """The bytes of an id; ValueError for an id outside the vocabulary."""
     if id not in tokens:
@@ -535,6 +566,7 @@ class Tokenizer:
                 raise ValueError(f"special token {name!r} cannot have id {id}: it is taken")
             self.tokens[id] = name.encode()
         self.n_vocab, self.eot = max(self.tokens) + 1, self.special.get("<|endoftext|>")
+        self.chat_template = CHAT_TEMPLATE if {*SPECIAL_TOKENS} <= {*self.special} else None
 
     @classmethod
     def train(cls, texts, vocab_size, special_tokens=SPECIAL_TOKENS, pattern=GPT4_SPLIT):
@@ -638,9 +670,8 @@ class Tokenizer:
 
     def save(self, path):
         """Write a JSON file, complete or not at all."""
-        template = CHAT_TEMPLATE if {*SPECIAL_TOKENS} <= {*self.special} else None
         state = dict(format=FORMAT, version=VERSION, sha256=self.hash(), **self.definition(),
-                     chat_template=template)
+                     chat_template=self.chat_template)
         with replacing(path) as file:
             file.write(json.dumps(state, indent=1, ensure_ascii=False).encode())
 
@@ -661,7 +692,7 @@ class Tokenizer:
             merges = [tuple(map(to_bytes, line.split(" "))) for line in state["merges"]]
             byte_order = to_bytes(state["bytes"])
             tokenizer = cls(merges, state["special_tokens"], state["pattern"], byte_order)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except WRONG as error:
             raise ValueError(f"{path} is damaged ({error!r}); train again") from None
         if tokenizer.hash() != state.get("sha256"):
             raise ValueError(f"{path} is damaged: its sha256 is another; train again")
@@ -681,24 +712,42 @@ class Tokenizer:
 
     @classmethod
     def from_tiktoken(cls, encoding):
-        """The tokenizer of a tiktoken.Encoding, with its ids.
+        """The tokenizer of a tiktoken.Encoding, with its ids."""
+        tokens = {id: token for token, id in encoding._mergeable_ranks.items()}
+        merges, byte_order = recover_merges(tokens, encoding.name)
+        pattern = PLAIN.get(encoding._pat_str, encoding._pat_str)
+        return cls(merges, encoding._special_tokens, pattern, byte_order)
 
-        It keeps tokens, not merges. But earlier merges leave two parts of a token: these make it.
-        """
-        special = {name: encoding.encode_single_token(name) for name in encoding.special_tokens_set}
-        tokens, merged, merges = {}, {}, []
-        for id in sorted({*range(encoding.n_vocab)} - {*special.values()}):
-            with contextlib.suppress(KeyError):  # a gap
-                tokens[id] = encoding.decode_single_token_bytes(id)
-        byte_order = b"".join(tokens.get(id, b"") for id in range(256))
-        byte_ids = invert(byte_order)
-        for id in sorted(tokens)[256:]:
-            parts = apply_merges(tokens[id].translate(byte_ids), merged)
-            if len(parts) != 2 or id != 256 + len(merges):
-                raise ValueError(f"{encoding.name}: token {id} is not the merge of two before it")
-            merged[tuple(parts)] = id
-            merges.append((tokens[parts[0]], tokens[parts[1]]))
-        return cls(merges, special, encoding._pat_str, byte_order)
+    def to_rank_file(self, path):
+        """Write the tokens as tiktoken's files hold them: base64 and rank, without special ones."""
+        with replacing(path) as file:
+            for id in range(256 + len(self.merges)):
+                file.write(base64.b64encode(self.tokens[id]) + f" {id}\n".encode())
+
+    @classmethod
+    def from_rank_file(cls, path, special_tokens=SPECIAL_TOKENS, pattern=GPT4_SPLIT):
+        """Read a .tiktoken file; which special tokens and pattern belong to it, it does not say."""
+        tokens = {}
+        for n, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+            try:
+                token, rank = line.split()
+                tokens[int(rank)] = base64.b64decode(token, validate=True)
+            except ValueError:
+                raise ValueError(f"{path} is not a rank file: line {n} must be a token in base64 "
+                                 f"and its rank, not {line!r:.40}") from None
+        merges, byte_order = recover_merges(tokens, path)
+        return cls(merges, special_tokens, pattern, byte_order)
+
+    @classmethod
+    def from_vocab(cls, vocab, merges, pattern):
+        """From printable tokens with their ids; those that are no bytes and no merge are special."""
+        merges = [tuple(map(to_bytes, pair)) for pair in merges]
+        byte_order = to_bytes(sorted(CHAR_TO_BYTE, key=vocab.__getitem__))
+        special = {name: id for name, id in vocab.items() if id >= 256 + len(merges)}
+        tokenizer = cls(merges, special, pattern, byte_order)
+        if any(vocab.get(to_chars(tokenizer.tokens[id])) != id for id in range(256 + len(merges))):
+            raise ValueError("ids must go to the 256 bytes first, then to the merges in order")
+        return tokenizer
 
     @classmethod
     def from_gpt2(cls, vocab_json, merges_txt, special_tokens=()):
@@ -710,18 +759,68 @@ class Tokenizer:
             vocab = json.loads(Path(vocab_json).read_bytes())
             lines = Path(merges_txt).read_text(encoding="utf-8").split("\n")
             lines = lines[lines[0].startswith("#version"):]
-            merges = [tuple(map(to_bytes, line.split(" "))) for line in lines if line]
-            byte_order = to_bytes(sorted(CHAR_TO_BYTE, key=vocab.__getitem__))
             for name in special_tokens:
                 vocab.setdefault(name, max(vocab.values()) + 1)
-            special = {name: id for name, id in vocab.items() if id >= 256 + len(merges)}
-            tokenizer = cls(merges, special, GPT2_SPLIT, byte_order)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            return cls.from_vocab(vocab, [line.split(" ") for line in lines if line], GPT2_SPLIT)
+        except WRONG as error:
             raise ValueError(f"{vocab_json}, {merges_txt}: not GPT-2's ({error!r})") from None
-        for id in range(256 + len(merges)):
-            if vocab.get(to_chars(tokenizer.tokens[id])) != id:
-                raise ValueError(f"{vocab_json} does not number {merges_txt} in order")
-        return tokenizer
+
+    def to_huggingface(self, folder):
+        """Write tokenizer.json and tokenizer_config.json for Hugging Face's libraries.
+
+        They give the same ids (a pattern other than those of SPLITS must mean the same in Ruby's
+        syntax), but read special tokens in any text, so encode(special=True) is what they do.
+        """
+        path, vocab = Path(folder, "tokenizer.json"), {}
+        if path.exists() and f'"format": "{FORMAT}"' in path.read_text(encoding="utf-8")[:99]:
+            raise ValueError(f"{path} is a tokenizer of this program; give another folder")
+        for id in range(256 + len(self.merges)):
+            vocab[to_chars(self.tokens[id])] = id
+        for name, id in self.special.items():
+            if vocab.setdefault(name, id) != id:
+                raise ValueError(f"special token {name!r} is written as token {vocab[name]} is: "
+                                 "Hugging Face cannot tell them apart; rename it")
+        flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+        added = [dict(id=id, content=name, **flags) for name, id in self.special.items()]
+        steps = [dict(HF_SPLIT, pattern={"Regex": self.pattern}), dict(HF_BYTES, use_regex=False)]
+        model = dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None,
+                     end_of_word_suffix=None, fuse_unk=False, byte_fallback=False, vocab=vocab,
+                     merges=self.definition()["merges"])
+        state = dict(version="1.0", truncation=None, padding=None, added_tokens=added,
+                     normalizer=None, pre_tokenizer=dict(type="Sequence", pretokenizers=steps),
+                     post_processor=None, decoder=dict(HF_BYTES, use_regex=True), model=model)
+        eot = None if self.eot is None else "<|endoftext|>"
+        config = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=eot, eos_token=eot,
+                      clean_up_tokenization_spaces=False, chat_template=self.chat_template)
+        for path, values in (path, state), (path.with_name("tokenizer_config.json"), config):
+            with replacing(path) as file:
+                file.write(json.dumps(values, indent=1, ensure_ascii=False).encode())
+
+    @classmethod
+    def from_huggingface(cls, path):
+        """The tokenizer of a tokenizer.json (or its folder) that is a byte-level BPE like ours."""
+        path = Path(path, "tokenizer.json") if Path(path).is_dir() else Path(path)
+        try:
+            state = json.loads(path.read_bytes())
+            first, model = state["pre_tokenizer"], state["model"]
+            *before, last = first.get("pretokenizers", [first])
+            pattern = before[0]["pattern"]["Regex"] if before else GPT2_SPLIT
+            ours = [dict(HF_SPLIT, pattern={"Regex": pattern})] if before else []
+            last = {**last, "trim_offsets": True}  # which concerns no id
+            for name, fits in (("normalizer", state["normalizer"] is None),
+                               ("pre_tokenizer", before == ours and
+                                last == dict(HF_BYTES, use_regex=not before)),
+                               ("model", model["type"] == "BPE")):
+                if not fits:
+                    raise ValueError(f"its {name} is of another kind")
+            vocab = model["vocab"] | {token["content"]: token["id"]
+                                      for token in state["added_tokens"]}
+            merges = [pair.split(" ") if isinstance(pair, str) else pair
+                      for pair in model["merges"]]
+            return cls.from_vocab(vocab, merges, pattern)
+        except WRONG as error:
+            raise ValueError(f"{path} is not a byte-level BPE of Hugging Face's that could be read "
+                             f"here: {error!r}") from None
 
 
 # -----------------------------------------------------------------------------

@@ -11,12 +11,16 @@ import jinja2
 import pytest
 import regex
 import tiktoken
+import tokenizers
+from tiktoken.load import load_tiktoken_bpe
+from tiktoken_ext import openai_public
 
 import tokenizer as module
 from conftest import ROOT, run
-from tokenizer import (BYTE_TO_CHAR, GPT2_BYTES, GPT2_SPLIT, GPT4_SPLIT, SPECIAL_TOKENS, Tokenizer,
-                       compile_split, count_chunks, gather, merge, on_all_cores, read_files, split,
-                       to_bytes, to_chars, train_fast, train_plain)
+from tokenizer import (BYTE_TO_CHAR, CL100K_SPLIT, GPT2_BYTES, GPT2_SPLIT, GPT4_SPLIT, O200K_SPLIT,
+                       PLAIN, SPECIAL_TOKENS, SPLITS, Tokenizer, compile_split, count_chunks,
+                       gather, merge, on_all_cores, read_files, split, to_bytes, to_chars,
+                       train_fast, train_plain)
 
 NASTY = {
     "empty": "",
@@ -95,7 +99,7 @@ def test_special_tokens_are_never_counted_nor_merged_across():
     assert train_fast(with_them, 300) == train_plain(with_them, 300) == train_plain(without, 300)
 
 
-@pytest.mark.parametrize("pattern", [GPT2_SPLIT, GPT4_SPLIT, r"\S+|\s+"])
+@pytest.mark.parametrize("pattern", [*SPLITS.values(), r"\S+|\s+"])
 def test_a_long_text_in_pieces_has_the_chunks_of_the_whole(pattern, monkeypatch, tmp_path):
     rng, words = random.Random(0), [*COMMON.split(" "), " ", "\n", "\r\n", *NASTY.values()]
     text = "".join(rng.choice(words) for _ in range(2000)).replace("\0", "")
@@ -146,7 +150,7 @@ def test_training_refuses_what_cannot_work(options, problem):
 
 
 @pytest.mark.parametrize("name", NASTY)
-@pytest.mark.parametrize("pattern", [GPT2_SPLIT, GPT4_SPLIT])
+@pytest.mark.parametrize("pattern", SPLITS.values(), ids=SPLITS)
 def test_decode_undoes_encode_and_tiktoken_gives_the_same_ids(trained, name, pattern):
     tokenizer, text = Tokenizer(trained.merges, pattern=pattern), NASTY[name]
     assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -358,6 +362,101 @@ def test_a_tiktoken_encoding_whose_ids_have_no_order_is_refused():
     encoding = tiktoken.Encoding("x", pat_str=r"\S+", mergeable_ranks=ranks, special_tokens={})
     with pytest.raises(ValueError, match="token 256 is not the merge of two before it"):
         Tokenizer.from_tiktoken(encoding)
+
+
+@pytest.mark.parametrize("name, pattern", [("gpt2", GPT2_SPLIT), ("cl100k_base", CL100K_SPLIT),
+                                           ("o200k_base", O200K_SPLIT)])
+def test_from_tiktoken_gives_the_ids_of_openais_encodings(name, pattern):
+    try:
+        encoding = tiktoken.get_encoding(name)
+    except OSError as error:
+        pytest.skip(f"tiktoken cannot load {name}: {error!r:.60}")
+    tokenizer, texts = Tokenizer.from_tiktoken(encoding), [COMMON * 9, *NASTY.values()]
+    assert tokenizer.pattern == pattern
+    assert [*map(tokenizer.encode, texts)] == [*map(encoding.encode_ordinary, texts)]
+
+
+@pytest.mark.parametrize("name, ours", [("r50k_base", GPT2_SPLIT), ("cl100k_base", CL100K_SPLIT),
+                                        ("o200k_base", O200K_SPLIT)])
+def test_the_patterns_of_tiktoken_in_plain_quantifiers_split_the_same(name, ours, monkeypatch):
+    monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda *names, **options: {})
+    theirs, rng = openai_public.ENCODING_CONSTRUCTORS[name]()["pat_str"], random.Random(0)
+    assert PLAIN.get(theirs, theirs) == ours
+    for text in [random_text(rng, " \t\n\r'aS1é\u0301東.!/\u00a0", 14) for _ in range(3000)]:
+        assert regex.findall(theirs, text) == regex.findall(ours, text)
+
+
+@pytest.mark.parametrize("special", [[], SPECIAL_TOKENS, {"<|x|>": 9000, "<|x|>y": 70000}])
+@pytest.mark.parametrize("pattern", SPLITS.values(), ids=SPLITS)
+def test_in_hugging_faces_library_the_ids_are_equal(trained, tmp_path, special, pattern):
+    tokenizer = Tokenizer(trained.merges, special, pattern, GPT2_BYTES)
+    tokenizer.to_huggingface(tmp_path)
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in [*NASTY.values(), COMMON, "<|x|>y<|x|> <|x<|x|>|>", *map(str, special)]:
+        ids = tokenizer.encode(text, special=True)
+        assert theirs.encode(text).ids == ids
+        assert theirs.decode(ids, skip_special_tokens=False) == text
+    assert Tokenizer.from_huggingface(tmp_path).definition() == tokenizer.definition()
+
+
+def test_a_tokenizer_of_gpt2s_kind_is_read_from_hugging_faces_file(trained, tmp_path):
+    vocab, merges = map(str, gpt2_files(tmp_path, trained.merges))
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(vocab, merges))
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    theirs.add_special_tokens(["<|endoftext|>", "<|new|>"])
+    theirs.save(str(tmp_path / "theirs.json"))
+    tokenizer = Tokenizer.from_huggingface(tmp_path / "theirs.json")
+    assert tokenizer.definition()["merges"] == Tokenizer(trained.merges).definition()["merges"]
+    for text in [COMMON, NASTY["scripts"], "a<|new|>b<|endoftext|>"]:
+        assert tokenizer.encode(text, special=True) == theirs.encode(text).ids
+
+
+@pytest.mark.parametrize("name, value", [
+    ("normalizer", {"type": "NFC"}), ("model", {"type": "WordPiece"}), ("model", None),
+    ("pre_tokenizer", {"type": "Whitespace"}), ("pre_tokenizer", None), ("added_tokens", [{}]),
+    ("pre_tokenizer", {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}),
+    ("model", {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]}),
+])
+def test_what_hugging_face_can_do_and_we_cannot_is_refused(trained, tmp_path, name, value):
+    trained.to_huggingface(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {name: value}))
+    with pytest.raises(ValueError, match="tokenizer.json is not a byte-level BPE of Hugging Face"):
+        Tokenizer.from_huggingface(path)
+
+
+def test_an_export_overwrites_no_tokenizer_of_ours_and_tells_all_tokens_apart(trained, tmp_path):
+    trained.save(tmp_path / "tokenizer.json")
+    with pytest.raises(ValueError, match="give another folder"):
+        trained.to_huggingface(tmp_path)
+    with pytest.raises(ValueError, match="special token 'e' is written as token 101 is"):
+        Tokenizer(trained.merges, ["e"]).to_huggingface(tmp_path / "new")
+
+
+@pytest.mark.parametrize("special", [SPECIAL_TOKENS, {"<|x|>": 9000}])
+def test_a_rank_file_holds_the_tokens_as_tiktoken_reads_them(trained, tmp_path, special):
+    tokenizer = Tokenizer(trained.merges, special, GPT2_SPLIT, GPT2_BYTES)
+    tokenizer.to_rank_file(tmp_path / "t.tiktoken")
+    ranks = load_tiktoken_bpe(str(tmp_path / "t.tiktoken"))
+    assert ranks == tokenizer.to_tiktoken()._mergeable_ranks
+    again = Tokenizer.from_rank_file(tmp_path / "t.tiktoken", special, GPT2_SPLIT)
+    assert again.definition() == tokenizer.definition()
+
+
+@pytest.mark.parametrize("wrong, problem", [
+    (lambda lines: lines[1:], "the first 256 ids must be the 256 bytes"),
+    (lambda lines: lines[:300] + lines[301:], "token 301 is not the merge of two before it"),
+    (lambda lines: lines + [b"YQ 700"], "line 595 must be a token in base64"),
+    (lambda lines: lines + [b"YWE= x"], "line 595 must be a token in base64"),
+    (lambda lines: lines + [b"\xff"], "line 595 must be a token in base64"),
+    (lambda lines: [], "the first 256 ids must be the 256 bytes"),
+])
+def test_a_rank_file_that_is_damaged_is_refused(trained, tmp_path, wrong, problem):
+    trained.to_rank_file(tmp_path / "t.tiktoken")
+    lines = (tmp_path / "t.tiktoken").read_bytes().splitlines()
+    (tmp_path / "t.tiktoken").write_bytes(b"\n".join(wrong(lines)))
+    with pytest.raises(ValueError, match=problem):
+        Tokenizer.from_rank_file(tmp_path / "t.tiktoken")
 
 
 def test_a_vocabulary_in_gpt2s_files_keeps_its_ids(trained, tmp_path):
