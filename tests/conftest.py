@@ -43,3 +43,30 @@ def shards(tmp_path_factory):
     lines = (" ".join(random.choices(words, k=8)) + ".\n" for _ in range(1500))
     (folder / "words.txt").write_text("".join(lines), encoding="utf-8")
     return prepare([folder / "words.txt"], folder / "words", vocab_size=320, say=lambda text: None)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(shards):
+    from tokenizer import Tokenizer
+    return Tokenizer.load(shards / "tokenizer.json")
+
+
+@pytest.fixture(scope="session")
+def model(tokenizer):
+    """An untrained model that fits the tokenizer."""
+    return tiny(vocab_size=tokenizer.n_vocab, block_size=64)
+
+
+@pytest.fixture
+def call(monkeypatch, capfd):
+    """call(module, words...) calls its command -> (text on stdout, text on stderr)."""
+    from tokenizer import run_command
+
+    def call(module, *words):
+        monkeypatch.setattr("sys.argv", [module.__name__ + ".py", *map(str, words)])
+        try:
+            run_command(module.main)
+        except SystemExit as end:
+            print(end, file=sys.stderr)
+        return capfd.readouterr()
+    return call

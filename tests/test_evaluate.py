@@ -15,19 +15,9 @@ from evaluate import (bits_per_byte, bootstrap, continuation_rows, encode_pair, 
                       multiple_choice, perplexity, read_rows, surprisal, table, wilson, windows)
 from model import save_model
 from sample import complete
-from tokenizer import Tokenizer, run_command
+from tokenizer import Tokenizer
 
 TEXT = "the cat sees a big red dog. the old bird likes the tree. a dog runs on under the sun. " * 9
-
-
-@pytest.fixture(scope="module")
-def tokenizer(shards):
-    return Tokenizer.load(shards / "tokenizer.json")
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer):
-    return tiny(vocab_size=tokenizer.n_vocab, block_size=64)
 
 
 @pytest.fixture
@@ -50,18 +40,10 @@ def folder(tmp_path, model, shards, tokenizer):
 
 
 @pytest.fixture
-def command(folder, monkeypatch, capfd):
+def command(folder, call, monkeypatch):
     """Call the command in the folder that holds runs/; -> (text on stdout, text on stderr)."""
     monkeypatch.chdir(folder.parent.parent)
-
-    def call(*words):
-        monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, words)])
-        try:
-            run_command(evaluate.main)
-        except SystemExit as end:
-            print(end, file=evaluate.sys.stderr)
-        return capfd.readouterr()
-    return call
+    return lambda *words: call(evaluate, *words)
 
 
 def score_by_definition(model, before, after):

@@ -13,21 +13,11 @@ from model import ARCHITECTURES, save_model
 from sample import (checkpoints, complete, distribution, generate, keep_min_p, keep_top_k,
                     keep_top_p, load_run, newest_run, penalize_repeats, pick, pick_checkpoint,
                     pick_device, pick_precision, release, stream)
-from tokenizer import Tokenizer, run_command
+from tokenizer import Tokenizer
 
 both = pytest.mark.parametrize("architecture", ARCHITECTURES)
 SAMPLINGS = [dict(temperature=0), dict(temperature=1.5), dict(temperature=0.8, top_k=5),
              dict(top_p=0.9, min_p=0.01), dict(temperature=0, repetition_penalty=1.3)]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(shards):
-    return Tokenizer.load(shards / "tokenizer.json")
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer):
-    return tiny(vocab_size=tokenizer.n_vocab, block_size=64)
 
 
 @pytest.fixture
@@ -47,18 +37,10 @@ def folder(tmp_path, model, shards):
 
 
 @pytest.fixture
-def command(folder, monkeypatch, capfd):
+def command(folder, call, monkeypatch):
     """Call the command in the folder that holds runs/; -> (text on stdout, text on stderr)."""
     monkeypatch.chdir(folder.parent.parent)
-
-    def call(*words):
-        monkeypatch.setattr("sys.argv", ["sample.py", *map(str, words)])
-        try:
-            run_command(sample.main)
-        except SystemExit as end:
-            print(end, file=sample.sys.stderr)
-        return capfd.readouterr()
-    return call
+    return lambda *words: call(sample, *words)
 
 
 def logits_of(n_rows=6, V=50):
