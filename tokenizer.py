@@ -5,6 +5,8 @@ Text to token ids and back: byte-level BPE, trained here.
     python tokenizer.py show "def hello(name):" --tokenizer=tokenizer.json
     python tokenizer.py encode "def hello(name):"
     python tokenizer.py decode 100 101 102
+    python tokenizer.py compare corpus.txt gpt2 o200k_base other.json
+    python tokenizer.py export --format=huggingface --out=folder
 """
 
 import argparse
@@ -22,6 +24,7 @@ import signal
 import sys
 import time
 import types
+import unicodedata
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from itertools import chain, islice
@@ -61,8 +64,8 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
 
 PIECE = 1 << 21  # characters that one process splits at a time
-CACHE = 1 << 16  # chunks whose ids a tokenizer remembers, none longer than 64 characters
-BLANK = 100_000  # white-space characters in a row; a million are too many for tiktoken's stack
+BLOCK = 1 << 14  # characters that are looked at together
+CACHE = 1 << 16  # chunks whose ids a tokenizer remembers, none longer than 32 characters
 FORMAT, VERSION = "byte-level BPE", 1
 WRONG = (KeyError, TypeError, ValueError, AttributeError, IndexError)  # what a wrong file may raise
 HF_SPLIT = dict(type="Split", behavior="Isolated", invert=False)  # Hugging Face's names
@@ -178,7 +181,8 @@ def on_all_cores(function, jobs):
 def well_formed(text):
     """The text as UTF-8 can hold it: a pair of surrogates is a character, a lone one U+FFFD."""
     try:
-        text.encode()
+        for i in range(0, len(text), BLOCK):  # in blocks: a copy of all would take memory
+            text[i:i + BLOCK].encode()
         return text
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -496,6 +500,17 @@ def lookup(tokens, id):
     return tokens[id]
 
 
+def awkward(text):
+    """Whether tiktoken may split a text of our patterns otherwise than `regex`, or cannot.
+
+    Each knows its own version of Unicode, and many thousand blanks in a row overflow its stack.
+    """
+    if any(text[i:i + BLOCK].isspace() for i in range(0, len(text) - BLOCK + 1, BLOCK)):
+        return True
+    return not text.isascii() and any(char == "\u0295" or unicodedata.category(char) == "Cn"
+                                      for char in {*text})
+
+
 def check_chat(messages, last):
     """ValueError unless messages are turns {"role": ..., "content": ...} and the last is of `last`.
 
@@ -594,27 +609,41 @@ class Tokenizer:
         return ids
 
     def encode_chunk(self, chunk):
-        """The ids of one chunk; those of short chunks are remembered."""
+        """The ids of one chunk; those of short chunks are remembered for a while."""
         ids = apply_merges(chunk.encode().translate(self.byte_ids), self.merged)
-        if len(chunk) <= 64 and len(self.cache) < CACHE:
+        if len(chunk) <= 32:
+            if len(self.cache) == CACHE:
+                self.cache.clear()  # what is frequent is soon back
             self.cache[chunk] = ids
         return ids
 
     def encode_iterable(self, texts):
-        """Yield the ids of texts, one text after the other, each encoded when its turn comes."""
+        """Yield the ids of texts, one text after the other; a text is encoded chunk by chunk."""
         for text in texts:
-            yield from self.encode(text)
+            text, end = well_formed(text), 0
+            for found in self.find_chunks.finditer(text):
+                chunk = found[0]
+                if found.start() != end:
+                    break
+                end = found.end()
+                if len(self.cache) > CACHE >> 4:
+                    self.cache.clear()  # to stay below a megabyte
+                yield from self.cache.get(chunk) or self.encode_chunk(chunk)
+            if end != len(text):
+                split(text, self.find_chunks)  # which says how much is lost
 
     def encode_batch(self, texts):
-        """A list with encode(text) of each text, by the fast twin on all cores."""
-        texts, slow = list(texts), {}
+        """A list with encode(text) of each text, by the fast twin on all cores.
+
+        Texts for which the twin may give other ids, or fail, are left to encode.
+        """
+        texts, ours = list(texts), {}
         for i, text in enumerate(texts):
-            blocks = (text[j:j + BLANK] for j in range(0, len(text), BLANK))
-            if any(len(block) == BLANK and block.isspace() for block in blocks):
-                texts[i], slow[i] = "", self.encode(text)
+            if self.pattern not in SPLITS.values() or awkward(text):
+                texts[i], ours[i] = "", self.encode(text)
         twin = self.to_tiktoken()
         ids = dict(enumerate(twin.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)))
-        return [*(ids | slow).values()]
+        return [*(ids | ours).values()]
 
     def decode(self, ids):
         """The text of any ids of the vocabulary; bytes that are not UTF-8 become U+FFFD."""
@@ -680,7 +709,7 @@ class Tokenizer:
         """Read what save() wrote; ValueError for a file that is something else, or damaged."""
         try:
             state = json.loads(Path(path).read_bytes())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not a tokenizer: it is not JSON ({error})") from None
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise ValueError(f"{path} is not a tokenizer of this program: no format {FORMAT!r}")
@@ -740,7 +769,7 @@ class Tokenizer:
 
     @classmethod
     def from_vocab(cls, vocab, merges, pattern):
-        """From printable tokens with their ids; those that are no bytes and no merge are special."""
+        """From printable tokens with their ids; what is neither byte nor merge is special."""
         merges = [tuple(map(to_bytes, pair)) for pair in merges]
         byte_order = to_bytes(sorted(CHAR_TO_BYTE, key=vocab.__getitem__))
         special = {name: id for name, id in vocab.items() if id >= 256 + len(merges)}
@@ -819,8 +848,8 @@ class Tokenizer:
                       for pair in model["merges"]]
             return cls.from_vocab(vocab, merges, pattern)
         except WRONG as error:
-            raise ValueError(f"{path} is not a byte-level BPE of Hugging Face's that could be read "
-                             f"here: {error!r}") from None
+            raise ValueError(f"{path} is not a byte-level BPE of Hugging Face, or of a kind that "
+                             f"cannot be read here ({error!r})") from None
 
 
 # -----------------------------------------------------------------------------
@@ -829,16 +858,16 @@ class Tokenizer:
 
 def train_command(args):
     """Train on files, save, and say in one line what came of it."""
-    start = time.time()
+    start, out = time.time(), args.out or "tokenizer.json"
     tokenizer = Tokenizer.train_files(args.input, args.vocab_size, pattern=SPLITS[args.pattern])
-    tokenizer.save(args.out)
+    tokenizer.save(out)
     sample = next(filter(None, read_files(args.input)))
     ratio = len(sample.encode()) / len(tokenizer.encode_batch([sample])[0])
     few = f" (of {args.vocab_size}: no other pair occurs twice)"
     few = few if tokenizer.n_vocab < args.vocab_size else ""
     print(f"{len(tokenizer.merges)} merges, {tokenizer.n_vocab} tokens{few}, {ratio:.2f} bytes per "
-          f"token, {time.time() - start:.1f} s, {args.out}; next: "
-          f'python tokenizer.py show "some text" --tokenizer={args.out}')
+          f"token, {time.time() - start:.1f} s, {out}; next: "
+          f'python tokenizer.py show "some text" --tokenizer={out}')
 
 
 def encode_command(args):
@@ -867,19 +896,68 @@ def show_command(args):
         print(*pieces, sep="|")
 
 
+def open_twin(name):
+    """The fast twin of a tokenizer: a file of ours, a folder of Hugging Face's, a name of OpenAI's.
+    """
+    import tiktoken
+    if Path(name).exists():
+        read = Tokenizer.from_huggingface if Path(name).is_dir() else Tokenizer.load
+        return read(name).to_tiktoken()
+    try:
+        return tiktoken.get_encoding(name)
+    except OSError:
+        raise ValueError("no connection to fetch it, and no such file") from None
+    except ValueError:
+        names = ", ".join(tiktoken.list_encoding_names())
+        raise ValueError(f"no such file, and none of {names}") from None
+
+
+def compare_command(args):
+    """Print how a file's text fares with our tokenizer and with others, each in one thread."""
+    path, *others = args.input
+    text = "".join(read_files([path]))
+    if not text:
+        raise ValueError(f"{path} is empty: there is nothing to compare")
+    size, ours = len(text.encode()), Tokenizer.load(args.tokenizer).to_tiktoken()
+    print(f"{'':24}{'vocabulary':>12}{'tokens':>12}{'bytes per token':>18}{'MB/s':>8}")
+    for name in [args.tokenizer, *(others or ["gpt2", "cl100k_base", "o200k_base"])]:
+        try:
+            twin = ours if name == args.tokenizer else open_twin(name)
+        except ValueError as error:
+            print(f"{name:24}{'not loaded: ':>14}{error}")
+            continue
+        start = time.perf_counter()
+        n = len(twin.encode_ordinary(text))
+        speed = size / 1e6 / (time.perf_counter() - start)
+        print(f"{name:24}{twin.n_vocab:12,}{n:12,}{size / n:18.2f}{speed:8.1f}")
+
+
+def export_command(args):
+    """Write the tokenizer for other libraries."""
+    write, name = EXPORTS[args.format]
+    write(Tokenizer.load(args.tokenizer), args.out or name)
+    print(f"{args.tokenizer} for {args.format}: {args.out or name}")
+
+
 COMMANDS = {"train": train_command, "encode": encode_command, "decode": decode_command,
-            "show": show_command}
+            "show": show_command, "compare": compare_command, "export": export_command}
+EXPORTS = {"huggingface": (Tokenizer.to_huggingface, "huggingface"),
+           "tiktoken": (Tokenizer.to_rank_file, "tokenizer.tiktoken")}
 
 
 def main():
     parser = Parser(__doc__)
     parser.add_argument("command", choices=COMMANDS)
-    parser.add_argument("input", nargs="+", help="train: files; encode, show: a text; decode: ids")
+    parser.add_argument("input", nargs="*", help="train: files; encode, show: a text; decode: ids; "
+                        "compare: a file, then others' tokenizers or names of OpenAI's encodings")
     parser.add_argument("--vocab_size", type=int, default=4096, help="default %(default)s")
     parser.add_argument("--pattern", choices=SPLITS, default="gpt4", help="default %(default)s")
-    parser.add_argument("--out", default="tokenizer.json", help="train writes it (%(default)s)")
+    parser.add_argument("--format", choices=EXPORTS, default="huggingface", help="of export")
+    parser.add_argument("--out", help="train writes it (tokenizer.json), and export")
     parser.add_argument("--tokenizer", default="tokenizer.json", help="the others read it")
     args = parser.parse_intermixed_args()
+    if not args.input and args.command != "export":
+        parser.error("the following arguments are required: input")
     COMMANDS[args.command](args)
 
 

@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+import tracemalloc
 import unicodedata
 from collections import Counter
 
@@ -39,8 +40,28 @@ NASTY = {
 COMMON = "the cat sat on the mat; 'tis what it's: 12 345 6789  \n\n    return self.the_cat\n"
 
 
+# Three engines know three versions of Unicode; what was in version 3.2 is the same in all.
+OLD = [chr(code) for code in range(0x110000) if unicodedata.ucd_3_2_0.category(chr(code)) not in
+       ("Cn", "Co", "Cs") and code != 0x295]
+KINDS = {}
+for char in OLD:
+    KINDS.setdefault(unicodedata.ucd_3_2_0.category(char), []).append(char)
+NESTED = ["<|a|>", "<|a|>b", "|>b<|", "<<", "<|<|a|>|>", "\r\n", "東"]
+
+
 def random_text(rng, alphabet, length):
     return "".join(rng.choice(alphabet) for _ in range(rng.randrange(length)))
+
+
+def random_kinds(rng, n_runs):
+    """Runs of characters of every Unicode category, random bytes, what is hard, special tokens."""
+    runs = []
+    for _ in range(n_runs):
+        runs.append(rng.choice([
+            random_text(rng, rng.choice([*KINDS.values()]), 5), rng.choice([*NASTY.values()])[:9],
+            rng.randbytes(4).decode("latin-1"), rng.choice(NESTED), rng.choice(SPECIAL_TOKENS),
+            rng.choice([" ", "\r\n", "  ", "'S", "it's", "\u200d", "\ufe0f", "\u202e", "12345"])]))
+    return "".join(runs)
 
 
 @pytest.fixture(scope="module")
@@ -158,13 +179,69 @@ def test_decode_undoes_encode_and_tiktoken_gives_the_same_ids(trained, name, pat
 
 
 @pytest.mark.parametrize("seed", range(40))
+def test_three_libraries_give_the_same_ids_for_any_text(trained, tmp_path, seed):
+    rng = random.Random(seed)
+    tokenizer = Tokenizer(trained.merges, NESTED, [*SPLITS.values()][seed % 4])
+    tokenizer.to_huggingface(tmp_path)
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    tokenizer.save(tmp_path / "t.json")
+    again, twin = Tokenizer.load(tmp_path / "t.json"), tokenizer.to_tiktoken()
+    for text in [random_kinds(rng, 12) for _ in range(12)]:
+        ids, marked = tokenizer.encode(text), tokenizer.encode(text, special=True)
+        assert tokenizer.decode(ids) == tokenizer.decode(marked) == text
+        assert ids == twin.encode_ordinary(text) == again.encode(text)
+        assert marked == theirs.encode(text).ids == again.encode(text, special=True)
+
+
+def test_texts_join_at_special_tokens(trained):
+    rng = random.Random(0)
+    for left, right in [(random_kinds(rng, 6), random_kinds(rng, 6)) for _ in range(200)]:
+        ids = [trained.encode(part, special=True) for part in (left, right)]
+        joined = trained.encode(left + "<|end|>" + right, special=True)
+        assert joined == [*ids[0], trained.special["<|end|>"], *ids[1]]
+
+
+@pytest.mark.parametrize("pattern", [*SPLITS.values(), r"[\s\S]+"])
+def test_a_batch_is_encoded_as_its_texts_are_one_by_one(trained, pattern):
+    rng, tokenizer = random.Random(0), Tokenizer(trained.merges, pattern=pattern)
+    new = "".join(chr(rng.randrange(0x110000)) for _ in range(500))  # with surrogates, unassigned
+    texts = [new, "", "\u0295a", "\U00016ea0A", " " * 70_000, *NASTY.values()]
+    texts += [random_kinds(rng, 9) + new[i:i + 9] for i in range(100)]
+    one_by_one = [tokenizer.encode(text) for text in texts]
+    assert tokenizer.encode_batch(iter(texts)) == one_by_one
+    assert [*tokenizer.encode_iterable(texts)] == [id for ids in one_by_one for id in ids]
+
+
+@pytest.mark.parametrize("pattern", [r"\p{L}+", r"(?=a)|b", r"\S+|\s(?=\s)"])
+def test_a_pattern_that_loses_characters_is_refused_by_all_that_encode(pattern):
+    tokenizer, text = Tokenizer([], pattern=pattern), "one two a"
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch(["", text]),
+                   lambda text: [*tokenizer.encode_iterable([text])]):
+        with pytest.raises(ValueError, match="loses . of 9 characters"):
+            encode(text)
+
+
+def test_encoding_lazily_holds_less_than_a_megabyte_beside_the_text(trained):
+    rng = random.Random(0)
+    words = [random_text(rng, COMMON, 9) + rng.choice(OLD) for _ in range(30_000)]
+    texts = ["".join(words), " ".join(reversed(words))]
+    tokenizer = Tokenizer(trained.merges)
+    tracemalloc.start()
+    n = sum(1 for _ in tokenizer.encode_iterable(texts))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert n > 200_000 and peak < 1_000_000
+
+
+@pytest.mark.parametrize("seed", range(40))
 def test_random_texts_and_random_merges_encode_as_in_tiktoken(seed):
     rng = random.Random(seed)
     alphabet = rng.choice(["ab", "aab \n", "aé東👍 '\u0301s1\r\n", COMMON, *NASTY.values()]) or "a"
     pattern = rng.choice([GPT2_SPLIT, GPT4_SPLIT, r"[\s\S]+"])
     texts = ["a"] + [random_text(rng, alphabet, 400) for _ in range(4)]
     tokenizer = Tokenizer.train(texts[:-1], 340, pattern=pattern)
-    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+    twin = tokenizer.to_tiktoken()
+    assert [*map(twin.encode_ordinary, texts)] == [tokenizer.encode(text) for text in texts]
     assert [tokenizer.decode(tokenizer.encode(text)) for text in texts] == texts
 
 
@@ -175,9 +252,9 @@ def test_a_token_encodes_to_itself(trained):
                for id, text in texts if text not in trained.special)
 
 
-@pytest.mark.parametrize("unit", ["a", " "])
+@pytest.mark.parametrize("unit", ["a", " ", "abcdefghijklmnopq"])
 def test_a_chunk_of_a_million_characters_is_encoded_as_in_tiktoken(unit):
-    tokenizer = Tokenizer.train(unit * 50, 270)
+    tokenizer = Tokenizer.train(unit * 50, 280)
     text = unit * (1_000_000 // len(unit))
     part = text[:300_000] if unit == " " else text  # tiktoken cannot do a million spaces
     [ids] = tokenizer.encode_batch([text])
@@ -512,7 +589,7 @@ def damage(state, **changes):
 
 @pytest.mark.parametrize("wrong, problem", [
     (lambda state: json.dumps(state)[:-40], "it is not JSON"),
-    (lambda state: "\0\1", "it is not JSON"),
+    (lambda state: "\0\1", "it is not JSON"), (lambda state: "[" * 10**5, "it is not JSON"),
     (lambda state: "[]", "not a tokenizer of this program"),
     (lambda state: json.dumps({"model": {"type": "BPE"}}), "not a tokenizer of this program"),
     (lambda state: damage(state, version=9), "version 9"),
@@ -558,6 +635,21 @@ def test_the_commands_train_encode_decode_and_show(tmp_path):
     assert "(of 4096: no other pair occurs twice)" in few.stdout
 
 
+def test_the_commands_compare_and_export(trained, tmp_path):
+    (tmp_path / "text.txt").write_text(COMMON * 40)
+    trained.save(tmp_path / "tokenizer.json")
+    for form, out in ("huggingface", "hf"), ("tiktoken", "t.tiktoken"):
+        done = run("tokenizer.py", "export", f"--format={form}", f"--out={out}", cwd=tmp_path)
+        assert out in done.stdout and done.returncode == 0
+    words = ["compare", "text.txt", "hf", "cl100k", "o200k_base"]
+    header, ours, hf, wrong, openai = run("tokenizer.py", *words, cwd=tmp_path).stdout.splitlines()
+    n = len(trained.encode(COMMON * 40))
+    assert ours.split()[1:3] == hf.split()[1:3] == [str(trained.n_vocab), f"{n:,}"]
+    assert "not loaded: no such file, and none of" in wrong and openai.startswith("o200k_base ")
+    assert Tokenizer.from_huggingface(tmp_path / "hf").definition() == trained.definition()
+    assert Tokenizer.from_rank_file(tmp_path / "t.tiktoken").definition() == trained.definition()
+
+
 @pytest.mark.parametrize("words, code, problem", [
     (["train", "missing.txt"], 1, "No such file or directory: missing.txt"),
     (["train", "empty"], 1, "the input is empty"),
@@ -569,6 +661,9 @@ def test_the_commands_train_encode_decode_and_show(tmp_path):
     (["train", "text", "--vocab-size=9"], 2, "--vocab-size, did you mean --vocab_size?"),
     (["trian", "text"], 2, "invalid choice: 'trian'"),
     (["show"], 2, "required: input"),
+    (["compare", "empty"], 1, "empty is empty"),
+    (["compare", "text", "--tokenizer=text"], 1, "text is not a tokenizer"),
+    (["export", "--tokenizer=missing"], 1, "No such file or directory: missing"),
 ])
 def test_a_mistake_is_one_line_with_the_way_out(tmp_path, words, code, problem):
     files = dict(empty=b"", binary=b"a\0b", latin=b"caf\xe9 ", text=b"some text")
