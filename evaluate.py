@@ -356,22 +356,19 @@ def draw_panel(ax, metric, rows):
 
 def draw_scores(scores, title, path):
     """A picture of the scores, a panel for each kind."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # not pyplot, which would change a notebook's own plots
     panels = {metric: [row for row in scores if row["metric"].startswith(metric)]
               for metric in PANELS}
     panels = {metric: rows for metric, rows in panels.items() if rows}
     heights = [len(rows) + 0.8 for rows in panels.values()]
-    fig, axes = plt.subplots(len(panels), figsize=(8, 1.2 + 0.65 * sum(heights)), dpi=120,
-                             squeeze=False, height_ratios=heights, layout="constrained")
+    fig = Figure(figsize=(8, 1.2 + 0.65 * sum(heights)), dpi=120, layout="constrained")
+    axes = fig.subplots(len(panels), squeeze=False, height_ratios=heights)
     for ax, (metric, rows) in zip(axes[:, 0], panels.items()):
         draw_panel(ax, metric, rows)
     fig.suptitle(title)
     fig.legend(*ax.get_legend_handles_labels(), ncols=2, loc="outside lower center", frameon=False)
     with replacing(path) as file:
         fig.savefig(file, format="png")
-    plt.close(fig)
 
 
 # -----------------------------------------------------------------------------

@@ -358,9 +358,7 @@ def new_run(folder, model, config, device):
 
 def draw_loss(folder):
     """loss.png from log.jsonl: the loss of each step, its running mean, the validation losses."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # not pyplot: a notebook that trains goes on showing plots
     rows = read_log(folder)
     steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
     measured = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
@@ -368,7 +366,8 @@ def draw_loss(folder):
     for n, loss in enumerate(losses):
         mean += (loss - mean) / min(n + 1, 20)
         smooth.append(mean)
-    fig, ax = plt.subplots(figsize=(8, 4.5), dpi=120)
+    fig = Figure(figsize=(8, 4.5), dpi=120)
+    ax = fig.subplots()
     ax.plot(steps, losses, color="#bbccdd", linewidth=0.8, label="training, each step")
     ax.plot(steps, smooth, color="#4477aa", linewidth=2, label="training, running mean")
     title = f"training loss {smooth[-1]:.3f}"
@@ -381,7 +380,6 @@ def draw_loss(folder):
     ax.legend(frameon=False)
     with replacing(Path(folder) / "loss.png") as file:
         fig.savefig(file, format="png", bbox_inches="tight")
-    plt.close(fig)
 
 
 # -----------------------------------------------------------------------------
@@ -470,13 +468,13 @@ def summarize(run, card, began, how, stopped):
                 seconds=time.perf_counter() - began, how=how, stopped=stopped)
 
 
-def train(config, model_config=None):
-    """Train as config says, the model too unless model_config does. -> a summary of the run:
-    folder, step, loss and val_loss (nats per token), bits_per_byte, tokens_per_second, seconds,
-    how, stopped; None on all ranks but 0."""
+def train(config, model_config=None, say=tqdm.write):
+    """Train as config says, the model too unless model_config does; say takes the lines to show.
+    -> a summary of the run: folder, step, loss and val_loss (nats per token), bits_per_byte,
+    tokens_per_second, seconds, how, stopped; None on all ranks but 0."""
     began = time.perf_counter()
     rank, world_size, device = start_processes(config)
-    is_main, say = rank == 0, tqdm.write if rank == 0 else lambda text: None
+    is_main, say = rank == 0, say if rank == 0 else lambda text: None
     shards = find_shards(config, rank, say)
     card = json.loads((shards / "card.json").read_text(encoding="utf-8"))
     tokenizer = Tokenizer.load(shards / "tokenizer.json")
