@@ -574,13 +574,12 @@ def report(summary):
 
 def main():
     config = complete_options(parse_options(TrainConfig))
-    try:
-        summary = train(config)
-        if summary:
-            report(summary)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    summary = train(config)
+    if summary:
+        report(summary)
+    if dist.is_initialized():
+        dist.barrier()  # all leave together: who goes first takes the others' connections along
+        dist.destroy_process_group()
     if summary and summary["stopped"]:
         sys.exit(130)
 

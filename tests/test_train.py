@@ -198,7 +198,7 @@ def test_a_log_line_that_was_cut_off_is_left_out(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_print_the_same_losses_as_one(shards, tmp_path):
-    words = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29519",
+    words = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
              ROOT / "train.py", *command(shards, tmp_path / "two")]
     two = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, timeout=300)
     assert two.returncode == 0, two.stderr
