@@ -19,9 +19,9 @@ from tiktoken_ext import openai_public
 import tokenizer as module
 from conftest import ROOT, run
 from tokenizer import (BYTE_TO_CHAR, CL100K_SPLIT, GPT2_BYTES, GPT2_SPLIT, GPT4_SPLIT, O200K_SPLIT,
-                       PLAIN, SPECIAL_TOKENS, SPLITS, Tokenizer, compile_split, count_chunks,
-                       gather, merge, on_all_cores, read_files, split, to_bytes, to_chars,
-                       train_fast, train_plain)
+                       PLAIN, SPECIAL_TOKENS, SPLITS, Tokenizer, ascii_split, compile_split,
+                       count_chunks, gather, merge, on_all_cores, read_files, split, to_bytes,
+                       to_chars, train_fast, train_plain)
 
 NASTY = {
     "empty": "",
@@ -334,6 +334,14 @@ def test_the_split_patterns_cut_as_they_do_in_the_papers():
     gpt4 = ["We", "'ll", " pay", " ", "123", "45", " EUR", "!!\n\n", " ", " now"]
     assert split(text, compile_split(GPT2_SPLIT)) == gpt2
     assert split(text, compile_split(GPT4_SPLIT)) == gpt4
+
+
+@pytest.mark.parametrize("pattern", SPLITS.values(), ids=SPLITS)
+def test_ascii_is_split_by_pythons_own_engine_as_by_the_other(pattern):
+    rng, alphabet = random.Random(0), [*map(chr, range(128)), *"  \n\r\t'saLE1." * 8]
+    for text in [random_text(rng, alphabet, 16) for _ in range(3000)]:
+        assert ascii_split(pattern).findall(text) == regex.findall(pattern, text)
+    assert ascii_split(r"\p{L}+|[^\s\p{N}]").pattern == r"[A-Za-z]+|[^\t-\r 0-9]"
 
 
 # -----------------------------------------------------------------------------
