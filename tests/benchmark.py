@@ -3,11 +3,14 @@ The figures of this project, measured here and now: medians, and ratios against 
 
     python tests/benchmark.py                # all
     python tests/benchmark.py training bpe   # some of: training sampling bpe
+    python tests/benchmark.py bpe100         # BPE training on 100 MB of installed packages
 """
 
+import importlib.util
 import math
 import statistics
 import sys
+import sysconfig
 import time
 from collections import Counter
 from pathlib import Path
@@ -20,7 +23,7 @@ import torch
 from data import find_files, read_documents
 from model import GPT, Linear, tiles
 from sample import generate, pick_device, pick_precision
-from tokenizer import SPECIAL_TOKENS, Tokenizer, train_fast
+from tokenizer import GPT2_SPLIT, SPECIAL_TOKENS, Tokenizer, train_fast
 from train import TrainConfig, build_optimizer, clip_gradients, keep_freed_memory, shape_of
 
 
@@ -99,14 +102,52 @@ def sampling():
         show(f"sampling, {device}, cache={cache}", f"{200 / seconds:,.0f} tokens/s")
 
 
+def hugging_face(texts, vocab_size):
+    """Train the byte-level BPE of Hugging Face's tokenizers on texts."""
+    from tokenizers import models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Theirs
+    theirs = Theirs(models.BPE())
+    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet,
+                                  special_tokens=SPECIAL_TOKENS, show_progress=False)
+    theirs.train_from_iterator(texts, trainer)
+
+
+def bpe_training(texts, vocab_size, times):
+    """Our seconds to train on texts, and where `tokenizers` is installed, how theirs compare."""
+    n_bytes = sum(len(text.encode()) for text in texts)
+    name = f"{n_bytes / 1e6:.1f} MB to {vocab_size:,} tokens"
+    ours = median_seconds(lambda: train_fast(texts, vocab_size, pattern=GPT2_SPLIT), times)
+    show(f"BPE training, {name}", f"{ours:.2f} s, {n_bytes / 1e6 / ours:.1f} MB/s")
+    if importlib.util.find_spec("tokenizers"):
+        theirs = median_seconds(lambda: hugging_face(texts, vocab_size), times)
+        show(f"the same by Hugging Face's tokenizers, {name}",
+             f"{theirs:.2f} s; ours takes {ours / theirs:.2f}x")
+
+
+def python_code(n_bytes):
+    """About n_bytes of the .py files in this Python's site-packages."""
+    texts, size = [], 0
+    for path in sorted(Path(sysconfig.get_path("purelib")).rglob("*.py")):
+        texts.append(path.read_text(encoding="utf-8", errors="replace"))
+        size += path.stat().st_size
+        if size > n_bytes:
+            break
+    return texts
+
+
+def bpe100():
+    """Training at the size of a real tokenizer, once each."""
+    bpe_training(python_code(100e6), 32_768, 1)
+
+
 def bpe():
     """Training and encoding on Python's own library."""
-    files = find_files("stdlib", None, Counter())
-    texts = [text for path in files for text in read_documents(path)]
-    n_bytes = sum(len(text.encode()) for text in texts)
-    seconds = median_seconds(lambda: train_fast(texts, 4096), 3)
-    show(f"BPE training, {n_bytes / 1e6:.1f} MB to 4,096 tokens",
-         f"{seconds:.2f} s, {n_bytes / 1e6 / seconds:.1f} MB/s")
+    texts = [text for path in find_files("stdlib", None, Counter())
+             for text in read_documents(path)]
+    bpe_training(python_code(3.5e6), 4096, 3)
+    bpe_training(texts, 4096, 3)
     tokenizer = Tokenizer(train_fast(texts, 4096), SPECIAL_TOKENS)
     joined = "\n".join(texts)[:4_000_000]
     n_bytes = len(joined.encode())
@@ -125,6 +166,6 @@ def bpe():
 if __name__ == "__main__":
     keep_freed_memory()
     wanted = sys.argv[1:] or ["training", "sampling", "bpe"]
-    for part in (training, sampling, bpe):
+    for part in (training, sampling, bpe, bpe100):
         if part.__name__ in wanted:
             part()
