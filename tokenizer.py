@@ -60,7 +60,7 @@ ROLES = ["system", "user", "assistant", "tool"]
 CHAT_TEMPLATE = (
     "{{ '<|endoftext|>' }}{% for message in messages %}"
     f"{{% for name in {SPECIAL_TOKENS} if name in message['content'] %}}"
-    "{{ raise_exception(name + ' is a special token; a text must not have it') }}{% endfor %}"
+    "{{ raise_exception('a text must not contain ' + name) }}{% endfor %}"
     "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
 
@@ -143,6 +143,12 @@ def replacing(path):
         raise
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_json(path, values):
+    """Write plain values as JSON that people can read, complete or not at all."""
+    with replacing(path) as file:
+        file.write(json.dumps(values, indent=1, ensure_ascii=False).encode())
 
 
 def on_all_cores(function, jobs):
@@ -668,35 +674,30 @@ class Tokenizer:
         """A decoder for ids that come one at a time."""
         return StreamDecoder(self.tokens)
 
-    def render(self, messages):
-        """Yield each message of a chat as the ids of its role and of its text with <|end|>."""
-        for name in SPECIAL_TOKENS:
-            if name not in self.special:
-                raise ValueError(f"this tokenizer cannot render chats: it lacks {name}; train it "
-                                 "with the SPECIAL_TOKENS of tokenizer.py")
-        for message in messages:
-            begin, end = self.special[f"<|{message['role']}|>"], self.special["<|end|>"]
-            yield message["role"], [begin], [*self.encode(message["content"]), end]
-
-    def render_chat(self, messages):
+    def render_chat(self, messages, last=("assistant",)):
         """The ids of a chat to train on, and for each id whether it is the assistant's to learn.
 
         Messages are dicts with role (system, user, assistant or tool) and content. The chat begins
         with <|endoftext|>, as each document does; a message is <|role|>text<|end|>. The assistant
-        learns its texts and the <|end|> after each; who speaks next is not its to say.
+        learns its texts and the <|end|> after each; who speaks next is not its to say. The roles
+        in `last` may end the chat.
         """
-        check_chat(messages, ["assistant"])
+        check_chat(messages, last)
+        missing = [name for name in SPECIAL_TOKENS if name not in self.special]
+        if missing:
+            raise ValueError(f"this tokenizer cannot render chats: it lacks {', '.join(missing)}; "
+                             "train it with the SPECIAL_TOKENS of tokenizer.py")
         ids, learn = [self.eot], [False]
-        for role, begin, rest in self.render(messages):
-            ids += begin + rest
-            learn += [False] + [role == "assistant"] * len(rest)
+        for message in messages:
+            text = [*self.encode(message["content"]), self.special["<|end|>"]]
+            ids += [self.special[f"<|{message['role']}|>"], *text]
+            learn += [False] + [message["role"] == "assistant"] * len(text)
         return ids, learn
 
     def render_prompt(self, messages):
         """The ids of a chat up to where the assistant begins; it ends its answer with <|end|>."""
-        check_chat(messages, ["user", "tool"])
-        turns = [begin + rest for _, begin, rest in self.render(messages)]
-        return [self.eot, *chain(*turns), self.special["<|assistant|>"]]
+        ids, _ = self.render_chat(messages, last=("user", "tool"))
+        return [*ids, self.special["<|assistant|>"]]
 
     def token_bytes(self):
         """The bytes of each id, in a list; b"" for an id that no token has."""
@@ -716,8 +717,7 @@ class Tokenizer:
         """Write a JSON file, complete or not at all."""
         state = dict(format=FORMAT, version=VERSION, sha256=self.hash(), **self.definition(),
                      chat_template=self.chat_template)
-        with replacing(path) as file:
-            file.write(json.dumps(state, indent=1, ensure_ascii=False).encode())
+        write_json(path, state)
 
     @classmethod
     def load(cls, path):
@@ -815,11 +815,10 @@ class Tokenizer:
         They give the same ids (a pattern other than those of SPLITS must mean the same in Ruby's
         syntax), but read special tokens in any text, so encode(special=True) is what they do.
         """
-        path, vocab = Path(folder, "tokenizer.json"), {}
+        path, plain = Path(folder, "tokenizer.json"), range(256 + len(self.merges))
         if path.exists() and f'"format": "{FORMAT}"' in path.read_text(encoding="utf-8")[:99]:
             raise ValueError(f"{path} is a tokenizer of this program; give another folder")
-        for id in range(256 + len(self.merges)):
-            vocab[to_chars(self.tokens[id])] = id
+        vocab = {to_chars(self.tokens[id]): id for id in plain}
         for name, id in self.special.items():
             if vocab.setdefault(name, id) != id:
                 raise ValueError(f"special token {name!r} is written as token {vocab[name]} is: "
@@ -836,9 +835,8 @@ class Tokenizer:
         eot = None if self.eot is None else "<|endoftext|>"
         config = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=eot, eos_token=eot,
                       clean_up_tokenization_spaces=False, chat_template=self.chat_template)
-        for path, values in (path, state), (path.with_name("tokenizer_config.json"), config):
-            with replacing(path) as file:
-                file.write(json.dumps(values, indent=1, ensure_ascii=False).encode())
+        write_json(path, state)
+        write_json(path.with_name("tokenizer_config.json"), config)
 
     @classmethod
     def from_huggingface(cls, path):
@@ -849,22 +847,19 @@ class Tokenizer:
             first, model = state["pre_tokenizer"], state["model"]
             *before, last = first.get("pretokenizers", [first])
             pattern = before[0]["pattern"]["Regex"] if before else GPT2_SPLIT
-            ours = [dict(HF_SPLIT, pattern={"Regex": pattern})] if before else []
+            isolate = [dict(HF_SPLIT, pattern={"Regex": pattern})] if before else []
             last = {**last, "trim_offsets": True}  # which concerns no id
-            for name, fits in (("normalizer", state["normalizer"] is None),
-                               ("pre_tokenizer", before == ours and
-                                last == dict(HF_BYTES, use_regex=not before)),
-                               ("model", model["type"] == "BPE")):
-                if not fits:
-                    raise ValueError(f"its {name} is of another kind")
-            vocab = model["vocab"] | {token["content"]: token["id"]
-                                      for token in state["added_tokens"]}
+            for found, known in ((state["normalizer"], None), (model["type"], "BPE"),
+                                 (before, isolate), (last, dict(HF_BYTES, use_regex=not before))):
+                if found != known:
+                    raise ValueError(f"it has {found!r:.99} where {known!r:.99} is known")
+            added = {token["content"]: token["id"] for token in state["added_tokens"]}
             merges = [pair.split(" ") if isinstance(pair, str) else pair
                       for pair in model["merges"]]
-            return cls.from_vocab(vocab, merges, pattern)
+            return cls.from_vocab(model["vocab"] | added, merges, pattern)
         except WRONG as error:
-            raise ValueError(f"{path} is not a byte-level BPE of Hugging Face, or of a kind that "
-                             f"cannot be read here ({error!r})") from None
+            raise ValueError(f"{path} cannot be read as Hugging Face's byte-level BPE: {error!r}"
+                             ) from None
 
 
 # -----------------------------------------------------------------------------
@@ -912,8 +907,7 @@ def show_command(args):
 
 
 def open_twin(name):
-    """The fast twin of a tokenizer: a file of ours, a folder of Hugging Face's, a name of OpenAI's.
-    """
+    """A tokenizer's fast twin, by our file, Hugging Face's folder or the name OpenAI gave it."""
     import tiktoken
     if Path(name).exists():
         read = Tokenizer.from_huggingface if Path(name).is_dir() else Tokenizer.load

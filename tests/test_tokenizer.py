@@ -506,7 +506,7 @@ def test_what_hugging_face_can_do_and_we_cannot_is_refused(trained, tmp_path, na
     trained.to_huggingface(tmp_path)
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {name: value}))
-    with pytest.raises(ValueError, match="tokenizer.json is not a byte-level BPE of Hugging Face"):
+    with pytest.raises(ValueError, match="tokenizer.json cannot be read as Hugging Face"):
         Tokenizer.from_huggingface(path)
 
 
