@@ -1,6 +1,6 @@
 """
-The model: token ids in, logits or loss out. A GPT in two architectures, its costly parts each
-written twice: once to be read, once to be fast.
+The model: token ids in, logits or loss out. One block for three families (decoder, encoder, and
+both together), its costly parts each written twice: once to be read, once to be fast.
 
     config = GPTConfig(architecture="modern", vocab_size=4096, **SIZES["mini"])
     logits, _ = GPT(config)(ids)                 # (B, T) -> (B, T, V)
@@ -15,24 +15,31 @@ Shapes, here and in every other file:
 """
 
 import difflib
+import json
 import math
 import os
 from dataclasses import asdict, dataclass, fields
-from functools import partial
+from functools import partial, reduce, wraps
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 FORMAT = "gpt-checkpoint-1"  # written into each checkpoint; another format is refused by name
 
-# One architecture is one row of options.
+# One architecture is one row of options; `sharing` query heads share a key/value head.
+GPT2 = dict(position="learned", norm="layernorm", norm_first=True, activation="gelu", bias=True,
+            qk_norm=False, zero_init=False, causal=True, cross=False, tied=True, sharing=1)
 ARCHITECTURES = {
-    "gpt2": dict(position="learned", norm="layernorm", activation="gelu", bias=True, qk_norm=False,
-                 zero_init=False, sharing=1),
-    "modern": dict(position="rope", norm="rmsnorm", activation="swiglu", bias=False, qk_norm=True,
-                   zero_init=True, sharing=2),  # query heads that share a key/value head
+    "gpt2": GPT2,
+    "modern": GPT2 | dict(position="rope", norm="rmsnorm", activation="swiglu", bias=False,
+                          qk_norm=True, zero_init=True, sharing=2),
+    "bert": GPT2 | dict(norm_first=False, causal=False),              # arXiv:1810.04805
+    "transformer": GPT2 | dict(position="sinusoidal", norm_first=False, activation="relu",
+                               cross=True),                           # arXiv:1706.03762
 }
 
 # Parameters with a vocabulary of 4,096 (modern) for the first four, of 50,257 (gpt2) for the rest.
@@ -59,20 +66,30 @@ def check_known(name, known, what):
 @dataclass
 class GPTConfig:
     """The shape of a model. What is left None or 0 is filled in from the architecture's row."""
-    architecture: str = "modern"    # gpt2 | modern
+    architecture: str = "modern"    # gpt2 | modern | bert | transformer
     vocab_size: int = 50257
     block_size: int = 1024          # longest sequence, in tokens
     n_layer: int = 12
     n_head: int = 12
     n_kv_head: int = 0              # key/value heads; 0: the architecture's share of n_head
     n_embd: int = 768
-    dropout: float = 0.0
-    position: str | None = None     # learned | rope
+    n_encoder_layer: int = 0        # blocks that read a source, where cross; 0: as many as n_layer
+    n_classes: int = 0              # 0: tokens; 1: one number per text; more: a class per text
+    window: int = 0                 # a token sees this many, itself the last; 0: all
+    softcap: float = 0.0            # logits stay between -softcap and softcap; 0: free
+    dropout: float = 0.0            # share of activations dropped, while training
+    label_smoothing: float = 0.0    # chance that the loss gives to all tokens alike, while training
+    z_loss: float = 0.0             # weight of log(sum(exp(logits)))^2 in the loss, while training
+    position: str | None = None     # learned | sinusoidal | rope | none
     norm: str | None = None         # layernorm | rmsnorm
-    activation: str | None = None   # gelu | swiglu
+    norm_first: bool | None = None  # normalise what goes into attention and MLP, or what comes out
+    activation: str | None = None   # gelu | relu | relu2 | swiglu
     bias: bool | None = None        # in linear layers and LayerNorm
     qk_norm: bool | None = None     # normalise queries and keys
     zero_init: bool | None = None   # blocks begin as no change: what they write starts at zero
+    causal: bool | None = None      # a token sees what came before it, not what follows
+    cross: bool | None = None       # an encoder reads a source, each block looks at what it made
+    tied: bool | None = None        # the head shares the embedding's matrix
     rope_theta: float = 10000.0
 
     def __post_init__(self):
@@ -82,18 +99,23 @@ class GPTConfig:
         for name, value in row.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        self.n_kv_head = self.n_kv_head or self.n_head // math.gcd(self.n_head, sharing)
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        self.n_kv_head = self.n_kv_head or self.n_head // math.gcd(self.n_head, sharing)
+        self.n_encoder_layer = self.cross and (self.n_encoder_layer or self.n_layer) or 0
+        for name in ("n_kv_head", "n_encoder_layer", "n_classes", "window", "softcap", "z_loss"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} is no multiple of n_head={self.n_head}")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head={self.n_head} is no multiple of n_kv_head={self.n_kv_head}")
         if self.position == "rope" and self.head_size % 2:
             raise ValueError(f"n_embd / n_head = {self.head_size} must be even: rope turns pairs")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
+        for name in ("dropout", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
         check_known(self.position, POSITIONS, "position")
         check_known(self.norm, NORMS, "norm")
         check_known(self.activation, ACTIVATIONS, "activation")
@@ -104,24 +126,78 @@ class GPTConfig:
 
 
 # -----------------------------------------------------------------------------
-# Attention, three times: written out, in tiles, and torch's own. Same arguments, same result.
+# Attention, three times: written out, in tiles, and torch's own. Same arguments, same result:
+#
+#   q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D); the queries are the last T of S positions
+#   causal     a query sees the keys up to its own position
+#   window     and of these only the last `window`; 0: all
+#   mask       bool, broadcastable to (B, H, T, S), True where a query may look
+#   segments   whole numbers (B, S): tokens see only those with their own number, as for documents
+#              in a packed block, or text apart from padding
+#   dropout    share of the weights dropped
+#
+# A query that may look nowhere gets zeros.
 
 
-def causal_mask(T, S, device, past=None):
-    """(T, S), True where a query may look: query t sees the keys up to past + t. By default the
-    queries are the last T of the S positions, so that the last one sees everything."""
-    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T if past is None else past)
+def once(backward):
+    """Refuse gradients of gradients, which a backward written by hand does not have."""
+    @wraps(backward)
+    def checked(ctx, *gradients):
+        if torch.is_grad_enabled():  # as it is when create_graph=True asks for them
+            raise RuntimeError("fused kernels cannot be differentiated twice: use kernels='plain'")
+        return backward(ctx, *gradients)
+    return checked
 
 
-def plain_attention(q, k, v, causal=True):
-    """softmax(q k^T / sqrt(D)) v for q (B, H, T, D) and k, v (B, K, S, D) -> (B, H, T, D).
-    arXiv:1706.03762"""
-    groups = q.size(1) // k.size(1)
-    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))             # (B, H, T, S)
-    if causal:
-        scores = scores.masked_fill(~causal_mask(*scores.shape[-2:], q.device), -torch.inf)
-    return F.softmax(scores, dim=-1) @ v                                 # (B, H, T, D)
+def allowed(T, S, rows, columns, device, causal, window, mask, segments):
+    """Where the queries in `rows` may look in `columns`, as bool (B or 1, H or 1, rows, columns);
+    None where all may look everywhere."""
+    at = torch.arange(S - T + rows.start, S - T + rows.stop, device=device)[:, None]
+    keys = torch.arange(columns.start, columns.stop, device=device)
+    rules = []
+    if causal and columns.stop > S - T + rows.start + 1:
+        rules.append(keys <= at)
+    if window and columns.start <= S - T + rows.stop - 1 - window:
+        rules.append(keys > at - window)
+    if mask is not None:
+        rules.append(mask.expand(*mask.shape[:-2], T, S)[..., rows, columns])
+    if segments is not None:
+        own = segments[:, S - T + rows.start:S - T + rows.stop]
+        rules.append((own[:, :, None] == segments[:, None, columns])[:, None])
+    return reduce(torch.logical_and, rules) if rules else None
+
+
+def kept(seed, shape, rows, columns, S, device, dropout):
+    """Which weights dropout keeps, scaled so that their mean stays: (B, H, rows, columns). The
+    choice depends on seed and place alone, so that tiles can be made one by one, and again."""
+    B, H, T = shape
+    places = torch.arange(B * H, device=device).view(B, H, 1, 1) * T
+    places = (places + torch.arange(rows.start, rows.stop, device=device)[:, None]) * S
+    x = places + torch.arange(columns.start, columns.stop, device=device) + seed
+    for _ in range(2):  # mix the bits: splitmix's multiply and shift
+        x = (x ^ x >> 31) * 0x2545F4914F6CDD1D
+        x = (x ^ x >> 29) * 0x369DEA0F31A53F85
+    return ((x >> 33) % 2**24 >= dropout * 2**24) / (1 - dropout)
+
+
+def new_seed(dropout):
+    return torch.randint(2**62, ()).item() if dropout else 0
+
+
+def plain_attention(q, k, v, causal=True, window=0, mask=None, segments=None, dropout=0.0):
+    """softmax(q k^T / sqrt(D)) v. arXiv:1706.03762"""
+    (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
+    k, v = (x.repeat_interleave(H // K, dim=1) for x in (k, v))          # (B, H, S, D)
+    scores = q @ k.transpose(-2, -1) / math.sqrt(D)                      # (B, H, T, S)
+    all_of = slice(0, T), slice(0, S)
+    seen = allowed(T, S, *all_of, q.device, causal, window, mask, segments)
+    if seen is None:
+        weights = F.softmax(scores, dim=-1)
+    else:  # the second fill is for rows of which nothing is left
+        weights = F.softmax(scores.masked_fill(~seen, -torch.inf), dim=-1).masked_fill(~seen, 0)
+    if dropout:
+        weights = weights * kept(new_seed(dropout), (B, H, T), *all_of, S, q.device, dropout)
+    return weights.to(v.dtype) @ v                                       # (B, H, T, D)
 
 
 def wide(dtype):
@@ -132,16 +208,14 @@ def wide(dtype):
 QUERY_TILE, KEY_TILE = 128, 256  # the scores of one pair of tiles stay in the processor's cache
 
 
-def tiles(T, S, causal):
-    """The pairs of tiles with anything to compute: (query slice, key slice, past), where the first
-    query sees the slice's keys up to number past; past is None where all queries see all keys."""
+def tiles(T, S, causal=True, window=0):
+    """For each tile of queries the tiles of keys in which something may be seen:
+    tiles(2, 3) yields (slice(0, 2), [slice(0, 3)])."""
     for t in range(0, T, QUERY_TILE):
         rows = slice(t, min(t + QUERY_TILE, T))
-        visible = S - T + rows.stop if causal else S  # keys that the tile's last query may look at
-        for s in range(0, visible, KEY_TILE):
-            columns = slice(s, min(s + KEY_TILE, visible))
-            past = S - T + rows.start - s
-            yield rows, columns, past if causal and past + 1 < columns.stop - s else None
+        start = max(0, S - T + rows.start - window + 1) // KEY_TILE * KEY_TILE if window else 0
+        stop = S - T + rows.stop if causal else S
+        yield rows, [slice(s, min(s + KEY_TILE, stop)) for s in range(start, stop, KEY_TILE)]
 
 
 class FusedAttention(torch.autograd.Function):
@@ -154,176 +228,393 @@ class FusedAttention(torch.autograd.Function):
         return x[:, :, rows].reshape(x.size(0) * K, -1, x.size(-1))
 
     @staticmethod
-    def scores(q, k, t, past):
-        """One tile of q k^T, (B*K, H/K * t, s), -inf where a query would see its future."""
-        scores = torch.bmm(q, k.transpose(1, 2))
-        if past is None:
-            return scores.to(wide(q.dtype))
-        future = torch.full((t, k.size(1)), -torch.inf, dtype=wide(q.dtype), device=q.device)
-        return (scores.unflatten(1, (-1, t)) + future.triu_(past + 1)).flatten(1, 2)
+    def scores(q, k, shape, rows, columns, rules):
+        """One tile of q k^T, (B*K, H/K * t, s), -inf where a query may not look."""
+        B, H, T, S = shape
+        scores = torch.bmm(q, k[:, columns].transpose(1, 2)).to(wide(q.dtype))
+        seen = allowed(T, S, rows, columns, q.device, *rules)
+        if seen is not None:
+            hidden = torch.zeros(seen.shape, dtype=scores.dtype, device=q.device)
+            hidden.masked_fill_(~seen, -torch.inf)
+            scores.view(B, H, -1, scores.size(-1)).add_(hidden)
+        return scores
 
     @staticmethod
-    def forward(ctx, q, k, v, causal):
+    def forward(ctx, q, k, v, seed, dropout, *rules):
         (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
-        q = q / math.sqrt(D)
+        q, shape = q / math.sqrt(D), (B, H, T, S)
         k, v = k.reshape(B * K, S, D), v.reshape(B * K, S, D)
-        fold, out = FusedAttention.fold, torch.empty_like(q)
+        out = torch.empty_like(q)
         logsumexp = q.new_empty(B, H, T, 1, dtype=wide(q.dtype))
-        for rows, columns, past in tiles(T, S, causal):
-            t = rows.stop - rows.start
-            if columns.start == 0:  # a new row of tiles
-                tile = fold(q, K, rows)
-                highest = tile.new_full((*tile.shape[:2], 1), -torch.inf, dtype=logsumexp.dtype)
-                total, mixed = torch.zeros_like(highest), 0
-            scores = FusedAttention.scores(tile, k[:, columns], t, past)
-            higher = torch.maximum(highest, scores.amax(dim=-1, keepdim=True))
-            weights = scores.sub_(higher).exp_()
-            shrink = (highest - higher).exp_()  # the sums so far are relative to a lower maximum
-            total = total * shrink + weights.sum(dim=-1, keepdim=True)
-            mixed = mixed * shrink + torch.bmm(weights.to(v.dtype), v[:, columns])
-            highest = higher
-            out[:, :, rows] = (mixed / total).view(B, H, t, D)
-            logsumexp[:, :, rows] = (highest + total.log()).view(B, H, t, 1)
-        ctx.save_for_backward(q, k, v, out, logsumexp)
-        ctx.causal = causal
+        for rows, keys in tiles(T, S, *rules[:2]):
+            tile = FusedAttention.fold(q, K, rows)
+            # below every score, yet finite: where nothing may be seen, exp(-inf - highest) is 0
+            highest = tile.new_full((*tile.shape[:2], 1), -1e30, dtype=logsumexp.dtype)
+            total, mixed = torch.zeros_like(highest), torch.zeros_like(tile, dtype=highest.dtype)
+            for n, columns in enumerate(keys):
+                scores = FusedAttention.scores(tile, k, shape, rows, columns, rules)
+                higher = torch.maximum(highest, scores.amax(dim=-1, keepdim=True))
+                weights = scores.sub_(higher).exp_()
+                shrink = (highest - higher).exp_()  # the sums so far were relative to a lower one
+                total = total.mul_(shrink).add_(weights.sum(dim=-1, keepdim=True))
+                if dropout:
+                    drop = kept(seed, (B, H, T), rows, columns, S, q.device, dropout)
+                    weights.mul_(drop.view_as(weights))
+                seen = torch.bmm(weights.to(v.dtype), v[:, columns])
+                mixed = mixed.mul_(shrink).add_(seen) if n else seen.to(mixed.dtype)
+                highest = higher
+            total.clamp_(min=1e-30)
+            out[:, :, rows] = mixed.div_(total).view(B, H, -1, D)
+            logsumexp[:, :, rows] = (highest + total.log()).view(B, H, -1, 1)
+        mask, segments = rules[2:]
+        ctx.save_for_backward(q, k, v, out, logsumexp, mask, segments)
+        ctx.options = seed, dropout, rules[:2]
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once
     def backward(ctx, d_out):
-        q, k, v, out, logsumexp = ctx.saved_tensors
+        q, k, v, out, logsumexp, *masks = ctx.saved_tensors
+        seed, dropout, (causal, window) = ctx.options
         (B, H, T, D), (BK, S) = q.shape, k.shape[:2]
-        K, fold, scale = BK // B, FusedAttention.fold, 1 / math.sqrt(D)
+        K, shape, rules, fold = BK // B, (B, H, T, S), (causal, window, *masks), FusedAttention.fold
         delta = (d_out * out).sum(dim=-1, keepdim=True)                          # (B, H, T, 1)
-        d_q = torch.zeros_like(q)
+        d_q = torch.empty_like(q)
         d_k, d_v = (torch.zeros_like(x, dtype=logsumexp.dtype) for x in (k, v))
-        for rows, columns, past in tiles(T, S, ctx.causal):
-            t = rows.stop - rows.start
+        for rows, keys in tiles(T, S, causal, window):
             tile, d_tile = fold(q, K, rows), fold(d_out, K, rows)
-            scores = FusedAttention.scores(tile, k[:, columns], t, past)
-            weights = scores.sub_(fold(logsumexp, K, rows)).exp_().to(q.dtype)
-            d_v[:, columns] += torch.bmm(weights.transpose(1, 2), d_tile)
-            d_scores = torch.bmm(d_tile, v[:, columns].transpose(1, 2))
-            d_scores = d_scores.sub_(fold(delta, K, rows)).mul_(weights)
-            d_q[:, :, rows] += torch.bmm(d_scores, k[:, columns]).view(B, H, t, D) * scale
-            d_k[:, columns] += torch.bmm(d_scores.transpose(1, 2), tile)
-        return d_q, d_k.view(B, K, S, D).to(k.dtype), d_v.view(B, K, S, D).to(v.dtype), None
+            highest, d_q_tile = fold(logsumexp, K, rows), torch.zeros_like(tile)
+            for columns in keys:
+                scores = FusedAttention.scores(tile, k, shape, rows, columns, rules)
+                weights = scores.sub_(highest).exp_().to(q.dtype)
+                d_weights = torch.bmm(d_tile, v[:, columns].transpose(1, 2))
+                used = weights
+                if dropout:
+                    drop = kept(seed, (B, H, T), rows, columns, S, q.device, dropout)
+                    drop = drop.view_as(weights).to(q.dtype)
+                    used, d_weights = weights * drop, d_weights.mul_(drop)
+                d_v[:, columns] += torch.bmm(used.transpose(1, 2), d_tile)
+                d_scores = d_weights.sub_(fold(delta, K, rows)).mul_(weights)
+                d_q_tile += torch.bmm(d_scores, k[:, columns])
+                d_k[:, columns] += torch.bmm(d_scores.transpose(1, 2), tile)
+            d_q[:, :, rows] = d_q_tile.mul_(1 / math.sqrt(D)).view(B, H, -1, D)
+        d_k, d_v = (x.view(B, K, S, D).to(k.dtype) for x in (d_k, d_v))
+        return d_q, d_k, d_v, None, None, None, None, None, None
 
 
-def fused_attention(q, k, v, causal=True):
+def fused_attention(q, k, v, causal=True, window=0, mask=None, segments=None, dropout=0.0):
     """plain_attention without ever storing the (T, S) scores."""
-    if q.size(2) == 1:
-        return plain_attention(q, k, v, causal)  # a single row of scores: nothing to tile
-    return FusedAttention.apply(q, k, v, causal)
+    if q.size(2) == 1:  # a single row of scores: nothing to tile
+        return plain_attention(q, k, v, causal, window, mask, segments, dropout)
+    rules = causal, window, mask, segments
+    return FusedAttention.apply(q, k, v, new_seed(dropout), dropout, *rules)
 
 
-def torch_attention(q, k, v, causal=True):
-    """plain_attention by torch's own kernel: on a GPU the fastest there is without a compiler."""
+def torch_attention(q, k, v, causal=True, window=0, mask=None, segments=None, dropout=0.0):
+    """plain_attention by torch's own kernel: on a GPU the fastest there is without a compiler. With
+    dropout it draws other weights to drop."""
     T, S = q.size(2), k.size(2)
-    mask = causal_mask(T, S, q.device) if causal and 1 < T < S else None
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and T == S,
-                                          enable_gqa=q.size(1) != k.size(1))
+    simple = causal and T == S and not (window and window < S) and mask is segments is None
+    seen = None if simple else allowed(T, S, slice(0, T), slice(0, S), q.device, causal, window,
+                                       mask, segments)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout,
+                                          is_causal=simple, enable_gqa=q.size(1) != k.size(1))
 
 
 # -----------------------------------------------------------------------------
 # The loss, twice: all logits at once, and a slice of tokens at a time.
 
 
-def plain_loss(x, weight, targets):
+def cap(logits, softcap):
+    """Logits bent to stay between -softcap and softcap; 0 leaves them. arXiv:2408.00118"""
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
+def plain_loss(x, weight, targets, softcap=0.0, smoothing=0.0, z_loss=0.0):
     """Mean cross-entropy in nats of the logits x (N, C) @ weight (V, C)^T against targets (N,),
-    -1 ignored."""
+    -1 ignored. smoothing gives all tokens a share of the target (arXiv:1512.00567), z_loss weighs
+    log(sum(exp(logits)))^2 (arXiv:2204.02311)."""
     logits = F.linear(x, weight.to(x.dtype)).to(wide(x.dtype))           # (N, V)
-    return F.cross_entropy(logits, targets, ignore_index=-1)
+    logits, wanted = cap(logits, softcap), targets != -1
+    target = logits.gather(1, targets.clamp(min=0)[:, None]).squeeze(1)
+    total = logits.logsumexp(dim=1)
+    losses = total - (1 - smoothing) * target + z_loss * total.square()
+    if smoothing:
+        losses = losses - smoothing * logits.mean(dim=1)
+    return (losses * wanted).sum() / wanted.sum().clamp(min=1)
 
 
-LOSS_TILE = 1024  # tokens whose logits are held at once
+LOSS_TILE = 2**24  # logits that are held at once
 
 
 class FusedLoss(torch.autograd.Function):
-    """Logits, loss and gradients of LOSS_TILE tokens, then the next: (N, V) is never stored. The
+    """Logits, loss and gradients of some tokens, then of the next: (N, V) is never stored. The
     gradients are made in forward, where the logits are; backward scales them by what comes in."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets):
-        low = weight.to(x.dtype)
+    def compute(x, weight, targets, softcap, smoothing, z_loss, learn):
+        """-> (sum of losses, its gradients by x and weight, or None unless learn)"""
+        low, (N, V) = weight.to(x.dtype), (len(x), len(weight))
         total = torch.zeros((), dtype=wide(x.dtype), device=x.device)
-        learn = any(ctx.needs_input_grad)
-        d_x = torch.empty_like(x) if learn else None
-        d_weight = torch.zeros_like(weight) if learn else None
-        count = (targets != -1).sum().clamp(min=1)
-        for start in range(0, len(x), LOSS_TILE):
-            part = slice(start, start + LOSS_TILE)
-            wanted = (targets[part] != -1)[:, None]
-            target = targets[part, None].clamp(min=0)
-            logits = F.linear(x[part], low)                              # (tile, V)
-            log_probs = F.log_softmax(logits, dim=-1, dtype=total.dtype)
-            total -= (log_probs.gather(1, target) * wanted).sum()
-            if learn:  # d loss / d logits = softmax(logits) - one-hot(target)
-                d_logits = log_probs.exp_()
-                d_logits.scatter_add_(1, target, d_logits.new_full(target.shape, -1.0))
-                d_logits = d_logits.mul_(wanted).to(x.dtype)
-                d_x[part] = d_logits @ low
+        d_x, d_weight = (torch.empty_like(y) if learn else None for y in (x, weight))
+        step = max(1, min(N, LOSS_TILE // V))
+        for start in range(0, N, step):
+            part = slice(start, start + step)
+            wanted, target = (targets[part] != -1)[:, None], targets[part, None].clamp(min=0)
+            logits = cap(F.linear(x[part], low).to(total.dtype), softcap)        # (step, V)
+            logsumexp = logits.logsumexp(dim=1, keepdim=True)
+            losses = logsumexp - (1 - smoothing) * logits.gather(1, target)
+            losses += z_loss * logsumexp.square()
+            if smoothing:
+                losses -= smoothing * logits.mean(dim=1, keepdim=True)
+            total += (losses * wanted).sum()
+            if not learn:
+                continue
+            # d loss / d logits = softmax(logits) - one-hot(target), here in the logits' own place
+            slope = wanted * (1 - (logits / softcap).square()) if softcap else wanted
+            d_logits = logits.sub_(logsumexp).exp_()
+            if z_loss:
+                d_logits *= 1 + 2 * z_loss * logsumexp
+            if smoothing:
+                d_logits -= smoothing / V
+            d_logits.scatter_add_(1, target, d_logits.new_full(target.shape, smoothing - 1))
+            d_logits = d_logits.mul_(slope).to(x.dtype)
+            torch.mm(d_logits, low, out=d_x[part])
+            if d_weight.dtype == x.dtype:  # beta=0: what is there before the first does not count
+                d_weight.addmm_(d_logits.T, x[part], beta=min(start, 1))
+            elif start == 0:
+                d_weight.copy_(d_logits.T @ x[part])
+            else:
                 d_weight += d_logits.T @ x[part]
-        ctx.save_for_backward(d_x, d_weight, count)
-        return total / count
+        return total, d_x, d_weight
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def forward(ctx, x, weight, targets, *options):
+        total, *ctx.gradients = FusedLoss.compute(x, weight, targets, *options,
+                                                  learn=any(ctx.needs_input_grad))
+        ctx.save_for_backward(x, weight, targets)
+        ctx.options, ctx.count = options, (targets != -1).sum().clamp(min=1)
+        return total / ctx.count
+
+    @staticmethod
+    @once
     def backward(ctx, d_loss):
-        d_x, d_weight, count = ctx.saved_tensors
-        share = d_loss / count  # not earlier: a gradient of 1 / count is too small for float16
-        return d_x * share.to(d_x.dtype), d_weight * share.to(d_weight.dtype), None
+        if ctx.gradients is None:  # given away by an earlier backward
+            _, *ctx.gradients = FusedLoss.compute(*ctx.saved_tensors, *ctx.options, learn=True)
+        (d_x, d_weight), ctx.gradients = ctx.gradients, None
+        share = d_loss / ctx.count  # not earlier: a gradient of 1 / count is too small for float16
+        return d_x.mul_(share), d_weight.mul_(share), None, None, None, None
 
 
-def fused_loss(x, weight, targets):
+def fused_loss(x, weight, targets, softcap=0.0, smoothing=0.0, z_loss=0.0):
     """plain_loss without ever storing the (N, V) logits."""
-    return FusedLoss.apply(x, weight, targets)
+    return FusedLoss.apply(x, weight, targets, softcap, smoothing, z_loss)
 
 
 # -----------------------------------------------------------------------------
-# The norm, twice: as a formula, and with its backward by hand.
+# Norms, twice: as formulas, and with backward by hand. LayerNorm is RMSNorm that also centers.
 
 
-def plain_rms_norm(x, weight, eps=1e-6):
-    """x / sqrt(mean(x^2)) * weight over the last dimension of x (..., C). arXiv:1910.07467"""
-    mean_square = x.to(wide(x.dtype)).square().mean(dim=-1, keepdim=True)
-    return x * (mean_square + eps).rsqrt().to(x.dtype) * weight.to(x.dtype)
+def plain_norm(x, weight, bias=None, residual=None, center=False, eps=1e-6):
+    """-> (x + residual, its norm over the last dimension (..., C)): the sum divided by the root of
+    its mean square, times weight (RMSNorm, arXiv:1910.07467); center takes the mean away first and
+    may have a bias (LayerNorm, arXiv:1607.06450)."""
+    x = x if residual is None else x + residual
+    unit = x.to(wide(x.dtype))
+    if center:
+        unit = unit - unit.mean(dim=-1, keepdim=True)
+    unit = unit * (unit.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
+    y = unit.to(x.dtype) * weight.to(x.dtype)
+    return x, y if bias is None else y + bias.to(x.dtype)
+
+
+def scales(x, eps):
+    """1 / root mean square over the last dimension of x (..., C), as (..., 1)."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide(x.dtype))
+    return (length.square_() / x.size(-1)).add_(eps).rsqrt_().to(x.dtype)
+
+
+def norm_backward(d_unit, unit, scale):
+    """The gradient of x, where unit = x * scale: what points along x would only lengthen it, and
+    the norm takes lengths away. d_unit (..., C) is overwritten."""
+    along = torch.linalg.vecdot(d_unit, unit).unsqueeze(-1) / unit.size(-1)      # (..., 1)
+    return d_unit.addcmul_(unit, along, value=-1).mul_(scale)
 
 
 class FusedRMSNorm(torch.autograd.Function):
-    """Saves the normalised x alone; backward is three passes where autograd would make a dozen."""
+    """Saves the sum alone, which the residual stream holds anyway, and a number for each token."""
 
     @staticmethod
-    def forward(ctx, x, weight, eps):
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide(x.dtype))
-        scale = (length.square_() / x.size(-1)).add_(eps).rsqrt_().to(x.dtype)
+    def forward(ctx, x, weight, residual, eps):
+        x = x if residual is None else x + residual
+        scale = scales(x, eps)
+        ctx.save_for_backward(x, weight, scale)
+        y = (x * scale).mul_(weight.to(x.dtype))
+        return y if residual is None else (x, y)
+
+    @staticmethod
+    @once
+    def backward(ctx, *gradients):
+        x, weight, scale = ctx.saved_tensors
+        *d_sum, d_y = gradients
         unit = x * scale
-        ctx.save_for_backward(unit, weight, scale)
-        return unit * weight.to(x.dtype)
+        d_weight = (d_y * unit).flatten(0, -2).sum(dim=0, dtype=weight.dtype)
+        d_x = norm_backward(d_y * weight.to(d_y.dtype), unit, scale)
+        d_x = d_x.add_(d_sum[0]) if d_sum else d_x
+        return d_x, d_weight, d_x if d_sum else None, None
+
+
+class FusedLayerNorm(torch.autograd.Function):
+    """The same; what LayerNorm does to the sum is left to torch's own kernels."""
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def forward(ctx, x, weight, bias, residual, eps):
+        x = x if residual is None else x + residual
+        low = [None if p is None else p.to(x.dtype) for p in (weight, bias)]
+        y, mean, scale = torch.native_layer_norm(x, weight.shape, *low, eps)
+        ctx.save_for_backward(x, weight, bias, mean, scale)
+        return y if residual is None else (x, y)
+
+    @staticmethod
+    @once
+    def backward(ctx, *gradients):
+        x, weight, bias, mean, scale = ctx.saved_tensors
+        *d_sum, d_y = gradients
+        low = [None if p is None else p.to(x.dtype) for p in (weight, bias)]
+        d_x, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(
+            d_y.contiguous(), x, weight.shape, mean, scale, *low, [True, True, bias is not None])
+        d_weight, d_bias = (p if p is None else p.to(weight.dtype) for p in (d_weight, d_bias))
+        d_x = d_x.add_(d_sum[0]) if d_sum else d_x
+        return d_x, d_weight, d_bias, d_x if d_sum else None, None
+
+
+def fused_norm(x, weight, bias=None, residual=None, center=False, eps=1e-6):
+    """plain_norm in fewer passes over memory, keeping less of it."""
+    norm = FusedLayerNorm.apply if center else FusedRMSNorm.apply
+    inputs = (x, weight, bias, residual, eps) if center else (x, weight, residual, eps)
+    return (x, norm(*inputs)) if residual is None else norm(*inputs)
+
+
+# -----------------------------------------------------------------------------
+# Rotary positions on normalised queries and keys, twice.
+
+
+def rotary_table(config, positions):
+    """Cosines and sines of the angles by which positions (..., T) are turned, each (..., T, D/2);
+    channel pair j turns by theta^(-2j/D) a token. arXiv:2104.09864"""
+    half = torch.arange(config.head_size // 2, device=positions.device, dtype=torch.float32)
+    angles = positions[..., None] * config.rope_theta ** (-2 * half / config.head_size)
+    return angles.cos(), angles.sin()
+
+
+def plain_rotary(x, cos, sin, weight=None, eps=1e-6):
+    """Turn each pair of channels (j, j + D/2) of x (B, T, H, D) by its position's angle, cos and
+    sin (T, D/2) or (B, T, D/2); before that RMSNorm x, if a weight (D,) is given."""
+    if weight is not None:
+        _, x = plain_norm(x, weight, eps=eps)
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = (y.unsqueeze(-2).to(x.dtype) for y in (cos, sin))         # (..., T, 1, D/2)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class FusedRotary(torch.autograd.Function):
+    """Two passes forward, and x saved alone: the norm's weight is folded into the table of angles,
+    and backward turns the gradient back by the same angles."""
+
+    @staticmethod
+    def turn(x, cos, sin, out):
+        """out = x turned; cos and sin are pairs, for the first and the second half of x."""
+        (a, b), (c, d) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
+        torch.mul(a, cos[0], out=c).addcmul_(b, sin[1], value=-1)
+        torch.mul(b, cos[1], out=d).addcmul_(a, sin[0])
+        return out
+
+    @staticmethod
+    def forward(ctx, x, cos, sin, weight, eps):
+        cos, sin = (y.unsqueeze(-2).to(x.dtype) for y in (cos, sin))     # (..., T, 1, D/2)
+        halves, unit, scale = (1, 1), x, None
+        if weight is not None:
+            scale, halves = scales(x, eps), weight.to(x.dtype).chunk(2)
+            unit = x * scale
+        ctx.save_for_backward(x, cos, sin, weight, scale)
+        table = [[y * half for half in halves] for y in (cos, sin)]
+        return FusedRotary.turn(unit, *table, torch.empty_like(x))
+
+    @staticmethod
+    @once
     def backward(ctx, d_y):
-        unit, weight, scale = ctx.saved_tensors
-        low = weight.to(d_y.dtype)
-        along = d_y * unit
-        d_weight = along.flatten(0, -2).sum(dim=0, dtype=weight.dtype)
-        # what points along x would only lengthen it, and the norm takes lengths away
-        along = (along @ low[:, None]) / len(low)                        # (..., 1)
-        return (d_y * low).sub_(unit * along).mul_(scale), d_weight, None
+        x, cos, sin, weight, scale = ctx.saved_tensors
+        d_x = FusedRotary.turn(d_y, (cos, cos), (-sin, -sin), torch.empty_like(x))
+        if weight is None:
+            return d_x, None, None, None, None
+        unit = x * scale
+        d_weight = (d_x * unit).flatten(0, -2).sum(dim=0, dtype=weight.dtype)
+        d_x = norm_backward(d_x.mul_(weight.to(x.dtype)), unit, scale)
+        return d_x, None, None, d_weight, None
 
 
-def fused_rms_norm(x, weight, eps=1e-6):
-    """plain_rms_norm in fewer passes over memory."""
-    return FusedRMSNorm.apply(x, weight, eps)
+def fused_rotary(x, cos, sin, weight=None, eps=1e-6):
+    """plain_rotary in fewer passes over memory."""
+    return FusedRotary.apply(x, cos, sin, weight, eps)
+
+
+# -----------------------------------------------------------------------------
+# The MLP's bend and the product after it, twice. ACTIVATIONS: value, gradient by what came in.
+
+gelu = partial(F.gelu, approximate="tanh")
+ACTIVATIONS = {
+    "gelu": (gelu, partial(torch.ops.aten.gelu_backward, approximate="tanh")),   # arXiv:1606.08415
+    "relu": (F.relu, lambda d_y, x: d_y * (x > 0)),
+    "relu2": (lambda x: F.relu(x).square(), lambda d_y, x: 2 * d_y * F.relu(x)),  # arXiv:2109.08668
+    "swiglu": (F.silu, torch.ops.aten.silu_backward),                            # arXiv:2002.05202
+}
+
+
+def plain_bend(x, gate, weight, bias, activation):
+    """The activation of x (..., F), or x times the activation of its gate (..., F) if that is not
+    None; then the linear layer weight (C, F), bias (C,) or None -> (..., C)."""
+    bend, _ = ACTIVATIONS[activation]
+    x = bend(x) if gate is None else x * bend(gate)
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+class FusedBend(torch.autograd.Function):
+    """Saves what comes in alone: the bend is cheap to make again, and F is the widest there is."""
+
+    @staticmethod
+    def forward(ctx, x, gate, weight, bias, activation):
+        ctx.save_for_backward(x, gate, weight, bias)
+        ctx.activation = activation
+        return plain_bend(x, gate, weight, bias, activation)
+
+    @staticmethod
+    @once
+    def backward(ctx, d_y):
+        x, gate, weight, bias = ctx.saved_tensors
+        bend, slope = ACTIVATIONS[ctx.activation]
+        d_hidden = d_y @ weight.to(d_y.dtype)
+        bent = bend(x if gate is None else gate)
+        hidden = bent if gate is None else x * bent
+        d_weight = (d_y.flatten(0, -2).T @ hidden.flatten(0, -2)).to(weight.dtype)
+        d_bias = None if bias is None else d_y.flatten(0, -2).sum(dim=0, dtype=bias.dtype)
+        if gate is None:
+            return slope(d_hidden, x), None, d_weight, d_bias, None
+        d_gate = slope(torch.mul(d_hidden, x, out=hidden), gate)
+        return d_hidden.mul_(bent), d_gate, d_weight, d_bias, None
+
+
+def fused_bend(x, gate, weight, bias, activation):
+    """plain_bend with nothing stored between the two."""
+    return FusedBend.apply(x, gate, weight, bias, activation)
 
 
 # What --kernels chooses from; "auto" takes the fused ones, on a GPU with torch's own attention.
-KERNELS = {
-    "plain": dict(attention=plain_attention, norm=plain_rms_norm, loss=plain_loss),
-    "fused": dict(attention=fused_attention, norm=fused_rms_norm, loss=fused_loss),
-    "torch": dict(attention=torch_attention, norm=fused_rms_norm, loss=fused_loss),
-}
+PLAIN = SimpleNamespace(attention=plain_attention, loss=plain_loss, norm=plain_norm,
+                        rotary=plain_rotary, bend=plain_bend)
+FUSED = SimpleNamespace(attention=fused_attention, loss=fused_loss, norm=fused_norm,
+                        rotary=fused_rotary, bend=fused_bend)
+TORCH = SimpleNamespace(**vars(FUSED) | dict(attention=torch_attention))
+KERNELS = {"plain": PLAIN, "fused": FUSED, "torch": TORCH}
 
 
 # -----------------------------------------------------------------------------
@@ -339,59 +630,36 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """plain_rms_norm or its twin, with a weight of its own."""
+    """x / root of its mean square, times a weight, over the last dimension. arXiv:1910.07467"""
+    kernels, center, eps = PLAIN, False, 1e-6
 
     def __init__(self, size, bias=False):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
-        self.kernel = plain_rms_norm
+        self.bias = nn.Parameter(torch.zeros(size)) if bias and self.center else None
 
-    def forward(self, x):
-        return self.kernel(x, self.weight)
-
-
-class LayerNorm(nn.Module):
-    """(x - mean) / sqrt(variance) * weight + bias over the last dimension. arXiv:1607.06450"""
-
-    def __init__(self, size, bias=True, eps=1e-5):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.bias = nn.Parameter(torch.zeros(size)) if bias else None
-        self.eps = eps
-
-    def forward(self, x):
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), bias, self.eps)
+    def forward(self, x, residual=None):
+        """-> (x + residual, its norm): the stream, and what attention or MLP reads of it."""
+        return self.kernels.norm(x, self.weight, self.bias, residual, self.center, self.eps)
 
 
-POSITIONS = ("learned", "rope")
+class LayerNorm(RMSNorm):
+    """(x - mean) / deviation, times a weight, plus a bias. arXiv:1607.06450"""
+    center, eps = True, 1e-5
+
+
+POSITIONS = ("learned", "sinusoidal", "rope", "none")
 NORMS = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
-ACTIVATIONS = {"gelu": partial(F.gelu, approximate="tanh"), "swiglu": F.silu}  # silu(gate) * up
-
-
-def rotary_table(config, start, T, device):
-    """The angles' cosines and sines for positions start to start + T - 1, each (T, D/2).
-    arXiv:2104.09864"""
-    half = torch.arange(config.head_size // 2, device=device, dtype=torch.float32)
-    speed = config.rope_theta ** (-2 * half / config.head_size)
-    angles = torch.arange(start, start + T, device=device, dtype=torch.float32)[:, None] * speed
-    return angles.cos(), angles.sin()
-
-
-def rotate(x, cos, sin):
-    """Turn each pair of channels (j, j + D/2) of x (B, H, T, D) by its position's angle."""
-    a, b = x.chunk(2, dim=-1)
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 class KVCache:
-    """The keys and values of one layer for the tokens seen so far, (B, K, S, D) each."""
+    """The keys and values of one layer for the tokens seen so far, (B, K, S, D) each; in `source`
+    those of the text that an encoder has read."""
 
     def __init__(self, config, batch_size, max_tokens, device="cpu", dtype=torch.float32):
         shape = (batch_size, config.n_kv_head, max_tokens, config.head_size)
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-        self.length = 0
+        self.length, self.source = 0, None
 
     def append(self, k, v):
         """Remember k and v (B, K, T, D); return all keys and values so far, (B, K, S, D)."""
@@ -405,39 +673,57 @@ class KVCache:
 
 class Attention(nn.Module):
     """Multi-head attention; fewer key/value than query heads make it grouped (arXiv:2305.13245)."""
+    kernels = PLAIN
 
     def __init__(self, config):
         super().__init__()
         C, D, bias = config.n_embd, config.head_size, config.bias
-        self.head_size = D
+        self.head_size, self.dropout = D, config.dropout
         self.q_proj = Linear(C, config.n_head * D, bias=bias)
         self.k_proj = Linear(C, config.n_kv_head * D, bias=bias)
         self.v_proj = Linear(C, config.n_kv_head * D, bias=bias)
         self.o_proj = Linear(config.n_head * D, C, bias=bias)
         self.q_norm = RMSNorm(D) if config.qk_norm else None
         self.k_norm = RMSNorm(D) if config.qk_norm else None
-        self.kernel = plain_attention
 
-    def split_heads(self, x):
+    def heads(self, proj, x, norm=None, rotary=None):
+        """x (B, T, C) -> the queries, keys or values of all heads, (B, H or K, T, D)."""
         # -1, not n_head: under tensor parallelism each process holds only some of the heads
-        return x.unflatten(-1, (-1, self.head_size))
-
-    def forward(self, x, rotary=None, cache=None):
-        q, k, v = (self.split_heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (y.transpose(1, 2) for y in (q, k, v))                 # (B, H or K, T, D)
+        x = proj(x).unflatten(-1, (-1, self.head_size))                  # (B, T, H or K, D)
         if rotary is not None:
-            q, k = rotate(q, *rotary), rotate(k, *rotary)
+            x = self.kernels.rotary(x, *rotary, None if norm is None else norm.weight)
+        elif norm is not None:
+            _, x = norm(x)
+        return x.transpose(1, 2)
+
+    def forward(self, x, rotary=None, cache=None, **rules):
+        q = self.heads(self.q_proj, x, self.q_norm, rotary)              # (B, H, T, D)
+        k = self.heads(self.k_proj, x, self.k_norm, rotary)              # (B, K, T, D)
+        v = self.heads(self.v_proj, x)
         if cache is not None:
             k, v = cache.append(k, v)                                    # (B, K, S, D)
-        y = self.kernel(q, k, v)                                         # (B, H, T, D)
+        return self.mix(q, k, v, **rules)
+
+    def look(self, x, source, cache=None, mask=None):
+        """Cross-attention: queries from x (B, T, C), keys and values from source (B, S, C)."""
+        q = self.heads(self.q_proj, x, self.q_norm)                      # (B, H, T, D)
+        kv = cache.source if cache is not None else None
+        if kv is None:
+            kv = self.heads(self.k_proj, source, self.k_norm), self.heads(self.v_proj, source)
+        if cache is not None:
+            cache.source = kv
+        return self.mix(q, *kv, causal=False, mask=mask)
+
+    def mix(self, q, k, v, **rules):
+        dropout = self.dropout if self.training else 0.0
+        y = self.kernels.attention(q, k, v, dropout=dropout, **rules)    # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).flatten(2))                 # (B, T, C)
 
 
 class MLP(nn.Module):
     """Two linear layers with a bend between them; SwiGLU (arXiv:2002.05202) adds a gate and is
     narrower, so that it has as many weights."""
+    kernels = PLAIN
 
     def __init__(self, config):
         super().__init__()
@@ -445,76 +731,139 @@ class MLP(nn.Module):
         hidden = 64 * math.ceil(8 * C / 3 / 64) if gated else 4 * C
         self.gate_proj = Linear(C, hidden, bias=config.bias) if gated else None
         self.up_proj = Linear(C, hidden, bias=config.bias)
-        self.activation = ACTIVATIONS[config.activation]
         self.down_proj = Linear(hidden, C, bias=config.bias)
+        self.activation = config.activation
 
     def forward(self, x):
-        if self.gate_proj is not None:
-            return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
-        return self.down_proj(self.activation(self.up_proj(x)))
+        gate = None if self.gate_proj is None else self.gate_proj(x)
+        down = self.down_proj
+        return self.kernels.bend(self.up_proj(x), gate, down.weight, down.bias, self.activation)
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each on a normalised copy of the stream and added back to it."""
+    """Attention, then MLP, each added to the stream; a decoder with an encoder looks at the source
+    in between. The norms come before (arXiv:2002.04745), or after as in the original."""
 
-    def __init__(self, config):
+    def __init__(self, config, cross):
         super().__init__()
-        norm = NORMS[config.norm]
-        self.attn_norm = norm(config.n_embd, bias=config.bias)
-        self.attn = Attention(config)
-        self.mlp_norm = norm(config.n_embd, bias=config.bias)
-        self.mlp = MLP(config)
+        norm = partial(NORMS[config.norm], config.n_embd, bias=config.bias)
+        self.norm_first = config.norm_first
+        self.attn_norm, self.attn = norm(), Attention(config)
+        self.cross_norm, self.cross = (norm(), Attention(config)) if cross else (None, None)
+        self.mlp_norm, self.mlp = norm(), MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, rotary=None, cache=None):
-        x = x + self.dropout(self.attn(self.attn_norm(x), rotary, cache))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+    def forward(self, x, rotary=None, cache=None, memory=None, **rules):
+        steps = [(self.attn_norm, lambda x: self.attn(x, rotary, cache, **rules))]
+        if self.cross is not None:
+            source, mask = memory
+            steps.append((self.cross_norm, lambda x: self.cross.look(x, source, cache, mask)))
+        steps.append((self.mlp_norm, self.mlp))
+        y = None  # what is still to be added to the stream x
+        for norm, part in steps:
+            if self.norm_first:
+                x, seen = norm(x, y)
+                y = self.dropout(part(seen))
+            else:
+                _, x = norm(x, self.dropout(part(x)))
+        return x if y is None else x + y
 
 
 # -----------------------------------------------------------------------------
 # The whole: ids -> stream of channels -> logits or loss.
 
 
+def check_ids(ids, vocab_size):
+    """Raise ValueError unless all ids are below vocab_size: a GPU would stop the whole program. It
+    is asked on the CPU, where ids come from; looking at them on a GPU would make it wait."""
+    if ids.device.type == "cpu" and ids.numel() and not 0 <= ids.min() <= ids.max() < vocab_size:
+        wrong = ids[(ids < 0) | (ids >= vocab_size)][0].item()
+        raise ValueError(f"token id {wrong} is outside the vocabulary: vocab_size={vocab_size}")
+
+
+def places(segments):
+    """The position of each token in its segment, a run of equal numbers in segments (B, S):
+    places([[0, 0, 1, 1, 1]]) == [[0, 1, 0, 1, 2]]."""
+    index = torch.arange(segments.size(1), device=segments.device)
+    first = torch.ones_like(segments, dtype=torch.bool)
+    first[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    return index - (index * first).cummax(dim=1).values
+
+
+def sinusoids(positions, C):
+    """Positions (..., T) as C sines and cosines of ever slower waves -> (..., T, C).
+    arXiv:1706.03762"""
+    half = torch.arange(0, C, 2, device=positions.device, dtype=torch.float32)
+    angles = positions[..., None] * 10000.0 ** (-half / C)
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)[..., :C]
+
+
 class Transformer(nn.Module):
     """Embeddings, a stack of blocks and a last norm: ids (B, T) -> (B, T, C)."""
 
-    def __init__(self, config):
+    def __init__(self, config, encoder=False):
         super().__init__()
-        self.config = config
+        self.config, self.recompute = config, False
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         learned = config.position == "learned"
         self.wpe = nn.Embedding(config.block_size, config.n_embd) if learned else None
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.final_norm = NORMS[config.norm](config.n_embd, bias=config.bias)
+        self.causal = config.causal and not encoder
+        n_layer, cross = (config.n_encoder_layer if encoder else config.n_layer,
+                          config.cross and not encoder)
+        self.blocks = nn.ModuleList(Block(config, cross) for _ in range(n_layer))
+        norm = NORMS[config.norm](config.n_embd, bias=config.bias)
+        self.final_norm = norm if config.norm_first else None  # else the last block ends with one
 
-    def forward(self, ids, cache=None, dtype=None):
-        T, start = ids.size(1), cache[0].length if cache else 0
-        if start + T > self.config.block_size:
-            raise ValueError(f"{start + T} tokens exceed block_size={self.config.block_size}")
-        x = self.wte(ids)                                                # (B, T, C)
-        rotary = None
-        if self.wpe is not None:
-            x = x + self.wpe(torch.arange(start, start + T, device=ids.device))
+    def embed(self, ids, positions):
+        """-> (the stream (B, T, C) as it begins, the rotary table if positions enter there)"""
+        x, c = self.wte(ids), self.config
+        if c.position == "learned":
+            return x + self.wpe(positions), None
+        if c.position == "sinusoidal":
+            return x * math.sqrt(c.n_embd) + sinusoids(positions, c.n_embd).to(x.dtype), None
+        return x, rotary_table(c, positions) if c.position == "rope" else None
+
+    def forward(self, ids, cache=None, dtype=None, memory=None, segments=None):
+        c, T, start = self.config, ids.size(1), cache[0].length if cache else 0
+        if start + T > c.block_size:
+            raise ValueError(f"{start + T} tokens exceed block_size={c.block_size}")
+        check_ids(ids, c.vocab_size)
+        rules, positions = dict(causal=self.causal, window=c.window), None
+        if segments is None:
+            positions = torch.arange(start, start + T, device=ids.device)
         else:
-            rotary = rotary_table(self.config, start, T, ids.device)
-        x = self.dropout(x if dtype is None else x.to(dtype))
+            rules["segments"], positions = segments, places(segments)[:, start:]
+        x, rotary = self.embed(ids, positions)
+        x = self.dropout(x if dtype is None else x.to(dtype))            # (B, T, C)
         for i, block in enumerate(self.blocks):
-            x = block(x, rotary, cache[i] if cache else None)
-        return self.final_norm(x)
+            if self.recompute and self.training:
+                x = checkpoint(block, x, rotary, None, memory, use_reentrant=False, **rules)
+            else:
+                x = block(x, rotary, cache[i] if cache else None, memory, **rules)
+        return x if self.final_norm is None else self.final_norm(x)[1]
 
 
 class GPT(nn.Module):
-    """A decoder-only language model; the head shares the embedding's matrix (arXiv:1608.05859)."""
+    """A transformer with a head: for the next token, or without `causal` a masked one, or with
+    n_classes a class or a number for each text. With `cross` an encoder reads a source first."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.transformer = Transformer(config)
-        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.transformer.wte.weight
+        self.encoder = Transformer(config, encoder=True) if config.cross else None
+        self.lm_head = Linear(config.n_embd, config.n_classes or config.vocab_size, bias=False)
+        self.tie()
         self.initialize()
         self.use()
+
+    def tie(self):
+        """Let the head and the encoder share the embedding's matrix. arXiv:1608.05859"""
+        if self.config.tied and not self.config.n_classes:
+            self.lm_head.weight = self.transformer.wte.weight
+        if self.encoder is not None:
+            self.encoder.wte.weight = self.transformer.wte.weight
 
     def initialize(self):
         """GPT-2's: normal, deviation 0.02; what writes to the stream is scaled down by its depth,
@@ -527,41 +876,80 @@ class GPT(nn.Module):
                 if getattr(module, "bias", None) is not None:
                     nn.init.zeros_(module.bias)
 
-    def use(self, kernels="auto", dtype=None):
+    def use(self, kernels="auto", dtype=None, recompute=False):
         """Choose the kernels (a row of KERNELS, or auto) and the dtype to compute in (None: the
-        weights' own); neither is part of the model. -> the name of the row."""
+        weights' own); recompute makes what is in a block again in backward instead of keeping it:
+        far less memory, a third more work (arXiv:1604.06174). None of it is part of the model.
+        -> the name of the row."""
         if kernels == "auto":
             kernels = "fused" if self.device.type == "cpu" else "torch"
         check_known(kernels, KERNELS, "kernels")
         for module in self.modules():
-            if isinstance(module, Attention):
-                module.kernel = KERNELS[kernels]["attention"]
-            elif isinstance(module, RMSNorm):
-                module.kernel = KERNELS[kernels]["norm"]
-        self.loss, self.dtype = KERNELS[kernels]["loss"], dtype
+            module.kernels = KERNELS[kernels]
+            if isinstance(module, Transformer):
+                module.recompute = recompute
+        self.dtype = dtype
         return kernels
 
     @property
     def device(self):
         return self.lm_head.weight.device
 
-    def forward(self, ids, targets=None, cache=None, last_only=False):
+    def encode(self, source, segments=None):
+        """Read a source (B, S) -> the memory that forward takes. segments (B, S), 0 for padding."""
+        if self.encoder is None:
+            raise ValueError(f"architecture={self.config.architecture} has no encoder: "
+                             "cross=True adds one")
+        x = self.encoder(source, None, self.dtype, segments=segments)    # (B, S, C)
+        return x, None if segments is None else segments[:, None, None] > 0
+
+    def forward(self, ids, targets=None, cache=None, memory=None, segments=None, last_only=False):
         """ids (B, T) -> (logits (B, T, V), None), or if last_only the last position's (B, 1, V).
-        With targets (B, T), -1 ignored -> (None, mean cross-entropy in nats)."""
-        x = self.transformer(ids, cache, self.dtype)                     # (B, T, C)
+        With targets (B, T), -1 ignored -> (None, mean cross-entropy in nats). With n_classes the
+        logits are (B, n_classes), the targets classes (B,), or numbers (B,) and the loss their mean
+        square error. memory is what encode() made of a source; segments (B, S) numbers the texts in
+        a row, cached tokens included: tokens see and count only their own, and 0 is padding."""
+        c = self.config
+        if c.cross and memory is None:
+            raise ValueError("this model looks at a source: give memory=model.encode(source)")
+        x = self.transformer(ids, cache, self.dtype, memory, segments)   # (B, T, C)
+        if c.n_classes:
+            return self.judge(x, targets, segments)
         if targets is not None:
-            return None, self.loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
-        return self.lm_head(x[:, -1:] if last_only else x), None
+            check_ids(targets + 1, c.vocab_size + 1)
+            extras = (c.label_smoothing, c.z_loss) if self.training else ()
+            return None, self.kernels.loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten(),
+                                           c.softcap, *extras)
+        return cap(self.lm_head(x[:, -1:] if last_only else x), c.softcap), None
+
+    def judge(self, x, targets, segments):
+        """A class or a number from the mean over a text's tokens."""
+        if segments is not None:
+            text = (segments > 0).unsqueeze(-1)
+            mean = (x * text).sum(dim=1) / text.sum(dim=1).clamp(min=1)  # (B, C)
+        else:
+            mean = x.mean(dim=1)
+        logits = self.lm_head(mean).float()                              # (B, n_classes)
+        if targets is None:
+            return logits, None
+        if self.config.n_classes == 1:
+            return None, F.mse_loss(logits.squeeze(1), targets.float())
+        check_ids(targets, self.config.n_classes)
+        return None, F.cross_entropy(logits, targets)
 
     def n_parameters(self):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, T=None):
         """Of forward and backward, in sequences of T tokens: 6 for each weight of a matrix product,
-        and attention's two products over the T/2 keys that a causal query sees on average."""
+        12 for each key and channel of attention, where a query sees all T keys, half of them if
+        causal, or its window."""
         T, c = T or self.config.block_size, self.config
         weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, Linear))
-        return 6 * weights + 6 * c.n_layer * c.n_head * c.head_size * T
+        keys = T / 2 if c.causal else T
+        keys = min(keys, c.window) if c.window else keys
+        layers = c.n_layer + c.n_encoder_layer
+        return 6 * weights + 12 * layers * c.n_head * c.head_size * keys
 
 
 # -----------------------------------------------------------------------------
@@ -571,7 +959,7 @@ class GPT(nn.Module):
 def save_model(model, path, **state):
     """Write the model, and any further plain values or tensors, to one file that appears whole or
     not at all: temporary name, fsync, rename."""
-    weights = {name: w for name, w in model.state_dict().items() if name != "lm_head.weight"}
+    weights = {name: w.detach() for name, w in model.named_parameters()}  # shared ones once
     part = Path(f"{path}.part")
     try:
         with open(part, "wb") as file:
@@ -586,6 +974,29 @@ def save_model(model, path, **state):
         part.unlink(missing_ok=True)
 
 
+def differences(wanted, found):
+    """How the shapes of two dicts of tensors differ, in words: "" if they do not."""
+    lines = [f"{name} is {tuple(found[name].shape)}, not {tuple(wanted[name].shape)}"
+             for name in wanted if name in found and found[name].shape != wanted[name].shape]
+    lines += [f"{name} is missing" for name in wanted if name not in found]
+    lines += [f"{name} is unknown" for name in found if name not in wanted]
+    more = f" and {len(lines) - 6} more" if len(lines) > 6 else ""
+    return "; ".join(lines[:6]) + more
+
+
+def with_weights(config, weights, path):
+    """A model of that shape with these weights; ValueError with the list where they do not fit."""
+    with torch.device("meta"):  # no memory, no random numbers: the weights are replaced at once
+        model = GPT(config)
+    wrong = differences(dict(model.named_parameters()), weights)
+    if wrong:
+        raise ValueError(f"{path} does not hold the weights of its config: {wrong}")
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.tie()
+    model.use()
+    return model
+
+
 def load_model(path, device="cpu"):
     """-> (model on device, the whole dict that was saved). ValueError if damaged or foreign."""
     try:
@@ -598,10 +1009,82 @@ def load_model(path, device="cpu"):
     if found != FORMAT:
         raise ValueError(f"{path} has format {found!r}, this program reads {FORMAT!r}")
     known = {f.name for f in fields(GPTConfig)}
-    with torch.device("meta"):  # no memory, no random numbers: the weights are replaced at once
-        model = GPT(GPTConfig(**{name: v for name, v in state["config"].items() if name in known}))
-    tied = {"lm_head.weight": state["model"]["transformer.wte.weight"]}
-    model.load_state_dict(state["model"] | tied, assign=True)
-    model.lm_head.weight = model.transformer.wte.weight
-    model.use()
-    return model, state
+    config = GPTConfig(**{name: v for name, v in state["config"].items() if name in known})
+    return with_weights(config, state["model"], path), state
+
+
+# -----------------------------------------------------------------------------
+# GPT-2's weights from Hugging Face's files.
+
+SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
+               "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
+               "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+HF_NAMES = {"ln_1": "attn_norm", "attn.c_proj": "attn.o_proj", "ln_2": "mlp_norm",
+            "mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj"}
+
+
+def read_safetensors(path):
+    """{name: tensor} of a .safetensors file: 8 bytes of length, that much JSON with each tensor's
+    dtype, shape and place, then the tensors' bytes. ValueError for a file that is not that."""
+    with open(path, "rb") as file:
+        data = bytearray(file.read())
+    start = 8 + int.from_bytes(data[:8], "little")
+    try:
+        header = json.loads(data[8:start])
+        header.pop("__metadata__", None)
+        tensors = {}
+        for name, row in header.items():
+            dtype, shape = SAFETENSORS[row["dtype"]], row["shape"]
+            begin, end = row["data_offsets"]
+            size = math.prod(shape) * dtype.itemsize
+            if not (0 <= begin <= end <= len(data) - start and end - begin == size
+                    and all(isinstance(n, int) and n >= 0 for n in [begin, *shape])):
+                raise ValueError(f"{name} lies outside the file, or its shape is none")
+            tensor = torch.empty(0, dtype=dtype) if size == 0 else torch.frombuffer(
+                data, dtype=dtype, count=math.prod(shape), offset=start + begin)
+            tensors[name] = tensor.reshape(shape)
+        return tensors
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged or not in the safetensors format ({error!r:.80})"
+                         ) from None
+
+
+def load_gpt2(folder):
+    """The GPT in a folder with Hugging Face's config.json and model.safetensors or
+    pytorch_model.bin, of any of GPT-2's sizes. Its vocabulary: Tokenizer.from_gpt2."""
+    folder = Path(folder)
+    try:
+        c = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = GPTConfig("gpt2", c["vocab_size"], c.get("n_positions", c.get("n_ctx")),
+                           c["n_layer"], c["n_head"], n_embd=c["n_embd"])
+        if c.get("activation_function", "gelu_new") != "gelu_new" or c.get("n_inner"):
+            raise ValueError("only GPT-2's own activation gelu_new and n_inner null are known")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder}/config.json is not GPT-2's ({error!r})") from None
+    safe = folder / "model.safetensors"
+    if safe.exists():
+        found = read_safetensors(safe)
+    else:
+        safe = folder / "pytorch_model.bin"
+        try:
+            found = torch.load(safe, map_location="cpu", weights_only=True)
+        except OSError:
+            raise
+        except Exception as error:  # see load_model
+            raise ValueError(f"{safe} is damaged or not a file of weights alone") from error
+    weights = {}
+    for name, w in found.items():
+        name = name.removeprefix("transformer.")
+        if name.endswith((".attn.bias", ".attn.masked_bias")) or name == "lm_head.weight":
+            continue  # old files carry the causal mask; the head is the embedding
+        name = name.replace("h.", "blocks.", 1) if name.startswith("h.") else name
+        name = "transformer." + name.replace("ln_f.", "final_norm.")
+        for theirs, ours in HF_NAMES.items():
+            name = name.replace(f".{theirs}.", f".{ours}.")
+        w = w.T.float() if name.endswith("_proj.weight") or ".c_attn.weight" in name else w.float()
+        parts = {name: w}  # Conv1D keeps its matrix transposed, and q, k and v in one
+        if ".c_attn." in name:
+            parts = {name.replace("c_attn", f"{x}_proj"): part
+                     for x, part in zip("qkv", w.chunk(3))}
+        weights |= {name: part.contiguous() for name, part in parts.items()}
+    return with_weights(config, weights, safe)

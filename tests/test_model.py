@@ -1,49 +1,122 @@
 """model.py: twins agree in value and gradient, no token sees the future, checkpoints come back."""
 
+import json
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from model import (ARCHITECTURES, KERNELS, SIZES, GPT, GPTConfig, KVCache, LayerNorm, RMSNorm,
-                   fused_attention, fused_loss, fused_rms_norm, load_model, plain_attention,
-                   plain_loss, plain_rms_norm, rotary_table, rotate, save_model, torch_attention)
+from model import (ACTIVATIONS, ARCHITECTURES, GPT, KERNELS, KEY_TILE, QUERY_TILE, SIZES, Block,
+                   GPTConfig, KVCache, LayerNorm, RMSNorm, fused_attention, fused_bend, fused_loss,
+                   fused_norm, fused_rotary, load_gpt2, load_model, places, plain_attention,
+                   plain_bend, plain_loss, plain_norm, plain_rotary, read_safetensors, rotary_table,
+                   save_model, torch_attention)
+from train import TrainConfig, build_optimizer, clip_gradients
 
-both = pytest.mark.parametrize("architecture", ARCHITECTURES)
+each = pytest.mark.parametrize("architecture", ARCHITECTURES)
+decoders = pytest.mark.parametrize("architecture", ["gpt2", "modern"])
 close = torch.testing.assert_close
+exactly = dict(rtol=1e-10, atol=1e-10)
 
 
 def value_and_gradients(function, *inputs):
     """What a function returns, and the gradients of a fixed weighted sum of it."""
     inputs = [x.detach().requires_grad_() for x in inputs]
     y = function(*inputs)
+    y = torch.cat([part.flatten() for part in y]) if isinstance(y, tuple) else y
     weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape).cos()
     return [y, *torch.autograd.grad((y * weights).sum(), inputs)]
 
 
+def randn(*shape, dtype=torch.float64):
+    return torch.randn(*shape, dtype=dtype)
+
+
 def qkv(B, H, K, T, S, D, dtype=torch.float64):
     torch.manual_seed(T)
-    return [torch.randn(B, heads, n, D, dtype=dtype) for heads, n in ((H, T), (K, S), (K, S))]
+    return [randn(B, heads, n, D, dtype=dtype) for heads, n in ((H, T), (K, S), (K, S))]
+
+
+def run(model, ids, **options):
+    """The logits; of a model that looks at a source, with one that is always the same."""
+    if model.config.cross:
+        options["memory"] = model.encode(torch.arange(len(ids) * 6).view(len(ids), 6) % 64)
+    return model(ids, **options)[0]
+
+
+def loss_of(model, ids):
+    memory = model.encode(ids[:, ::2]) if model.config.cross else None
+    return model(ids[:, :-1], ids[:, 1:], memory=memory)[1]
 
 
 # -----------------------------------------------------------------------------
 # Twins.
 
 SHAPES = [(2, 4, 4, 1, 1, 8), (1, 4, 2, 7, 7, 6), (2, 6, 2, 5, 9, 8), (1, 2, 1, 1, 300, 4),
-          (1, 2, 2, 129, 129, 4), (1, 3, 1, 300, 555, 4), (2, 2, 1, 256, 256, 4)]
+          (1, 2, 2, 129, 129, 4), (1, 3, 1, 300, 555, 4), (2, 2, 1, 256, 256, 4),
+          (1, 2, 2, 9, 4, 4)]  # in the last one the first queries have no key
+
+
+def rules(name, B, H, T, S):
+    """The arguments of attention for each kind of rule that a test goes through."""
+    torch.manual_seed(S)
+    documents = torch.randint(2, (B, S)).cumsum(1)
+    padding = (torch.arange(S) >= torch.arange(B)[:, None] * 2).long()
+    return {"causal": {}, "bidirectional": dict(causal=False), "window": dict(window=3),
+            "both ways in a window": dict(causal=False, window=40),
+            "any mask": dict(causal=False, mask=torch.rand(B, H, T, S) < 0.3),
+            "a mask of keys": dict(mask=torch.rand(B, 1, 1, S) < 0.8),
+            "documents": dict(segments=documents), "left padding": dict(segments=padding),
+            "all": dict(window=200, mask=torch.rand(T, S) < 0.9, segments=documents)}[name]
+
+
+RULES = ["causal", "bidirectional", "window", "both ways in a window", "any mask", "a mask of keys",
+         "documents", "left padding", "all"]
 
 
 @pytest.mark.parametrize("fast", [fused_attention, torch_attention])
+@pytest.mark.parametrize("name, shape", [(name, shape) for name in RULES for shape in SHAPES
+                                         if name in RULES[:6] or shape != SHAPES[-1]])
+def test_fast_attention_equals_plain_attention_in_value_and_gradient(fast, shape, name):
+    inputs, (B, H, _, T, S, _) = qkv(*shape), shape
+    options = rules(name, B, H, T, S)
+    plain = value_and_gradients(partial(plain_attention, **options), *inputs)
+    close(value_and_gradients(partial(fast, **options), *inputs), plain, **exactly)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_in_float32_the_twins_of_attention_agree_to_five_digits(name):
+    inputs = qkv(2, 4, 2, 200, 300, 16, torch.float32)
+    options = rules(name, 2, 4, 200, 300)
+    plain = value_and_gradients(partial(plain_attention, **options), *inputs)
+    close(value_and_gradients(partial(fused_attention, **options), *inputs), plain,
+          rtol=1e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("causal", [True, False])
-def test_fast_attention_equals_plain_attention_in_value_and_gradient(fast, shape, causal):
+def test_with_dropout_the_twins_drop_the_same_weights(shape):
+    def seeded(attention, *inputs):
+        torch.manual_seed(5)
+        return attention(*inputs, dropout=0.3)
+
     inputs = qkv(*shape)
-    plain = value_and_gradients(lambda q, k, v: plain_attention(q, k, v, causal), *inputs)
-    close(value_and_gradients(lambda q, k, v: fast(q, k, v, causal), *inputs), plain,
-          rtol=1e-10, atol=1e-10)
+    plain = value_and_gradients(partial(seeded, plain_attention), *inputs)
+    close(value_and_gradients(partial(seeded, fused_attention), *inputs), plain, **exactly)
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean():
+    q, k = torch.zeros(2, 3, 300, 400), torch.zeros(2, 3, 400, 400)
+    v = torch.eye(400).expand(2, 3, 400, 400)  # so that the output is the weights
+    weights = fused_attention(q, k, v, causal=False, dropout=0.25) * 400
+    assert abs((weights == 0).float().mean() - 0.25) < 0.005
+    assert abs(weights.mean() - 1) < 0.005
+    assert (weights.std(dim=-1) > 0).all() and not torch.equal(weights[0], weights[1])
 
 
 def test_plain_attention_equals_the_loop_of_the_definition():
@@ -54,6 +127,15 @@ def test_plain_attention_equals_the_loop_of_the_definition():
             close(plain_attention(q, k, v)[0, h, t], weights @ v[0, h, :t + 1])
 
 
+@pytest.mark.parametrize("attention", [plain_attention, fused_attention, torch_attention])
+def test_a_query_that_may_look_nowhere_gets_zeros_and_gives_no_gradient(attention):
+    mask = torch.ones(4, 4, dtype=torch.bool)
+    mask[2] = False
+    y, d_q, *_ = value_and_gradients(partial(attention, causal=False, mask=mask),
+                                     *qkv(1, 1, 1, 4, 4, 4))
+    assert (y[0, 0, 2] == 0).all() and (d_q[0, 0, 2] == 0).all() and y.isfinite().all()
+
+
 def test_fused_attention_in_bfloat16_is_within_rounding_of_float32():
     inputs = qkv(2, 4, 2, 200, 200, 16, torch.float32)
     exact = value_and_gradients(plain_attention, *inputs)
@@ -61,49 +143,146 @@ def test_fused_attention_in_bfloat16_is_within_rounding_of_float32():
     close([x.float() for x in rounded], exact, rtol=0.05, atol=0.05)
 
 
-def test_fused_attention_never_holds_all_scores(monkeypatch):
-    largest, bmm = [], torch.bmm
+class Largest(TorchDispatchMode):
+    """Remembers how many numbers the largest tensor holds that is made while it watches."""
+    size = 0
 
-    def watched(a, b):
-        largest.append(a.size(1) * b.size(2))
-        return bmm(a, b)
-
-    monkeypatch.setattr(torch, "bmm", watched)
-    q, k, v = (x.requires_grad_() for x in qkv(1, 1, 1, 2000, 2000, 4))
-    fused_attention(q, k, v).sum().backward()
-    assert max(largest) < 2000 * 2000 / 50
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        sizes = [x.numel() for x in tree_leaves(made) if isinstance(x, torch.Tensor)]
+        self.size = max([self.size, *sizes])
+        return made
 
 
-@pytest.mark.parametrize("n, tile", [(1, 1024), (50, 16), (64, 16), (33, 1024)])
-def test_fused_loss_equals_plain_loss_and_cross_entropy(monkeypatch, n, tile):
+@pytest.mark.parametrize("T", [1024, 4096])
+def test_fused_attention_makes_no_tensor_that_grows_with_the_square_of_t(T):
+    q, k, v = (x.requires_grad_() for x in qkv(1, 1, 1, T, T, 16))
+    with Largest() as largest:
+        fused_attention(q, k, v).sum().backward()
+    assert largest.size == max(16 * T, QUERY_TILE * KEY_TILE)
+
+
+def test_the_fused_loss_never_holds_all_logits(monkeypatch):
+    monkeypatch.setattr("model.LOSS_TILE", 10 * 500)
+    x, weight = (x.requires_grad_() for x in (randn(1000, 4), randn(500, 4)))
+    with Largest() as largest:
+        fused_loss(x, weight, torch.zeros(1000, dtype=torch.long)).backward()
+    assert largest.size == 10 * 500
+
+
+@pytest.mark.parametrize("n, tile", [(1, 2**20), (50, 16), (64, 640), (33, 1024)])
+@pytest.mark.parametrize("options", [{}, dict(smoothing=0.1), dict(softcap=2.0), dict(z_loss=0.01),
+                                     dict(softcap=3.0, smoothing=0.2, z_loss=0.1)])
+def test_fused_loss_equals_plain_loss(monkeypatch, n, tile, options):
     monkeypatch.setattr("model.LOSS_TILE", tile)
     torch.manual_seed(n)
-    x, weight = torch.randn(n, 8, dtype=torch.float64), torch.randn(40, 8, dtype=torch.float64)
-    targets = torch.randint(40, (n,))
+    x, weight, targets = randn(n, 8), randn(40, 8), torch.randint(40, (n,))
     targets[1::3] = -1
-    fused = value_and_gradients(lambda x, w: fused_loss(x, w, targets), x, weight)
-    close(fused, value_and_gradients(lambda x, w: plain_loss(x, w, targets), x, weight))
-    close(fused[0], F.cross_entropy(x @ weight.T, targets, ignore_index=-1))
+    fused, plain = (value_and_gradients(lambda x, w: loss(x, w, targets, **options), x, weight)
+                    for loss in (fused_loss, plain_loss))
+    close(fused, plain, **exactly)
 
 
-def test_fused_rms_norm_equals_plain_and_torchs():
-    x = torch.randn(3, 5, 8, dtype=torch.float64)
-    weight = torch.randn(8, dtype=torch.float64)
-    plain = value_and_gradients(plain_rms_norm, x, weight)
-    close(value_and_gradients(fused_rms_norm, x, weight), plain)
-    close(plain[0], F.rms_norm(x, (8,), weight, 1e-6))
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_the_loss_equals_torchs_cross_entropy(smoothing):
+    x, weight, targets = randn(20, 8), randn(40, 8), torch.randint(40, (20,))
+    targets[::4] = -1
+    theirs = F.cross_entropy(x @ weight.T, targets, ignore_index=-1, label_smoothing=smoothing)
+    close(plain_loss(x, weight, targets, smoothing=smoothing), theirs)
+
+
+def test_z_loss_and_soft_cap_are_what_their_papers_say():
+    x, weight, targets = randn(6, 8), randn(40, 8), torch.randint(40, (6,))
+    capped = 5 * torch.tanh(x @ weight.T / 5)
+    close(plain_loss(x, weight, targets, softcap=5), F.cross_entropy(capped, targets))
+    extra = 0.1 * (x @ weight.T).exp().sum(dim=1).log().square().mean()
+    close(plain_loss(x, weight, targets, z_loss=0.1), plain_loss(x, weight, targets) + extra)
+
+
+def test_a_loss_without_targets_is_zero_and_teaches_nothing():
+    x, weight = randn(3, 4), randn(9, 4)
+    fused = value_and_gradients(lambda *i: fused_loss(*i, torch.full((3,), -1)), x, weight)
+    assert all((part == 0).all() for part in fused)
+
+
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("center, bias", [(False, False), (True, True), (True, False)])
+def test_fused_norm_equals_plain_norm_and_torchs(center, bias, residual):
+    x, y, weight, shift = randn(3, 5, 8), randn(3, 5, 8), randn(8), randn(8)
+
+    def normed(norm, x, y, weight, shift):
+        total, y = norm(x, weight, shift if bias else None, y if residual else None, center)
+        return total, y, (shift.sum() + y.sum())[None]  # of which all have a gradient
+
+    inputs = x, y, weight, shift
+    if not residual:
+        inputs = x, torch.zeros_like(y), weight, shift
+        normed = (lambda norm, x, y, weight, shift: (
+            norm(x, weight, shift if bias else None, None, center)[1], (y + shift.sum())))
+    plain = value_and_gradients(partial(normed, plain_norm), *inputs)
+    close(value_and_gradients(partial(normed, fused_norm), *inputs), plain, **exactly)
+    total = x + y if residual else x
+    theirs = (F.layer_norm(total, (8,), weight, shift if bias else None, 1e-6) if center
+              else F.rms_norm(total, (8,), weight, 1e-6))
+    ours = plain_norm(x, weight, shift if bias else None, y if residual else None, center)
+    close(ours[1], theirs)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("shape", [(7,), (2, 7)])
+def test_fused_rotary_equals_plain_rotary(norm, shape):
+    cos, sin = rotary_table(tiny().config, torch.randint(99, shape).double())
+    inputs = [randn(2, 7, 3, 8), *([randn(8)] if norm else [])]
+    plain = value_and_gradients(lambda x, *w: plain_rotary(x, cos, sin, *w), *inputs)
+    close(value_and_gradients(lambda x, *w: fused_rotary(x, cos, sin, *w), *inputs), plain,
+          **exactly)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_fused_bend_equals_plain_bend(activation, gated, bias):
+    inputs = [randn(2, 5, 6), randn(4, 6), *([randn(2, 5, 6)] if gated else []),
+              *([randn(4)] if bias else [])]
+
+    def call(bend, x, weight, *rest):
+        gate, shift = rest[0] if gated else None, rest[-1] if bias else None
+        return bend(x, gate, weight, shift, activation)
+
+    plain = value_and_gradients(partial(call, plain_bend), *inputs)
+    close(value_and_gradients(partial(call, fused_bend), *inputs), plain, **exactly)
 
 
 def test_gradcheck_passes_on_the_fused_functions():
+    check = torch.autograd.gradcheck
     q, k, v = (x.requires_grad_() for x in qkv(1, 2, 1, 3, 4, 2))
-    assert torch.autograd.gradcheck(fused_attention, (q, k, v))
-    x, weight = (torch.randn(4, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    assert torch.autograd.gradcheck(lambda x, w: fused_loss(x, w, torch.tensor([0, -1, 2, 3])),
-                                    (x, weight))
-    assert torch.autograd.gradcheck(lambda x: fused_rms_norm(x, weight[0]), (x,))
+    assert check(fused_attention, (q, k, v))
+    mask = torch.rand(3, 4) < 0.7
+    assert check(lambda *x: fused_attention(*x, causal=False, window=2, mask=mask), (q, k, v))
+    x, weight, y = (randn(4, 4).requires_grad_() for _ in range(3))
+    wanted = torch.tensor([0, -1, 2, 3])
+    assert check(lambda x, w: fused_loss(x, w, wanted, 3.0, 0.1, 0.1), (x, weight))
+    for center in (True, False):
+        assert check(lambda x, y: fused_norm(x, weight[0], None, y, center), (x, y))
+    cos, sin = rotary_table(tiny(n_head=8).config, torch.arange(4.0))
+    assert check(lambda x, w: fused_rotary(x[None, :, None], cos, sin, w), (x, weight[0]))
+    for activation in ACTIVATIONS:
+        assert check(lambda x, y, w: fused_bend(x, y, w, None, activation), (x, y, weight))
 
 
-@both
+@pytest.mark.parametrize("name", ["attention", "loss", "norm", "rotary", "bend"])
+def test_double_backward_through_a_fused_function_is_refused(name):
+    x, weight = randn(1, 4, 1, 4).requires_grad_(), randn(4, 4)
+    calls = dict(attention=lambda: fused_attention(x.mT, x.mT, x.mT),
+                 loss=lambda: fused_loss(x.flatten(0, 2), weight, torch.arange(4)),
+                 norm=lambda: fused_norm(x, weight[0])[1],
+                 rotary=lambda: fused_rotary(x, torch.ones(4, 2), torch.ones(4, 2)),
+                 bend=lambda: fused_bend(x, None, weight, None, "gelu"))
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice: use kernels='plain'"):
+        torch.autograd.grad(calls[name]().square().sum(), x, create_graph=True)
+
+
+@each
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_all_kernels_give_the_same_loss_and_gradients(architecture, kernels):
     ids = torch.randint(64, (2, 17))
@@ -111,94 +290,261 @@ def test_all_kernels_give_the_same_loss_and_gradients(architecture, kernels):
     for name in ("plain", kernels):
         model = tiny(architecture).double()
         assert model.use(name) == name
-        model(ids[:, :-1], ids[:, 1:])[1].backward()
+        loss_of(model, ids).backward()
+        results.append([p.grad for p in model.parameters()])
+    close(results[1], results[0])
+
+
+OPTIONS = [dict(position="none"), dict(position="sinusoidal"), dict(position="learned"),
+           dict(position="rope", qk_norm=False), dict(n_kv_head=1), dict(n_kv_head=4),
+           dict(window=3), dict(softcap=5.0), dict(tied=False), dict(norm_first=False),
+           dict(norm="layernorm"), dict(activation="relu2"), dict(activation="relu", bias=True),
+           dict(position="none", qk_norm=True, causal=False), dict(cross=True, dropout=0.2)]
+some = pytest.mark.parametrize("options", OPTIONS, ids=str)
+
+
+@some
+def test_a_training_step_changes_the_weights_alike_with_plain_and_fused_kernels(options):
+    ids, after = torch.randint(64, (2, 17)), []
+    for name in ("plain", "fused"):
+        model = tiny(**dict(label_smoothing=0.1, z_loss=0.01, dropout=0.1) | options).double()
+        model.train().use(name)
+        optimizer = build_optimizer(model, TrainConfig(learning_rate=0.01))
+        for step in range(2):
+            torch.manual_seed(step)
+            loss_of(model, ids).backward()
+            clip_gradients(model, 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+        after.append([p.detach() for p in model.parameters()])
+    close(after[1], after[0], rtol=1e-7, atol=1e-7)
+
+
+@some
+def test_blocks_that_are_computed_again_give_the_same_gradients(options):
+    ids, results = torch.randint(64, (2, 17)), []
+    for recompute in (False, True):
+        model = tiny(**dict(dropout=0.1) | options).train()
+        model.use(recompute=recompute)
+        torch.manual_seed(1)
+        loss_of(model, ids).backward()
         results.append([p.grad for p in model.parameters()])
     close(results[1], results[0])
 
 
 # -----------------------------------------------------------------------------
-# The parts.
+# The parts, against torch's.
 
 
 def test_norms_equal_torchs():
     x = torch.randn(4, 8)
-    close(RMSNorm(8)(x), nn.RMSNorm(8, eps=1e-6)(x))
-    close(LayerNorm(8)(x), nn.LayerNorm(8)(x))
+    close(RMSNorm(8)(x)[1], nn.RMSNorm(8, eps=1e-6)(x))
+    close(LayerNorm(8)(x)[1], nn.LayerNorm(8)(x))
 
 
-def test_attention_equals_torchs_multihead_attention():
-    model = tiny("gpt2")
-    ours, theirs = model.transformer.blocks[0].attn, nn.MultiheadAttention(32, 4, batch_first=True)
+def copy_attention(ours, theirs):
+    """Give torch's MultiheadAttention the weights of our Attention."""
     projections = (ours.q_proj, ours.k_proj, ours.v_proj)
     theirs.in_proj_weight.data = torch.cat([p.weight.data for p in projections])
     theirs.in_proj_bias.data = torch.cat([p.bias.data for p in projections])
     theirs.out_proj.load_state_dict(ours.o_proj.state_dict())
+
+
+def test_attention_equals_torchs_multihead_attention():
+    ours, theirs = tiny("gpt2").transformer.blocks[0].attn, nn.MultiheadAttention(32, 4,
+                                                                                batch_first=True)
+    copy_attention(ours, theirs)
     x, mask = torch.randn(2, 9, 32), nn.Transformer.generate_square_subsequent_mask(9)
     close(ours(x), theirs(x, x, x, attn_mask=mask, need_weights=False)[0])
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("cross", [True, False])
+def test_a_block_equals_torchs_encoder_and_decoder_layer(norm_first, activation, cross):
+    config = tiny("transformer", norm_first=norm_first, activation=activation).config
+    ours, bend = Block(config, cross).eval(), ACTIVATIONS[activation][0]
+    kind = nn.TransformerDecoderLayer if cross else nn.TransformerEncoderLayer
+    theirs = kind(32, 4, 128, 0.0, bend, batch_first=True, norm_first=norm_first).eval()
+    copy_attention(ours.attn, theirs.self_attn)
+    pairs = [(theirs.linear1, ours.mlp.up_proj), (theirs.linear2, ours.mlp.down_proj)]
+    norms = [ours.attn_norm, *([ours.cross_norm] if cross else []), ours.mlp_norm]
+    if cross:
+        copy_attention(ours.cross, theirs.multihead_attn)
+    for n, norm in enumerate(norms, 1):
+        nn.init.normal_(norm.weight)
+        pairs.append((getattr(theirs, f"norm{n}"), norm))
+    for to, of in pairs:
+        to.load_state_dict(of.state_dict())
+    x, source = torch.randn(2, 9, 32), torch.randn(2, 5, 32)
+    mask = nn.Transformer.generate_square_subsequent_mask(9)
+    wanted = theirs(x, source, tgt_mask=mask) if cross else theirs(x, src_mask=mask)
+    close(ours(x, memory=(source, None), causal=True), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_rotation_keeps_lengths_and_makes_scores_depend_on_distance_alone():
     config = tiny().config
     q, k = torch.randn(2, 1, 1, 1, 8).double()
-    turned = [[rotate(x, *rotary_table(config, t, 1, "cpu")) for x in (q, k)] for t in range(8)]
+    turned = [[plain_rotary(x, *rotary_table(config, torch.tensor([t]))) for x in (q, k)]
+              for t in range(8)]
     close(turned[5][0].norm(), q.norm())
     close((turned[7][0] * turned[4][1]).sum(), (turned[3][0] * turned[0][1]).sum(),
           rtol=1e-5, atol=1e-6)
 
 
-@both
-def test_no_token_sees_the_future(architecture):
-    model, ids = tiny(architecture), torch.randint(64, (1, 12))
+def test_places_count_from_the_start_of_each_segment():
+    segments = torch.tensor([[0, 0, 1, 1, 1, 2], [5, 5, 5, 5, 5, 5], [1, 2, 1, 2, 2, 1]])
+    wanted = [[0, 1, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5], [0, 0, 0, 0, 1, 0]]
+    assert places(segments).tolist() == wanted
+
+
+# -----------------------------------------------------------------------------
+# The family.
+
+
+@pytest.mark.parametrize("options", OPTIONS[:-2], ids=str)
+@pytest.mark.parametrize("architecture", ["gpt2", "modern", "transformer"])
+def test_no_token_sees_the_future(architecture, options):
+    model, ids = tiny(architecture, **options), torch.randint(64, (1, 12))
     changed = ids.clone()
     changed[0, 7:] = (ids[0, 7:] + 1) % 64
-    before, after = model(ids)[0], model(changed)[0]
+    before, after = run(model, ids), run(model, changed)
     close(before[:, :7], after[:, :7])
     assert not torch.allclose(before[:, 7:], after[:, 7:])
 
 
-@both
+@pytest.mark.parametrize("options", [dict(architecture="bert"), dict(causal=False)], ids=str)
+def test_without_causal_the_first_token_sees_the_last(options):
+    model, ids = tiny(**options), torch.randint(64, (1, 12))
+    changed = ids.clone()
+    changed[0, -1] = (ids[0, -1] + 1) % 64
+    assert not torch.allclose(model(ids)[0][:, 0], model(changed)[0][:, 0])
+
+
+def test_in_a_window_a_token_sees_the_last_few_of_each_layer_alone():
+    model, ids = tiny(window=3), torch.randint(64, (1, 12))  # 2 layers: 1 + 2 + 2 tokens
+    changed = ids.clone()
+    changed[0, 0] = (ids[0, 0] + 1) % 64
+    before, after = model(ids)[0], model(changed)[0]
+    close(before[:, 5:], after[:, 5:])
+    assert not torch.allclose(before[:, 4], after[:, 4])
+
+
+def test_without_positions_a_bag_of_tokens_is_all_that_is_seen():
+    model, ids = tiny(position="none", causal=False), torch.randint(64, (1, 12))
+    close(model(ids.flip(1))[0], model(ids)[0].flip(1), rtol=1e-4, atol=1e-5)
+
+
+def test_a_decoder_sees_all_of_its_source_and_no_padding():
+    model, ids = tiny("transformer"), torch.randint(64, (2, 5))
+    source = torch.randint(64, (2, 7))
+    first, _ = model(ids, memory=model.encode(source))
+    source[:, -1] = (source[:, -1] + 1) % 64
+    assert not torch.allclose(model(ids, memory=model.encode(source))[0][:, 0], first[:, 0])
+    segments = torch.tensor([[1] * 6 + [0]] * 2)
+    padded, _ = model(ids, memory=model.encode(source, segments))
+    close(padded, model(ids, memory=model.encode(source[:, :6]))[0], rtol=1e-4, atol=1e-5)
+
+
+@each
+@pytest.mark.parametrize("options", OPTIONS[:11], ids=str)
+def test_documents_in_one_row_are_read_as_if_alone(architecture, options):
+    model, ids = tiny(architecture, **options), torch.randint(64, (1, 12))
+    segments = torch.tensor([[1] * 5 + [2] * 4 + [3] * 3])
+    apart = [run(model, part) for part in ids.split([5, 4, 3], dim=1)]
+    close(run(model, ids, segments=segments), torch.cat(apart, dim=1), rtol=1e-4, atol=1e-5)
+
+
+def cached(model, ids, chunk, **options):
+    """The logits of ids fed chunk by chunk through a cache."""
+    cache = [KVCache(model.config, *ids.shape) for _ in model.transformer.blocks]
+    segments, parts = options.pop("segments", None), []
+    for piece in ids.split(chunk, dim=1):
+        end = cache[0].length + piece.size(1)
+        if segments is not None:
+            options["segments"] = segments[:, :end]
+        parts.append(run(model, piece, cache=cache, **options))
+    return torch.cat(parts, dim=1)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "modern", "transformer"])
 @pytest.mark.parametrize("chunk", [1, 3, 12])
 def test_the_cache_changes_nothing_but_the_cost(architecture, chunk):
     model, ids = tiny(architecture), torch.randint(64, (2, 12))
-    cache = [KVCache(model.config, 2, 12) for _ in model.transformer.blocks]
-    parts = [model(piece, cache=cache)[0] for piece in ids.split(chunk, dim=1)]
-    close(torch.cat(parts, dim=1), model(ids)[0], rtol=1e-4, atol=1e-5)
+    close(cached(model, ids, chunk), run(model, ids), rtol=1e-4, atol=1e-5)
 
 
-@both
+@pytest.mark.parametrize("options", OPTIONS[:11], ids=str)
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_the_cache_serves_every_position_and_head_layout(options, kernels):
+    model, ids = tiny(**options), torch.randint(64, (2, 12))
+    model.use(kernels)
+    close(cached(model, ids, 5), run(model, ids), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "modern", "transformer"])
+@pytest.mark.parametrize("chunk", [1, 4, 12])
+def test_padded_to_the_left_a_prompt_is_read_as_if_alone_also_with_the_cache(architecture, chunk):
+    model, ids = tiny(architecture), torch.randint(64, (2, 12))
+    segments = torch.ones(2, 12, dtype=torch.long)
+    segments[1, :5] = 0
+    alone = model(ids[1:, 5:], memory=model.encode(torch.arange(6, 12)[None])
+                  if model.config.cross else None)[0]
+    close(run(model, ids, segments=segments)[1:, 5:], alone, rtol=1e-4, atol=1e-5)
+    close(cached(model, ids, chunk, segments=segments)[1:, 5:], alone, rtol=1e-4, atol=1e-5)
+
+
+@each
 def test_an_untrained_model_expects_every_token_alike(architecture):
     model, ids = tiny(architecture), torch.randint(64, (8, 17))
-    assert abs(model(ids[:, :-1], ids[:, 1:])[1].item() - math.log(64)) < 0.1
+    assert abs(loss_of(model, ids).item() - math.log(64)) < 0.15
 
 
 def test_targets_give_the_loss_and_none_gives_the_logits():
-    model, ids = tiny(), torch.randint(64, (2, 5))
+    model, ids = tiny(softcap=4.0, label_smoothing=0.5), torch.randint(64, (2, 5))
     logits, nothing = model(ids)
-    assert nothing is None and logits.shape == (2, 5, 64)
+    assert nothing is None and logits.shape == (2, 5, 64) and logits.abs().max() < 4
     close(model(ids, last_only=True)[0], logits[:, -1:])
     nothing, loss = model(ids, ids)
     assert nothing is None
-    close(loss, F.cross_entropy(logits.flatten(0, 1), ids.flatten()))
+    close(loss, F.cross_entropy(logits.flatten(0, 1), ids.flatten()))  # smoothed in training alone
 
 
-@both
+@each
 def test_a_batch_can_be_overfitted(architecture):
     model, ids = tiny(architecture).train(), torch.randint(64, (2, 17))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     for _ in range(60):
-        loss = model(ids[:, :-1], ids[:, 1:])[1]
+        loss = loss_of(model, ids)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.1
 
 
+@each
+@pytest.mark.parametrize("n_classes", [1, 3])
+def test_a_head_for_classes_or_a_number_learns_and_ignores_padding(architecture, n_classes):
+    model = tiny(architecture, n_classes=n_classes).train()
+    ids, targets = torch.randint(64, (6, 9)), torch.arange(6) % 3
+    memory = model.encode(ids) if model.config.cross else None
+    logits, nothing = model(ids, memory=memory)
+    assert logits.shape == (6, n_classes) and nothing is None
+    _, loss = model(ids, targets, memory=memory)
+    close(loss, F.mse_loss(logits[:, 0], targets.float()) if n_classes == 1
+          else F.cross_entropy(logits, targets))
+    segments = F.pad(torch.ones(6, 9, dtype=torch.long), (0, 2))
+    close(model(F.pad(ids, (0, 2)), memory=memory, segments=segments)[0], logits,
+          rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_computes_near_float32_and_keeps_float32_gradients(dtype):
-    model, ids = tiny(), torch.randint(64, (4, 17))
-    exact = model(ids[:, :-1], ids[:, 1:])[1].item()
+def test_low_precision_computes_near_float32_and_keeps_float32_gradients(architecture, dtype):
+    model, ids = tiny(architecture), torch.randint(64, (4, 17))
+    exact = loss_of(model, ids).item()
     model.use(dtype=dtype)
-    loss = model(ids[:, :-1], ids[:, 1:])[1]
+    loss = loss_of(model, ids)
     (1024 * loss).backward()
     assert abs(loss.item() - exact) < 0.02
     assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
@@ -215,31 +561,45 @@ def test_gpt2s_four_sizes_have_gpt2s_numbers_of_parameters(size, count):
         assert GPT(GPTConfig("gpt2", 50257, **SIZES[size])).n_parameters() == count
 
 
-def test_flops_are_those_that_a_profiler_counts():
-    model, T = tiny("gpt2"), 16
+@pytest.mark.parametrize("architecture", ["gpt2", "modern", "bert"])
+def test_flops_are_those_that_a_profiler_counts(architecture):
+    model, T = tiny(architecture), 16
     model.use("plain")
     with torch.profiler.profile(with_flops=True) as profile:
         model(torch.zeros(1, T, dtype=torch.long))
     products = ("aten::mm", "aten::addmm", "aten::bmm")
     counted = sum(event.flops for event in profile.events() if event.name in products)
-    config = model.config
-    half_of_the_scores = 2 * config.n_layer * config.n_embd * T  # plain attention makes them all
-    assert counted / T == model.flops_per_token(T) / 3 + half_of_the_scores
+    c = model.config
+    unseen = 2 * c.n_layer * c.n_embd * T if c.causal else 0  # plain attention makes all scores
+    assert counted / T == model.flops_per_token(T) / 3 + unseen
 
 
 @pytest.mark.parametrize("options, words", [
     (dict(n_embd=30), "n_embd=30 is no multiple of n_head=4"),
     (dict(n_kv_head=3), "n_head=4 is no multiple of n_kv_head=3"),
+    (dict(n_kv_head=-1), "n_kv_head=-1 must not be negative"),
     (dict(n_embd=36), "n_embd / n_head = 9 must be even"),
     (dict(n_layer=0), "n_layer=0 must be at least 1"),
     (dict(dropout=1.0), "dropout=1.0"),
+    (dict(window=-2), "window=-2 must not be negative"),
     (dict(position="rotary"), "unknown position 'rotary'"),
+    (dict(position="sinusodal"), "did you mean sinusoidal"),
+    (dict(norm="layernrm"), "did you mean layernorm"),
     (dict(activation="swiglo"), "did you mean swiglu"),
     (dict(architecture="modem"), "did you mean modern"),
 ])
 def test_an_impossible_shape_is_refused_with_its_value(options, words):
     with pytest.raises(ValueError, match=words):
         tiny(**options)
+
+
+@pytest.mark.parametrize("id", [64, -1])
+def test_an_id_outside_the_vocabulary_is_refused_before_it_is_looked_up(id):
+    ids = torch.tensor([[1, id, 2]])
+    with pytest.raises(ValueError, match=f"token id {id} is outside the vocabulary: vocab_size=64"):
+        tiny()(ids)
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        tiny()(torch.ones_like(ids), ids - int(id < 0))  # as a target, -1 is allowed
 
 
 def test_too_long_a_sequence_and_a_full_cache_are_refused():
@@ -251,23 +611,41 @@ def test_too_long_a_sequence_and_a_full_cache_are_refused():
         model(torch.zeros(1, 5, dtype=torch.long), cache=cache)
 
 
+def test_a_source_is_asked_for_where_one_is_read_and_refused_where_none_is():
+    ids = torch.zeros(1, 5, dtype=torch.long)
+    with pytest.raises(ValueError, match="memory=model.encode"):
+        tiny("transformer")(ids)
+    with pytest.raises(ValueError, match="architecture=gpt2 has no encoder"):
+        tiny("gpt2").encode(ids)
+
+
 def test_unknown_kernels_are_refused_with_the_nearest():
     with pytest.raises(ValueError, match="did you mean fused"):
         tiny().use("fussed")
 
 
+def test_a_second_backward_adds_the_same_gradients_again():
+    model, ids = tiny(), torch.randint(64, (2, 5))
+    _, loss = model(ids, ids)
+    loss.backward(retain_graph=True)
+    once = [p.grad.clone() for p in model.parameters()]
+    loss.backward()
+    close([p.grad for p in model.parameters()], [2 * g for g in once])
+
+
 # -----------------------------------------------------------------------------
-# Checkpoints.
+# Checkpoints, and weights that others trained.
 
 
-@both
-def test_a_saved_model_comes_back_the_same(tmp_path, architecture):
-    model, ids = tiny(architecture), torch.randint(64, (2, 9))
+@pytest.mark.parametrize("options", [*(dict(architecture=name) for name in ARCHITECTURES),
+                                     dict(tied=False), dict(n_classes=3)], ids=str)
+def test_a_saved_model_comes_back_the_same(tmp_path, options):
+    model, ids = tiny(**options), torch.randint(64, (2, 9))
     save_model(model, tmp_path / "model.pt", step=3)
     again, state = load_model(tmp_path / "model.pt")
     assert state["step"] == 3 and again.config == model.config
-    assert again.lm_head.weight is again.transformer.wte.weight
-    close(again.eval()(ids)[0], model(ids)[0], rtol=0, atol=0)
+    assert again.n_parameters() == model.n_parameters()
+    close(run(again.eval(), ids), run(model, ids), rtol=0, atol=0)
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
 
 
@@ -278,6 +656,17 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, damage):
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ValueError, match="model.pt is damaged or not a checkpoint"):
         load_model(path)
+
+
+def test_a_checkpoint_whose_weights_do_not_fit_is_refused_with_the_list(tmp_path):
+    for name, value, words in (("vocab_size", 65, r"wte.weight is \(64, 32\), not \(65, 32\)"),
+                               ("n_layer", 1, "blocks.1.attn_norm.weight is unknown"),
+                               ("n_layer", 3, "blocks.2.attn_norm.weight is missing.* more")):
+        model = tiny()
+        setattr(model.config, name, value)
+        save_model(model, tmp_path / "model.pt")
+        with pytest.raises(ValueError, match=words):
+            load_model(tmp_path / "model.pt")
 
 
 def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
@@ -300,3 +689,74 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         save_model(tiny(seed=1), path, step=2)
     assert load_model(path)[1]["step"] == 1 and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.fixture(scope="module")
+def hugging_face(tmp_path_factory):
+    """A folder with GPT-2's files of a small random model, and that model."""
+    transformers = pytest.importorskip("transformers", reason="compares with transformers")
+    shape = dict(vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=4)
+    torch.manual_seed(0)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).eval()
+    for p in theirs.parameters():
+        nn.init.normal_(p, std=0.2)
+    folder = tmp_path_factory.mktemp("gpt2")
+    theirs.save_pretrained(folder)
+    return folder, theirs
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_gpt2s_weights_give_the_logits_of_transformers(hugging_face, tmp_path, old):
+    folder, theirs = hugging_face
+    if old:  # a file of weights as the hub still has it: no prefix, the causal mask inside
+        weights = {name.removeprefix("transformer."): w for name, w in theirs.state_dict().items()
+                   if name != "lm_head.weight"} | {"h.0.attn.bias": torch.ones(1, 1, 16, 16)}
+        torch.save(weights, tmp_path / "pytorch_model.bin")
+        (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+        folder = tmp_path
+    ids = torch.randint(64, (2, 16))
+    with torch.inference_mode():
+        close(load_gpt2(folder).eval()(ids)[0], theirs(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_safetensors_are_read_as_the_library_reads_them(tmp_path):
+    library = pytest.importorskip("safetensors.torch", reason="compares with safetensors")
+    tensors = {f"{dtype}".removeprefix("torch."): torch.arange(6).reshape(2, 3).to(dtype)
+               for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool)}
+    tensors |= {"empty": torch.zeros(0, 3), "scalar": torch.tensor(2.5)}
+    library.save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "pt"})
+    close(read_safetensors(tmp_path / "x.safetensors"), tensors, rtol=0, atol=0)
+
+
+def safetensors(header, body=b"\0" * 16):
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(header).to_bytes(8, "little") + header + body
+
+
+def entry(dtype="F32", shape=(2, 2), data_offsets=(0, 16)):
+    return dict(x=dict(dtype=dtype, shape=shape, data_offsets=data_offsets))
+
+
+@pytest.mark.parametrize("data", [
+    b"", b"hi", safetensors(b"{"), safetensors([1]), safetensors(b"[" * 10**5), b"~" * 64,
+    safetensors(dict(x=7)), *(safetensors(entry(**wrong)) for wrong in (
+        dict(dtype="F99"), dict(shape=(2, 3)), dict(shape="a"), dict(shape=(2**40, 2**40)),
+        dict(shape=(-2, -2)), dict(shape=(2.0, 2)), dict(data_offsets=(0, 99)),
+        dict(data_offsets=(-16, 0)), dict(data_offsets=(0.0, 16))))])
+def test_a_file_that_is_not_safetensors_is_refused_in_one_line(tmp_path, data):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="model.safetensors is damaged or not in the safetensors"):
+        read_safetensors(path)
+
+
+def test_a_folder_whose_config_and_weights_differ_is_refused_with_the_list(hugging_face, tmp_path):
+    folder, _ = hugging_face
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | dict(n_layer=3)))
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="blocks.2.attn_norm.weight is missing"):
+        load_gpt2(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="config.json is not GPT-2's"):
+        load_gpt2(tmp_path)
