@@ -18,6 +18,7 @@ import functools
 import hashlib
 import heapq
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -26,7 +27,7 @@ import sys
 import time
 import types
 import unicodedata
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from concurrent.futures import ProcessPoolExecutor
 from itertools import chain, islice
 from pathlib import Path
@@ -347,80 +348,82 @@ def train_plain(texts, vocab_size, special_tokens=SPECIAL_TOKENS, pattern=GPT4_S
     return merges
 
 
-def descending(token):
-    """A key that sorts bytes downwards: descending(b"b") < descending(b"ab") < descending(b"a")."""
-    upside_down = token.translate(bytes(range(255, -1, -1)))
-    return upside_down.decode("latin-1") + "\u0100"  # above all bytes: the longer comes first
-
-
 class Row:
-    """All distinct chunks in one row of ids, and a queue of its pairs, the most frequent first.
+    """All distinct chunks in one row of tokens, and the pairs of neighbours in it.
 
-    A token's id stands at its first and last place in the row, so the tokens beside it are found
-    without links. A pair has all its places when it appears: later merges only take some away. So
-    its count in the queue is never too low, and it is enough to count again when its turn comes.
+    pairs[i] is left * base + right for the pair whose left token starts at place i, where -1 stands
+    for the end of a chunk; before[i] is the place of the token before it. A pair has all its places
+    when it appears: later merges only take some away, and its count only falls. So pairs wait in
+    bands of similar counts. When nothing is ready, the highest band is counted again and sorted.
     """
 
     def __init__(self, counts, n_merges):
         lengths = np.array([1] + [len(chunk) + 1 for chunk in counts])
-        self.ids = np.frombuffer(b"\0".join([b"", *counts, b""]), np.uint8).astype(np.int64)
-        self.ids[np.cumsum(lengths) - 1] = -1  # around each chunk
+        ids = np.frombuffer(b"\0".join([b"", *counts, b""]), np.uint8).astype(np.int64)
+        ids[np.cumsum(lengths) - 1] = -1
         self.counts = np.repeat(np.array([0, *counts.values()]), lengths)
         self.vocab = [bytes([i]) for i in range(256)]
-        self.orders = [descending(token) for token in self.vocab]
-        self.n_keys = 256 + min(n_merges, len(self.ids))  # the key of a pair: left * n_keys + right
-        self.sizes, self.queue = np.ones(self.n_keys, np.int64), []
-        starts = np.flatnonzero((self.ids[:-1] >= 0) & (self.ids[1:] >= 0))
-        self.enqueue(self.ids[starts] * self.n_keys + self.ids[starts + 1], starts)
+        # These sort tokens downwards. The last character is above all bytes: the longer comes first.
+        self.orders = [chr(255 - i) + "\u0100" for i in range(256)]
+        self.base = 257 + min(n_merges, len(ids))
+        self.pairs = ids * self.base + np.append(ids[1:], -1)
+        self.before = np.arange(-1, len(ids) - 1)
+        self.ready, self.waiting, self.band = [], defaultdict(list), math.inf
+        self.add((ids >= 0).nonzero()[0])
 
-    def enqueue(self, keys, places):
-        """Queue pairs: at places[i] in the row starts the pair whose key is keys[i]."""
-        if not len(keys):
+    def add(self, places):
+        """Add the pairs at these places, which are all the places that they have."""
+        if not len(places):
             return
+        keys = self.pairs.take(places)
         order = keys.argsort()
         keys, places = keys.take(order), places.take(order)
         starts = np.concatenate([[0], (keys[1:] != keys[:-1]).nonzero()[0] + 1])
         counts = np.add.reduceat(self.counts.take(places), starts).tolist()
         keys, starts = keys.take(starts).tolist(), [*starts.tolist(), len(places)]
         for i, count in enumerate(counts):
-            if count > 1:
-                left, right = divmod(keys[i], self.n_keys)
-                rank = -count, self.orders[left], self.orders[right]
-                heapq.heappush(self.queue, (*rank, left, right, places[starts[i]:starts[i + 1]]))
+            if count < 2 or keys[i] < 0 or (keys[i] + 1) % self.base == 0:
+                continue
+            band, pair = int(8 * math.log2(count)), (keys[i], places[starts[i]:starts[i + 1]])
+            if band < self.band:
+                self.waiting[band].append(pair)
+            else:
+                left, right = divmod(keys[i], self.base)
+                heapq.heappush(self.ready, (-count, self.orders[left], self.orders[right], *pair))
 
     def pop(self):
         """The most frequent pair as (left, right, places); None when no pair occurs twice."""
-        while self.queue:
-            count, *order, left, right, places = heapq.heappop(self.queue)
-            ends = places + len(self.vocab[left])
-            here = (self.ids.take(places) == left) & (self.ids.take(ends) == right)
-            places = places.compress(here)
-            now = int(np.add.reduce(self.counts.take(places)))
-            if now == -count:
-                return left, right, places
-            if now > 1:
-                heapq.heappush(self.queue, (-now, *order, left, right, places))
+        while self.ready or self.waiting:
+            while self.ready:
+                *_, key, places = heapq.heappop(self.ready)
+                here = self.pairs.take(places) == key
+                if here.all():
+                    return *divmod(key, self.base), places
+                self.add(places.compress(here))
+            if self.waiting:
+                self.band = max(self.waiting)
+                keys, places = zip(*self.waiting.pop(self.band))
+                keys, places = np.repeat(keys, [*map(len, places)]), np.concatenate(places)
+                self.add(places.compress(self.pairs.take(places) == keys))
         return None
 
     def merge(self, left, right, places):
-        """Join the pair at its places, queue the pairs that appear, return the merge as bytes."""
-        ids, new, size = self.ids, len(self.vocab), len(self.vocab[left])
+        """Join the pair at its places, add the pairs that appear, return the merge as bytes."""
+        pairs, new, size = self.pairs, len(self.vocab), len(self.vocab[left])
         if left == right:  # the pairs in "aaa" overlap: of such a run take every other one
             places, index = np.sort(places), np.arange(len(places))
             starts = np.where(np.diff(places, prepend=-1 - size) == size, 0, index)
             places = places[(index - np.maximum.accumulate(starts)) % 2 == 0]
         self.vocab.append(self.vocab[left] + self.vocab[right])
-        self.orders.append(descending(self.vocab[new]))
-        self.sizes[new] = len(self.vocab[new])
-        ends = places + len(self.vocab[new])
-        ids[places + size] = -2  # no token starts here any more
-        ids[places] = ids[ends - 1] = new
-        before, after = ids.take(places - 1), ids.take(ends)
-        inner, outer = before >= 0, (after >= 0) & (after != new)  # the pair (new, new) only once
-        before, after = before.compress(inner), after.compress(outer)
-        lefts = places.compress(inner) - self.sizes.take(before)
-        self.enqueue(np.concatenate([before * self.n_keys + new, after + new * self.n_keys]),
-                     np.concatenate([lefts, places.compress(outer)]))
+        self.orders.append(self.orders[left][:-1] + self.orders[right])
+        second = places + size
+        pairs[places] = pairs.take(second) + (new - right) * self.base
+        pairs[second] = -1  # no token starts here any more
+        self.before[places + len(self.vocab[new])] = places
+        before = self.before.take(places)
+        pairs[before] += new - left
+        places = places.compress(pairs.take(places) != new * self.base + new)  # is in before, too
+        self.add(np.concatenate([before, places]))
         return self.vocab[left], self.vocab[right]
 
 
