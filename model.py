@@ -362,19 +362,20 @@ class FusedLoss(torch.autograd.Function):
             part = slice(start, start + step)
             wanted, target = (targets[part] != -1)[:, None], targets[part, None].clamp(min=0)
             logits = cap(F.linear(x[part], low).to(total.dtype), softcap)        # (step, V)
-            logsumexp = logits.logsumexp(dim=1, keepdim=True)
-            losses = logsumexp - (1 - smoothing) * logits.gather(1, target)
-            losses += z_loss * logsumexp.square()
+            losses = -(1 - smoothing) * logits.gather(1, target)
             if smoothing:
                 losses -= smoothing * logits.mean(dim=1, keepdim=True)
+            slope = wanted * (1 - (logits / softcap).square()) if softcap and learn else wanted
+            highest = logits.amax(dim=1, keepdim=True)
+            powers = logits.sub_(highest).exp_()  # from here on all happens in the logits' place
+            sums = powers.sum(dim=1, keepdim=True)
+            logsumexp = sums.log() + highest
+            losses += logsumexp + z_loss * logsumexp.square()
             total += (losses * wanted).sum()
             if not learn:
                 continue
-            # d loss / d logits = softmax(logits) - one-hot(target), here in the logits' own place
-            slope = wanted * (1 - (logits / softcap).square()) if softcap else wanted
-            d_logits = logits.sub_(logsumexp).exp_()
-            if z_loss:
-                d_logits *= 1 + 2 * z_loss * logsumexp
+            # d loss / d logits = softmax(logits) - one-hot(target), which smoothing spreads
+            d_logits = powers.mul_((1 + 2 * z_loss * logsumexp) / sums)
             if smoothing:
                 d_logits -= smoothing / V
             d_logits.scatter_add_(1, target, d_logits.new_full(target.shape, smoothing - 1))

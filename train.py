@@ -37,7 +37,8 @@ if not {"-h", "--help"} & set(sys.argv):  # torch takes two seconds to import; h
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
-    from model import GPT, SIZES, GPTConfig, check_known, load_model, save_model
+    from model import (GPT, SIZES, GPTConfig, check_ids, check_known, load_model,
+                       save_model)
     from sample import (checkpoints, complete, newest_run, pick_checkpoint, pick_device,
                         pick_precision)
     from sample import load_run as load_finished
@@ -63,7 +64,14 @@ class TrainConfig:
     n_head: int = 0                 # query heads
     n_kv_head: int = 0              # key/value heads
     n_embd: int = 0                 # channels
+    position: str = ""              # learned | sinusoidal | rope | none; empty: the architecture's
+    norm: str = ""                  # layernorm | rmsnorm
+    activation: str = ""            # gelu | relu | relu2 | swiglu
+    window: int = 0                 # a token sees this many, itself the last; 0: all
+    softcap: float = 0.0            # logits stay between -softcap and softcap; 0: free
     dropout: float = 0.0            # share of activations dropped while training
+    label_smoothing: float = 0.0    # share of each target that goes to all tokens alike
+    z_loss: float = 0.0             # weight of log(sum(exp(logits)))^2 in the loss
     # length and batch
     max_steps: int = 0              # optimizer steps; 0: no limit
     epochs: float = 0.0             # passes over the data; 0: no limit
@@ -85,7 +93,9 @@ class TrainConfig:
     # machine
     device: str = "auto"            # auto | cpu | cuda | mps
     precision: str = "auto"         # auto | fp32 | bf16 | fp16 (weights stay float32)
-    kernels: str = "auto"           # auto | plain | fused | torch
+    kernels: str = "auto"           # auto | plain | fused | torch | cuda
+    recompute: bool = False         # make activations again in backward: less memory, more work
+    cuda_graph: bool = False        # on one GPU: launch all work of a step at once
     seed: int = 1337                # of weights, batches and dropout
 
     def __post_init__(self):
@@ -144,9 +154,15 @@ def complete_options(given):
 def shape_of(config, vocab_size):
     """The model that the options ask for: a row of SIZES, with what was given in its place."""
     check_known(config.size, SIZES, "size")
-    names = "architecture", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "dropout"
-    given = {name: getattr(config, name) for name in names if getattr(config, name)}
-    return GPTConfig(vocab_size=vocab_size, **SIZES[config.size] | given)
+    names = {f.name for f in dataclasses.fields(config)} & {f.name for f in
+                                                            dataclasses.fields(GPTConfig)}
+    given = {name: getattr(config, name) for name in names - {"vocab_size"}
+             if getattr(config, name)}
+    shape = GPTConfig(vocab_size=vocab_size, **SIZES[config.size] | given)
+    if shape.cross or not shape.causal:
+        raise ValueError(f"architecture={config.architecture} does not predict the next token: "
+                         "take gpt2 or modern; chapters/05_transformer.ipynb trains the others")
+    return shape
 
 
 # -----------------------------------------------------------------------------
@@ -225,8 +241,11 @@ def build_optimizer(model, config):
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [dict(params=matrices, weight_decay=config.weight_decay),
               dict(params=vectors, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2),
-                             fused=True)
+    rate = config.learning_rate
+    if config.cuda_graph:  # a graph repeats what it saw: only what is in a tensor can change
+        rate = torch.tensor(rate, device=matrices[0].device)
+    return torch.optim.AdamW(groups, lr=rate, betas=(config.beta1, config.beta2), fused=True,
+                             capturable=config.cuda_graph)
 
 
 def parallelize(model, world_size, device):
@@ -242,23 +261,57 @@ def clip_gradients(model, grad_clip):
     return torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
 
 
-def to_device(batch, device):
-    return [torch.from_numpy(ids).to(device, non_blocking=True) for ids in batch]  # (B, T), (B, T)
+def to_device(batch, model):
+    """A batch of the loader, each (B, T), as tensors on the model's device."""
+    batch = [torch.from_numpy(ids) for ids in batch]
+    check_ids(batch[0], model.config.vocab_size)
+    return [ids.to(model.device, non_blocking=True) for ids in batch]
 
 
-def gradients(model, batches, accumulate, scaler, device):
-    """Backward through `accumulate` batches -> their mean loss in nats. Processes exchange their
-    gradients once, at the last batch."""
+def take_step(run, model, xs, ys, grad_clip):
+    """One step on xs and ys, lists of batches (B, T): gradients, clip, update -> (mean loss in
+    nats, length of the gradient), tensors. Processes exchange gradients once, at the last batch."""
     total = 0.0
-    for n in range(accumulate):
-        x, y = to_device(next(batches), device)                          # (B, T), (B, T)
-        waits = hasattr(model, "no_sync") and n < accumulate - 1
+    for n, (x, y) in enumerate(zip(xs, ys), 1):
+        waits = hasattr(model, "no_sync") and n < len(xs)
         with model.no_sync() if waits else contextlib.nullcontext():
             _, loss = model(x, y)
             # gradients add up over the passes of a step; we want their mean
-            scaler.scale(loss / accumulate).backward()
-        total += loss.item() / accumulate
-    return total
+            run.scaler.scale(loss / len(xs)).backward()
+        total += loss.detach() / len(xs)
+    run.scaler.unscale_(run.optimizer)
+    norm = clip_gradients(run.model, grad_clip)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad()
+    return total, norm
+
+
+class GraphedStep:
+    """take_step, recorded once as a CUDA graph and then replayed on new batches: the GPU gets all
+    kernels of a step at once and never waits for Python. The first calls run as they are, so that
+    all is compiled, chosen and allocated when recording begins."""
+
+    def __init__(self, run, model, grad_clip, warm_up=3):
+        self.step = lambda xs, ys: take_step(run, model, xs, ys, grad_clip)
+        self.graph, self.warm_up, self.stream = None, warm_up, torch.cuda.Stream()
+
+    def __call__(self, xs, ys):
+        if self.warm_up:
+            self.warm_up -= 1
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                result = self.step(xs, ys)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return result
+        if self.graph is None:
+            self.graph, self.inputs = torch.cuda.CUDAGraph(), [*xs, *ys]
+            with torch.cuda.graph(self.graph):
+                self.result = self.step(xs, ys)
+        for own, new in zip(self.inputs, [*xs, *ys]):
+            own.copy_(new)
+        self.graph.replay()
+        return self.result
 
 
 def validation_loss(model, shards, config, rank, world_size):
@@ -268,7 +321,7 @@ def validation_loss(model, shards, config, rank, world_size):
     n = math.ceil(config.eval_sequences / (rows * world_size))
     model.eval()
     with torch.inference_mode():
-        losses = [model(*to_device(next(batches), model.device))[1].item() for _ in range(n)]
+        losses = [model(*to_device(next(batches), model))[1].item() for _ in range(n)]
     model.train()
     return average([sum(losses) / n], model.device)[0]
 
@@ -341,7 +394,11 @@ def load_run(folder, config, device):
     """The Run in a folder as its newest checkpoint left it."""
     model, state = load_model(pick_checkpoint(folder, "last"), device)
     run = new_run(folder, model, config, device)
+    groups = [{name: group[name] for name in ("lr", "capturable")}
+              for group in run.optimizer.param_groups]  # which are this machine's to choose
     run.optimizer.load_state_dict(state["optimizer"])
+    for group, own in zip(run.optimizer.param_groups, groups):
+        group.update(own)
     run.scaler.load_state_dict(state["scaler"])
     for name in PROGRESS:
         setattr(run, name, state[name])
@@ -422,6 +479,15 @@ def split_batch(config, world_size):
     return micro, config.batch_size // (micro * world_size)
 
 
+def check_graph(config, device, world_size, kernels):
+    """ValueError where a step cannot be recorded as a CUDA graph."""
+    if config.cuda_graph and (not device.startswith("cuda") or world_size > 1
+                              or config.precision == "fp16" or kernels not in ("torch", "cuda")):
+        raise ValueError("--cuda_graph works on one GPU in fp32 or bf16 with torch or cuda "
+                         f"kernels, not on {world_size} x {device} in {config.precision} with "
+                         f"{kernels} kernels: leave it out")
+
+
 def last_step(config, n_tokens, tokens_per_step):
     """The step at which the run ends at the latest; infinite if only the clock ends it."""
     limits = [config.max_steps, math.ceil(config.epochs * n_tokens / tokens_per_step)]
@@ -484,7 +550,9 @@ def train(config, model_config=None, say=tqdm.write):
     precision, dtype = pick_precision(config.precision, device)
     config = dataclasses.replace(config, precision=precision)
     run = open_run(config, model_config, shards, tokenizer, device)
-    how = f"{device}, {precision}, {run.model.use(config.kernels, dtype)} kernels"
+    kernels = run.model.use(config.kernels, dtype, config.recompute)
+    how = f"{device}, {precision}, {kernels} kernels"
+    check_graph(config, device, world_size, kernels)
     micro, accumulate = split_batch(config, world_size)
     T = run.model.config.block_size
     batches = TokenLoader(shards, micro, T, rank, world_size, config.seed,
@@ -497,6 +565,8 @@ def train(config, model_config=None, say=tqdm.write):
         write_json(run.folder / "config.json",
                    dict(model=asdict(run.model.config), train=asdict(config), data=data))
     model = parallelize(run.model, world_size, device)
+    step = (GraphedStep(run, model, config.grad_clip) if config.cuda_graph else
+            lambda xs, ys: take_step(run, model, xs, ys, config.grad_clip))
     before = run.elapsed  # the minutes of this session, preparations included, come on top
 
     def share_done():
@@ -516,13 +586,9 @@ def train(config, model_config=None, say=tqdm.write):
             torch.manual_seed(1_000_003 * run.step + config.seed + rank)  # dropout: of this step
             rate = learning_rate(run.step, config, progress)
             for group in run.optimizer.param_groups:
-                group["lr"] = rate
-            loss = gradients(model, batches, accumulate, run.scaler, device)
-            run.scaler.unscale_(run.optimizer)
-            norm = clip_gradients(run.model, config.grad_clip).item()
-            run.scaler.step(run.optimizer)
-            run.scaler.update()
-            run.optimizer.zero_grad()
+                group["lr"] = group["lr"].fill_(rate) if config.cuda_graph else rate
+            xs, ys = zip(*(to_device(next(batches), run.model) for _ in range(accumulate)))
+            loss, norm = (value.item() for value in step(xs, ys))
 
             now = time.perf_counter()
             run.step, run.sequences = run.step + 1, run.sequences + config.batch_size

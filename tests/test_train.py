@@ -17,8 +17,8 @@ from conftest import ROOT, run, tiny
 from data import TokenLoader
 from model import load_model
 from sample import checkpoints
-from train import (TrainConfig, build_optimizer, complete_options, draw_loss, gradients,
-                   last_step, learning_rate, read_log, train)
+from train import (GraphedStep, TrainConfig, build_optimizer, complete_options, draw_loss,
+                   last_step, learning_rate, new_run, read_log, take_step, to_device, train)
 
 SHAPE = dict(n_layer=2, n_head=2, n_embd=32, block_size=32)
 
@@ -78,15 +78,44 @@ def test_decay_is_for_matrices_only():
     assert len(decayed["params"]) + len(kept["params"]) == len(list(model.parameters()))
 
 
-@pytest.mark.parametrize("micro", [1, 2, 4])
-def test_accumulated_gradients_are_those_of_the_whole_batch(shards, micro):
-    results = []
-    for rows in (8, micro):
-        model = tiny(vocab_size=320).double()
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
-        loss = gradients(model, TokenLoader(shards, rows, 16), 8 // rows, scaler, "cpu")
-        results.append([torch.tensor(loss), *(p.grad for p in model.parameters())])
-    torch.testing.assert_close(results[1], results[0], check_dtype=False)
+def steps_on(shards, take, device="cpu", rows=8, n=1, **options):
+    """The (loss, length of the gradient) of n steps on 8 sequences, `rows` at a time."""
+    config = TrainConfig(precision="fp32", learning_rate=0.01, **options)
+    model = tiny(vocab_size=320).to(device)
+    model.use()
+    run, batches = new_run("", model, config, device), TokenLoader(shards, rows, 16)
+    take, results = take(run, model), []
+    for _ in range(n):
+        xs, ys = zip(*(to_device(next(batches), model) for _ in range(8 // rows)))
+        results.append([value.item() for value in take(xs, ys)])
+    return results
+
+
+def as_it_is(run, model):
+    return lambda xs, ys: take_step(run, model, xs, ys, 1.0)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_a_step_in_parts_is_the_step_on_the_whole_batch(shards, rows):
+    torch.testing.assert_close(steps_on(shards, as_it_is, rows=rows, n=3),
+                               steps_on(shards, as_it_is, n=3), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+@pytest.mark.parametrize("rows", [4, 8])
+def test_a_step_replayed_as_a_cuda_graph_is_the_step(shards, rows):
+    def graphed(run, model):
+        return GraphedStep(run, model, 1.0)
+
+    options = dict(device="cuda", rows=rows, n=12, cuda_graph=True)
+    torch.testing.assert_close(steps_on(shards, graphed, **options),
+                               steps_on(shards, as_it_is, **options), rtol=1e-3, atol=1e-4)
+
+
+def test_an_id_that_the_model_does_not_know_is_refused_on_its_way_to_the_device(shards):
+    batch = next(TokenLoader(shards, 2, 16))
+    with pytest.raises(ValueError, match="is outside the vocabulary: vocab_size=20"):
+        to_device(batch, tiny(vocab_size=20))
 
 
 # -----------------------------------------------------------------------------
@@ -109,7 +138,8 @@ def test_a_run_learns_and_leaves_a_self_contained_folder(shards, tmp_path):
 
 @pytest.mark.parametrize("options", [
     dict(dropout=0.2), dict(precision="bf16"), dict(precision="fp16", dropout=0.1),
-    dict(micro_batch_size=2), dict(architecture="gpt2", kernels="plain", dropout=0.1)])
+    dict(micro_batch_size=2), dict(architecture="gpt2", kernels="plain", dropout=0.1),
+    dict(recompute=True, dropout=0.1, window=8, softcap=10.0, z_loss=1e-4, label_smoothing=0.1)])
 def test_a_resumed_run_equals_one_that_never_stopped(shards, tmp_path, options):
     whole = configure(shards, tmp_path / "whole", **options)
     train(whole)
@@ -243,6 +273,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(shards, tmp_path):
 @pytest.mark.parametrize("options, words", [
     (dict(size="giant"), "unknown size 'giant'"),
     (dict(architecture="modem"), "did you mean modern?"),
+    (dict(architecture="bert"), "architecture=bert does not predict the next token"),
+    (dict(activation="gelo"), "did you mean gelu?"),
+    (dict(cuda_graph=True), "not on 1 x cpu in fp32 with fused kernels: leave it out"),
     (dict(n_head=5), "n_embd=32 is no multiple of n_head=5"),
     (dict(batch_size=7, micro_batch_size=2), "batch_size=7 is no multiple of 2"),
     (dict(block_size=100_000), "100,001"),
