@@ -205,6 +205,14 @@ def wide(dtype):
     return torch.promote_types(dtype, torch.float32)
 
 
+def add_product(total, a, b):
+    """total += a @ b, batch by batch; without a product of its own where the dtypes allow it."""
+    if total.dtype == a.dtype:
+        total.baddbmm_(a, b)
+    else:
+        total += torch.bmm(a, b)
+
+
 QUERY_TILE, KEY_TILE = 128, 256  # the scores of one pair of tiles stay in the processor's cache
 
 
@@ -293,10 +301,10 @@ class FusedAttention(torch.autograd.Function):
                     drop = kept(seed, (B, H, T), rows, columns, S, q.device, dropout)
                     drop = drop.view_as(weights).to(q.dtype)
                     used, d_weights = weights * drop, d_weights.mul_(drop)
-                d_v[:, columns] += torch.bmm(used.transpose(1, 2), d_tile)
+                add_product(d_v[:, columns], used.transpose(1, 2), d_tile)
                 d_scores = d_weights.sub_(fold(delta, K, rows)).mul_(weights)
-                d_q_tile += torch.bmm(d_scores, k[:, columns])
-                d_k[:, columns] += torch.bmm(d_scores.transpose(1, 2), tile)
+                add_product(d_q_tile, d_scores, k[:, columns])
+                add_product(d_k[:, columns], d_scores.transpose(1, 2), tile)
             d_q[:, :, rows] = d_q_tile.mul_(1 / math.sqrt(D)).view(B, H, -1, D)
         d_k, d_v = (x.view(B, K, S, D).to(k.dtype) for x in (d_k, d_v))
         return d_q, d_k, d_v, None, None, None, None, None, None
@@ -882,8 +890,10 @@ class GPT(nn.Module):
         weights' own); recompute makes what is in a block again in backward instead of keeping it:
         far less memory, a third more work (arXiv:1604.06174). None of it is part of the model.
         -> the name of the row."""
-        if kernels == "auto":
-            kernels = "fused" if self.device.type == "cpu" else "torch"
+        if kernels == "auto":  # what tests/benchmark.py found faster
+            grouped = self.config.n_kv_head < self.config.n_head
+            tiled = grouped or dtype in (torch.bfloat16, torch.float16)
+            kernels = "fused" if self.device.type == "cpu" and tiled else "torch"
         check_known(kernels, KERNELS, "kernels")
         for module in self.modules():
             module.kernels = KERNELS[kernels]
