@@ -541,6 +541,8 @@ def train(config, model_config=None, say=tqdm.write):
     began = time.perf_counter()
     rank, world_size, device = start_processes(config)
     is_main, say = rank == 0, say if rank == 0 else lambda text: None
+    if model_config is None:
+        shape_of(config, config.vocab_size)  # a wrong option is refused before the data is made
     shards = find_shards(config, rank, say)
     card = json.loads((shards / "card.json").read_text(encoding="utf-8"))
     tokenizer = Tokenizer.load(shards / "tokenizer.json")
