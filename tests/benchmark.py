@@ -6,11 +6,15 @@ The figures of this project, measured here and now: medians, and ratios against 
     python tests/benchmark.py bpe100         # BPE training on 100 MB of installed packages
 """
 
+import contextlib
 import importlib.util
 import math
+import multiprocessing
+import os
 import statistics
 import sys
 import sysconfig
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -114,12 +118,37 @@ def hugging_face(texts, vocab_size):
     theirs.train_from_iterator(texts, trainer)
 
 
+def most_held(function):
+    """Call function; the most bytes that this process and those it starts held meanwhile.
+
+    It is nan where there is no /proc, which only Linux has.
+    """
+    def held():
+        pids = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
+        files = [Path(f"/proc/{pid}/statm") for pid in pids]
+        pages = [int(file.read_text().split()[1]) for file in files if file.exists()]
+        return sum(pages) * os.sysconf("SC_PAGE_SIZE") if pages else math.nan
+
+    def watch():
+        while not done.wait(0.05):
+            with contextlib.suppress(OSError):  # a process may end while we look at it
+                seen.append(held())
+
+    seen, done = [held()], threading.Event()
+    threading.Thread(target=watch, daemon=True).start()
+    function()
+    done.set()
+    return max(seen)
+
+
 def bpe_training(texts, vocab_size, times):
     """Our seconds to train on texts, and where `tokenizers` is installed, how theirs compare."""
     n_bytes = sum(len(text.encode()) for text in texts)
     name = f"{n_bytes / 1e6:.1f} MB to {vocab_size:,} tokens"
     ours = median_seconds(lambda: train_fast(texts, vocab_size, pattern=GPT2_SPLIT), times)
     show(f"BPE training, {name}", f"{ours:.2f} s, {n_bytes / 1e6 / ours:.1f} MB/s")
+    memory = most_held(lambda: train_fast(texts, vocab_size, pattern=GPT2_SPLIT))
+    show("memory of all its processes, with PyTorch and the texts", f"{memory / 1e9:.2f} GB")
     if importlib.util.find_spec("tokenizers"):
         theirs = median_seconds(lambda: hugging_face(texts, vocab_size), times)
         show(f"the same by Hugging Face's tokenizers, {name}",
@@ -146,7 +175,7 @@ def bpe():
     """Training and encoding on Python's own library."""
     texts = [text for path in find_files("stdlib", None, Counter())
              for text in read_documents(path)]
-    bpe_training(python_code(3.5e6), 4096, 3)
+    bpe_training(python_code(3.5e6), 4096, 7)
     bpe_training(texts, 4096, 3)
     tokenizer = Tokenizer(train_fast(texts, 4096), SPECIAL_TOKENS)
     joined = "\n".join(texts)[:4_000_000]
