@@ -14,12 +14,14 @@ Shapes, here and in every other file:
     C  channels (n_embd)             V  vocabulary (vocab_size)
 """
 
+import ctypes
 import difflib
 import json
 import math
 import os
+import sys
 from dataclasses import asdict, dataclass, fields
-from functools import partial, reduce, wraps
+from functools import lru_cache, partial, reduce, wraps
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -355,46 +357,56 @@ def plain_loss(x, weight, targets, softcap=0.0, smoothing=0.0, z_loss=0.0):
 LOSS_TILE = 2**24  # logits that are held at once
 
 
+def loss_part(x, low, targets, softcap, smoothing, z_loss, learn):
+    """x (N, C), low (V, C), targets (N,) -> (the sum of the losses, and if learn its gradient by
+    the logits (N, V), else None)"""
+    wanted, target = (targets != -1)[:, None], targets[:, None].clamp(min=0)
+    logits = cap(F.linear(x, low).to(wide(x.dtype)), softcap)            # (N, V)
+    losses = -(1 - smoothing) * logits.gather(1, target)
+    if smoothing:
+        losses -= smoothing * logits.mean(dim=1, keepdim=True)
+    slope = wanted * (1 - (logits / softcap).square()) if softcap and learn else wanted
+    highest = logits.amax(dim=1, keepdim=True)
+    powers = logits.sub_(highest).exp_()  # from here on all happens in the logits' place
+    sums = powers.sum(dim=1, keepdim=True)
+    logsumexp = sums.log() + highest
+    losses += logsumexp + z_loss * logsumexp.square()
+    loss = (losses * wanted).sum()
+    if not learn:
+        return loss, None
+    # d loss / d logits = softmax(logits) - one-hot(target), which smoothing spreads
+    d_logits = powers.mul_((1 + 2 * z_loss * logsumexp) / sums)
+    if smoothing:
+        d_logits -= smoothing / len(low)
+    d_logits.scatter_add_(1, target, d_logits.new_full(target.shape, smoothing - 1))
+    return loss, d_logits.mul_(slope).to(x.dtype)
+
+
 class FusedLoss(torch.autograd.Function):
     """Logits, loss and gradients of some tokens, then of the next: (N, V) is never stored. The
     gradients are made in forward, where the logits are; backward scales them by what comes in."""
 
     @staticmethod
-    def compute(x, weight, targets, softcap, smoothing, z_loss, learn):
+    def compute(x, weight, targets, part, *options, learn):
         """-> (sum of losses, its gradients by x and weight, or None unless learn)"""
         low, (N, V) = weight.to(x.dtype), (len(x), len(weight))
         total = torch.zeros((), dtype=wide(x.dtype), device=x.device)
         d_x, d_weight = (torch.empty_like(y) if learn else None for y in (x, weight))
-        step = max(1, min(N, LOSS_TILE // V))
+        tile = LOSS_TILE if x.device.type == "cpu" else 16 * LOSS_TILE  # GPUs want large products
+        step = max(1, min(N, tile // V))
         for start in range(0, N, step):
-            part = slice(start, start + step)
-            wanted, target = (targets[part] != -1)[:, None], targets[part, None].clamp(min=0)
-            logits = cap(F.linear(x[part], low).to(total.dtype), softcap)        # (step, V)
-            losses = -(1 - smoothing) * logits.gather(1, target)
-            if smoothing:
-                losses -= smoothing * logits.mean(dim=1, keepdim=True)
-            slope = wanted * (1 - (logits / softcap).square()) if softcap and learn else wanted
-            highest = logits.amax(dim=1, keepdim=True)
-            powers = logits.sub_(highest).exp_()  # from here on all happens in the logits' place
-            sums = powers.sum(dim=1, keepdim=True)
-            logsumexp = sums.log() + highest
-            losses += logsumexp + z_loss * logsumexp.square()
-            total += (losses * wanted).sum()
+            rows = slice(start, start + step)
+            loss, d_logits = part(x[rows], low, targets[rows], *options, learn)
+            total += loss
             if not learn:
                 continue
-            # d loss / d logits = softmax(logits) - one-hot(target), which smoothing spreads
-            d_logits = powers.mul_((1 + 2 * z_loss * logsumexp) / sums)
-            if smoothing:
-                d_logits -= smoothing / V
-            d_logits.scatter_add_(1, target, d_logits.new_full(target.shape, smoothing - 1))
-            d_logits = d_logits.mul_(slope).to(x.dtype)
-            torch.mm(d_logits, low, out=d_x[part])
+            torch.mm(d_logits, low, out=d_x[rows])
             if d_weight.dtype == x.dtype:  # beta=0: what is there before the first does not count
-                d_weight.addmm_(d_logits.T, x[part], beta=min(start, 1))
+                d_weight.addmm_(d_logits.T, x[rows], beta=min(start, 1))
             elif start == 0:
-                d_weight.copy_(d_logits.T @ x[part])
+                d_weight.copy_(d_logits.T @ x[rows])
             else:
-                d_weight += d_logits.T @ x[part]
+                d_weight += d_logits.T @ x[rows]
         return total, d_x, d_weight
 
     @staticmethod
@@ -412,12 +424,12 @@ class FusedLoss(torch.autograd.Function):
             _, *ctx.gradients = FusedLoss.compute(*ctx.saved_tensors, *ctx.options, learn=True)
         (d_x, d_weight), ctx.gradients = ctx.gradients, None
         share = d_loss / ctx.count  # not earlier: a gradient of 1 / count is too small for float16
-        return d_x.mul_(share), d_weight.mul_(share), None, None, None, None
+        return d_x.mul_(share), d_weight.mul_(share), *[None] * 5
 
 
 def fused_loss(x, weight, targets, softcap=0.0, smoothing=0.0, z_loss=0.0):
     """plain_loss without ever storing the (N, V) logits."""
-    return FusedLoss.apply(x, weight, targets, softcap, smoothing, z_loss)
+    return FusedLoss.apply(x, weight, targets, loss_part, softcap, smoothing, z_loss)
 
 
 # -----------------------------------------------------------------------------
@@ -617,13 +629,320 @@ def fused_bend(x, gate, weight, bias, activation):
     return FusedBend.apply(x, gate, weight, bias, activation)
 
 
-# What --kernels chooses from; "auto" takes the fused ones, on a GPU with torch's own attention.
+# -----------------------------------------------------------------------------
+# Norm, rotary and loss once more, in CUDA C: between torch's matrix products each number is read
+# and written about once. NVRTC, which torch brings along, compiles the kernels when first used.
+
+CUDA_NUMBERS = {  # what a tensor holds; every sum is kept in float
+    torch.float32: """
+typedef float Number;
+__device__ float widen(Number x) { return x; }
+__device__ void narrow(float x, Number& y) { y = x; }""",
+    torch.bfloat16: """
+struct Number { unsigned short bits; };  // the upper half of a float
+__device__ float widen(Number x) { return __uint_as_float((unsigned)x.bits << 16); }
+__device__ void narrow(float x, Number& y) {  // to the nearest, of two to the even one
+    unsigned bits = __float_as_uint(x);
+    y.bits = x != x ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}""",
+    torch.float16: """
+struct Number { unsigned short bits; };
+__device__ float widen(Number x) {
+    float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits)); return y;
+}
+__device__ void narrow(float x, Number& y) {
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+}"""}
+CUDA_SOURCE = r"""
+typedef long long Int;  // offsets can exceed 2^31
+extern __shared__ float shared[];  // the first 32 belong to over()
+#define MINE(n) for (Int i = threadIdx.x; i < (n); i += blockDim.x)  // this thread's part of a row
+
+// The sum of x over the threads of the block, or the largest; all get it.
+__device__ float over_block(float x, bool largest = false) {
+    const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
+    for (int again = 1; again >= 0; again--) {
+        for (int step = 16; step; step /= 2) {
+            const float other = __shfl_xor_sync(~0u, x, step);
+            x = largest ? fmaxf(x, other) : x + other;
+        }
+        if (!again) break;
+        __syncthreads();  // all have read what the last call left
+        if (lane == 0) shared[threadIdx.x / 32] = x;
+        __syncthreads();
+        x = lane < warps ? shared[lane] : largest ? -3e38f : 0;
+    }
+    return x;
+}
+
+// x(i) turned by the angles of row n, if there are any: its partner is half a row away.
+#define ANGLES const float *cos, const float *sin, Int heads, Int positions
+template <class X> __device__ float turned(X x, Int i, Int n, Int C, int way, ANGLES) {
+    if (!cos) return x(i);
+    const Int half = C / 2, at = n / heads % positions * half + i % half;
+    return x(i) * cos[at] + way * (i < half ? -x(i + half) : x(i - half)) * sin[at];
+}
+
+// A block for each row n: sum = x + residual, y = its norm, turned. stats: its mean and scale.
+extern "C" __global__ void norm_forward(const Number* x, const Number* residual,
+        const float* weight, const float* bias, Number* sum, Number* y, float* stats, Int C,
+        Int center, float eps, ANGLES) {
+    const Int n = blockIdx.x;
+    x += n * C, residual += n * C, sum += n * C, y += n * C;
+    float total = 0, mean = 0, scale = 1;
+    MINE(C) {
+        if (sum != x) narrow(widen(x[i]) + widen(residual[i]), sum[i]);
+        total += widen(sum[i]);
+    }
+    if (center) mean = over_block(total) / C;  // not E[x^2] - E[x]^2: few digits would be left
+    if (weight) {
+        total = 0;
+        MINE(C) total += (widen(sum[i]) - mean) * (widen(sum[i]) - mean);
+        scale = rsqrtf(over_block(total) / C + eps);
+    }
+    if (threadIdx.x == 0) stats[2 * n] = mean, stats[2 * n + 1] = scale;
+    __syncthreads();  // a turn reads what other threads have summed
+    auto normed = [&](Int i) {
+        const float unit = (widen(sum[i]) - mean) * scale;
+        return (weight ? unit * weight[i] : unit) + (bias ? bias[i] : 0);
+    };
+    MINE(C) narrow(turned(normed, i, n, C, 1, cos, sin, heads, positions), y[i]);
+}
+
+// Each block goes through some rows, and sums d_weight and d_bias of them: d_params (blocks, 2, C).
+extern "C" __global__ void norm_backward(const Number* d_y, const Number* d_sum, const Number* x,
+        const float* weight, const float* stats, Number* d_x, float* d_params, Int rows, Int C,
+        Int center, ANGLES) {
+    float *d_w = shared + 32, *d_b = d_w + C;
+    MINE(C) d_w[i] = d_b[i] = 0;
+    for (Int n = blockIdx.x; n < rows; n += gridDim.x) {
+        const Int row = n * C;
+        const float mean = stats[2 * n], scale = stats[2 * n + 1];
+        auto given = [&](Int i) { return widen(d_y[row + i]); };
+        float along = 0, total = 0;
+        MINE(C) {
+            const float unit = (widen(x[row + i]) - mean) * scale;
+            const float d = turned(given, i, n, C, -1, cos, sin, heads, positions);
+            d_w[i] += d * unit, d_b[i] += d;
+            along += d * weight[i] * unit, total += d * weight[i];
+        }
+        along = over_block(along) / C;  // what would only lengthen or shift x changes nothing
+        total = center ? over_block(total) / C : 0;
+        MINE(C) {
+            const float unit = (widen(x[row + i]) - mean) * scale;
+            float d = turned(given, i, n, C, -1, cos, sin, heads, positions) * weight[i];
+            d = (d - total - unit * along) * scale;
+            narrow(d_sum ? d + widen(d_sum[row + i]) : d, d_x[row + i]);
+        }
+    }
+    MINE(C) {
+        d_params[blockIdx.x * 2 * C + i] = d_w[i];
+        d_params[blockIdx.x * 2 * C + C + i] = d_b[i];
+    }
+}
+
+// A block turns a row of V logits into the row's loss, and if learn into their gradient in place.
+__device__ float cap(float x, float softcap) { return softcap ? softcap * tanhf(x / softcap) : x; }
+extern "C" __global__ void loss(Number* logits, const Int* targets, float* losses, Int V,
+        Int learn, float softcap, float smoothing, float z_loss) {
+    logits += blockIdx.x * V;
+    const Int target = targets[blockIdx.x];
+    const float hit = target < 0 ? 0 : cap(widen(logits[target]), softcap);
+    float highest = -3e38f, total = 0, mean = 0;
+    MINE(V) {
+        const float logit = cap(widen(logits[i]), softcap);
+        if (logit > highest) total *= expf(highest - logit), highest = logit;
+        total += expf(logit - highest), mean += logit;
+    }
+    const float top = over_block(highest, true);
+    const float logsumexp = top + logf(over_block(total * expf(highest - top)));
+    mean = over_block(mean) / V;
+    if (threadIdx.x == 0) losses[blockIdx.x] = target < 0 ? 0 : logsumexp
+        - (1 - smoothing) * hit - smoothing * mean + z_loss * logsumexp * logsumexp;
+    if (learn) MINE(V) {
+        const float logit = cap(widen(logits[i]), softcap);
+        float d = expf(logit - logsumexp) * (1 + 2 * z_loss * logsumexp) - smoothing / V;
+        if (i == target) d -= 1 - smoothing;
+        if (softcap) d *= 1 - logit / softcap * (logit / softcap);
+        narrow(target < 0 ? 0 : d, logits[i]);
+    }
+}
+"""
+
+
+@lru_cache(maxsize=None)
+def cuda_module(device, dtype):
+    """CUDA_SOURCE compiled for a device and a dtype
+    -> run(name, grid, block, n_bytes, values, types), which launches one of its kernels."""
+    from cuda.bindings import driver, nvrtc  # torch's CUDA builds bring it along
+
+    def get(result):
+        status, *values = result
+        if status:
+            raise RuntimeError(f"cuda.bindings says {status.name}")
+        return values[0] if values else None
+
+    source = f"{CUDA_NUMBERS[dtype]}\n{CUDA_SOURCE}".encode()
+    program = get(nvrtc.nvrtcCreateProgram(source, b"model.cu", 0, [], []))
+    options = ["-arch=sm_{}{}".format(*torch.cuda.get_device_capability(device)), "-std=c++17"]
+    status, = nvrtc.nvrtcCompileProgram(program, 2, [option.encode() for option in options])
+    if status:
+        log = bytearray(get(nvrtc.nvrtcGetProgramLogSize(program)))
+        get(nvrtc.nvrtcGetProgramLog(program, log))
+        raise RuntimeError(f"{status.name} {log.decode()}")
+    code = bytearray(get(nvrtc.nvrtcGetCUBINSize(program)))
+    get(nvrtc.nvrtcGetCUBIN(program, code))
+    context = get(driver.cuDevicePrimaryCtxRetain(get(driver.cuDeviceGet(device.index or 0))))
+    get(driver.cuCtxSetCurrent(context))
+    module = get(driver.cuModuleLoadData(bytes(code)))
+    kernels = {name: get(driver.cuModuleGetFunction(module, name.encode()))
+               for name in ("norm_forward", "norm_backward", "loss")}
+
+    def run(name, grid, block, n_bytes, values, types):
+        with torch.cuda.device(device):
+            get(driver.cuCtxSetCurrent(context))  # the thread of backward may have none yet
+            stream = torch.cuda.current_stream().cuda_stream
+            get(driver.cuLaunchKernel(kernels[name], grid, 1, 1, block, 1, 1, n_bytes, stream,
+                                      (values, types), 0))
+    return run
+
+
+def launch(name, grid, block, *args, shared=0):
+    """Run a kernel on args, of which the first is a tensor: `grid` blocks of `block` threads, with
+    `shared` floats for each block. None becomes a null pointer."""
+    kinds = {bool: ctypes.c_longlong, int: ctypes.c_longlong, float: ctypes.c_float}
+    values = [x.data_ptr() if isinstance(x, torch.Tensor) else x or 0 for x in args]
+    types = [kinds.get(type(x), ctypes.c_void_p) for x in args]
+    if grid:
+        run = cuda_module(args[0].device, args[0].dtype)
+        run(name, grid, block, 4 * (32 + shared), tuple(values), tuple(types))
+
+
+def cuda_problem(device, dtype):
+    """Why the kernels cannot run on a device, in a line; "" if they can."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return f"they need an NVIDIA GPU, and the model is on {device}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0) if dtype == torch.bfloat16 else capability < (7, 0):
+        return "the GPU's compute capability {}.{} is too low".format(*capability)
+    try:
+        cuda_module(device, dtype if dtype in CUDA_NUMBERS else torch.float32)
+    except Exception as error:  # NVRTC, driver or binding missing, too old: errors of many kinds
+        return " ".join(f"{error}".split())[:200] or repr(error)
+    return ""
+
+
+def covered(x, *others):
+    """Whether the kernels take these: dense, alike, in a dtype they know, or None; rows of x that
+    fit into shared memory."""
+    return x.dtype in CUDA_NUMBERS and x.size(-1) <= 4096 and all(
+        y is None or y.is_contiguous() and (y.dtype, y.shape) == (x.dtype, x.shape)
+        for y in (x, *others))
+
+
+def threads(C):
+    """How many threads share a row of C numbers: a power of two from 32 to 512."""
+    return min(512, max(32, 1 << (C // 4).bit_length()))
+
+
+class CudaNorm(torch.autograd.Function):
+    """Norm with residual, or rotary positions with or without a norm: one kernel each way."""
+
+    @staticmethod
+    def compute(x, weight, bias, residual, center, eps, *table):
+        """-> x + residual, its norm, and mean and scale of each row"""
+        C, rows = x.size(-1), x.numel() // x.size(-1)
+        total, y = x if residual is None else torch.empty_like(x), torch.empty_like(x)
+        stats = x.new_empty(rows, 2, dtype=torch.float32)
+        weight, bias = (p if p is None else p.float() for p in (weight, bias))
+        launch("norm_forward", rows, threads(C), x, residual, weight, bias, total, y, stats, C,
+               center, eps, *table)
+        return total, y, stats
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, residual, center, eps, cos=None, sin=None):
+        ctx.table = (cos, sin, x.size(-2) if cos is not None else 1,
+                     cos.numel() // cos.size(-1) if cos is not None else 1)
+        total, y, stats = CudaNorm.compute(x, weight, bias, residual, center, eps, *ctx.table)
+        ctx.save_for_backward(total, weight, stats)
+        ctx.center, ctx.biased = center, bias is not None
+        return y if residual is None else (total, y)
+
+    @staticmethod
+    @once
+    def backward(ctx, *gradients):
+        (x, weight, stats), (cos, sin, *sizes) = ctx.saved_tensors, ctx.table
+        *d_sum, d_y = (d.contiguous() for d in gradients)
+        if weight is None:  # a turn alone: turn back
+            _, d_x, _ = CudaNorm.compute(d_y, None, None, None, False, 0.0, cos, -sin, *sizes)
+            return d_x, *[None] * 7
+        C, rows = x.size(-1), len(stats)
+        d_x, d_params = torch.empty_like(x), stats.new_empty(min(rows, 2048), 2, C)
+        launch("norm_backward", len(d_params), threads(C), d_y, *(d_sum or [None]), x,
+               weight.float(), stats, d_x, d_params, rows, C, ctx.center, *ctx.table, shared=2 * C)
+        d_weight, d_bias = d_params.sum(dim=0).to(weight.dtype)
+        return (d_x, d_weight, d_bias if ctx.biased else None, d_x if d_sum else None,
+                *[None] * 4)
+
+
+def cuda_norm(x, weight, bias=None, residual=None, center=False, eps=1e-6):
+    """fused_norm in one kernel each way."""
+    if not covered(x, residual):
+        return fused_norm(x, weight, bias, residual, center, eps)
+    y = CudaNorm.apply(x, weight, bias, residual, center, eps)
+    return (x, y) if residual is None else y
+
+
+def cuda_rotary(x, cos, sin, weight=None, eps=1e-6):
+    """fused_rotary in one kernel each way."""
+    if not covered(x):
+        return fused_rotary(x, cos, sin, weight, eps)
+    cos, sin = cos.float().contiguous(), sin.float().contiguous()
+    return CudaNorm.apply(x, weight, None, None, False, eps, cos, sin)
+
+
+def cuda_loss_part(x, low, targets, softcap, smoothing, z_loss, learn):
+    """loss_part in one kernel: the gradient takes the place of the logits."""
+    logits, losses = x @ low.T, x.new_empty(len(x), dtype=torch.float32)
+    launch("loss", len(x), 512, logits, targets.contiguous(), losses, len(low), learn,
+           float(softcap), float(smoothing), float(z_loss))
+    return losses.sum(), logits
+
+
+def cuda_loss(x, weight, targets, softcap=0.0, smoothing=0.0, z_loss=0.0):
+    """fused_loss with one kernel between the products."""
+    part = cuda_loss_part if x.dtype in CUDA_NUMBERS else loss_part
+    return FusedLoss.apply(x, weight, targets, part, softcap, smoothing, z_loss)
+
+
 PLAIN = SimpleNamespace(attention=plain_attention, loss=plain_loss, norm=plain_norm,
                         rotary=plain_rotary, bend=plain_bend)
 FUSED = SimpleNamespace(attention=fused_attention, loss=fused_loss, norm=fused_norm,
                         rotary=fused_rotary, bend=fused_bend)
 TORCH = SimpleNamespace(**vars(FUSED) | dict(attention=torch_attention))
-KERNELS = {"plain": PLAIN, "fused": FUSED, "torch": TORCH}
+CUDA = SimpleNamespace(**vars(TORCH) | dict(loss=cuda_loss, norm=cuda_norm, rotary=cuda_rotary))
+KERNELS = {"plain": PLAIN, "fused": FUSED, "torch": TORCH, "cuda": CUDA}  # --kernels
+
+
+@lru_cache(maxsize=None)
+def say_once(text):
+    print(text, file=sys.stderr)
+
+
+def pick_kernels(name, device, dtype, grouped):
+    """plain | fused | torch | cuda | auto -> the row of KERNELS to use, for auto the fastest here:
+    our kernels on a GPU that runs them; else torch's attention, but our tiles where tests/benchmark
+    found them faster: on CPUs, in half precision or with heads that share keys."""
+    check_known(name, ("auto", *KERNELS), "kernels")
+    problem = cuda_problem(device, dtype) if name in ("auto", "cuda") else ""
+    if name == "cuda" and problem:
+        raise ValueError(f"kernels=cuda cannot run: {problem}; kernels=auto takes what can")
+    if name != "auto":
+        return name
+    if problem and device.type == "cuda":
+        say_once(f"no CUDA kernels of our own, torch's instead: {problem}")
+    tiles_win = device.type == "cpu" and (grouped or dtype in (torch.bfloat16, torch.float16))
+    return "cuda" if not problem else "fused" if tiles_win else "torch"
 
 
 # -----------------------------------------------------------------------------
@@ -890,11 +1209,8 @@ class GPT(nn.Module):
         weights' own); recompute makes what is in a block again in backward instead of keeping it:
         far less memory, a third more work (arXiv:1604.06174). None of it is part of the model.
         -> the name of the row."""
-        if kernels == "auto":  # what tests/benchmark.py found faster
-            grouped = self.config.n_kv_head < self.config.n_head
-            tiled = grouped or dtype in (torch.bfloat16, torch.float16)
-            kernels = "fused" if self.device.type == "cpu" and tiled else "torch"
-        check_known(kernels, KERNELS, "kernels")
+        kernels = pick_kernels(kernels, self.device, dtype or self.lm_head.weight.dtype,
+                               grouped=self.config.n_kv_head < self.config.n_head)
         for module in self.modules():
             module.kernels = KERNELS[kernels]
             if isinstance(module, Transformer):
