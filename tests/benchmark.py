@@ -2,16 +2,19 @@
 The figures of this project, measured here and now: medians, and ratios against the machine itself.
 
     python tests/benchmark.py                # all
-    python tests/benchmark.py training bpe   # some of: training sampling bpe
+    python tests/benchmark.py training bpe   # some of: training attention sampling bpe
     python tests/benchmark.py bpe100         # BPE training on 100 MB of installed packages
+    python tests/benchmark.py --nanogpt=DIR  # training steps beside nanoGPT's, from a checkout
 """
 
 import contextlib
 import importlib.util
+import json
 import math
 import multiprocessing
 import os
 import statistics
+import subprocess
 import sys
 import sysconfig
 import threading
@@ -25,10 +28,11 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from data import find_files, read_documents
-from model import GPT, Linear, tiles
-from sample import generate, pick_device, pick_precision
+from model import GPT, GPTConfig, Linear, fused_attention, plain_attention, tiles, torch_attention
+from sample import generate, has_fast_bf16, pick_device, pick_precision
 from tokenizer import GPT2_SPLIT, SPECIAL_TOKENS, Tokenizer, train_fast
-from train import TrainConfig, build_optimizer, clip_gradients, keep_freed_memory, shape_of
+from train import (GraphedStep, TrainConfig, build_optimizer, clip_gradients, keep_freed_memory,
+                   new_run, shape_of, take_step)
 
 
 def median_seconds(function, times=7):
@@ -52,7 +56,7 @@ def matmul_seconds(model, B, T, dtype):
     c = model.config
     linears = [m for m in model.modules() if isinstance(m, Linear)]
     kinds = Counter(((), B * T, *m.weight.shape, 1) for m in linears)
-    for rows, columns, _ in tiles(T, T, True):
+    for rows, columns in ((rows, columns) for rows, keys in tiles(T, T) for columns in keys):
         t, s = rows.stop - rows.start, columns.stop - columns.start
         kinds[(B * c.n_kv_head,), t * c.n_head // c.n_kv_head, s, c.head_size, 7 / 3] += c.n_layer
     seconds = flops = 0
@@ -94,6 +98,120 @@ def training():
             show(f"training {config.size}, {device} {precision}, {kernels} kernels",
                  f"{ids.numel() / seconds:,.0f} tokens/s; its matrix products alone take "
                  f"{alone / seconds:.0%} of the step, at {flops / alone / 1e9:.0f} GFLOP/s")
+
+
+def attention():
+    """Forward and backward of attention, 12 heads of 64, against torch's own kernel."""
+    device = pick_device()
+    dtype = pick_precision("auto", device)[1]
+    for T in (256, 1024, 4096):
+        q, k, v, d_y = (torch.randn(1, 12, T, 64, device=device, dtype=dtype) for _ in range(4))
+        inputs = [x.requires_grad_() for x in (q, k, v)]
+        seconds = {}
+        for function in (torch_attention, fused_attention, plain_attention):
+            def both():
+                torch.autograd.grad(function(*inputs), inputs, d_y)
+                torch.zeros(1, device=device).item()  # a GPU has then finished
+
+            seconds[function] = median_seconds(both, 9 if T < 4096 else 3)
+        theirs, ours, plain = seconds.values()
+        show(f"attention forward and backward, {device} {dtype}, T={T}".replace("torch.", ""),
+             f"{1000 * ours:.1f} ms, {ours / theirs:.2f}x of torch's own, {ours / plain:.2f}x of "
+             "the plain twin")
+
+
+# What training steps are compared on: layers, heads, channels, B, T, vocabulary.
+SHAPES = {"GPT-2 124M": (12, 12, 768, 1, 1024, 50304), "10.7M": (6, 6, 384, 16, 256, 65),
+          "0.8M": (4, 4, 128, 12, 64, 65)}
+
+
+def nanogpt_step(folder, shape, precision, device):
+    """nanoGPT's training step: its own model, optimizer, autocast and clip; compiled on GPUs."""
+    found = importlib.util.spec_from_file_location("nanogpt", Path(folder) / "model.py")
+    nanogpt = importlib.util.module_from_spec(found)
+    found.loader.exec_module(nanogpt)
+    n_layer, n_head, n_embd, B, T, V = shape
+    with contextlib.redirect_stdout(sys.stderr):
+        model = nanogpt.GPT(nanogpt.GPTConfig(T, V, n_layer, n_head, n_embd, 0.0, False)).to(device)
+        optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device)
+    model = torch.compile(model) if device == "cuda" else model
+    ids = torch.randint(V, (B, T), device=device)
+    low = torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
+
+    def step():
+        with low:
+            _, loss = model(ids, ids)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+    return step
+
+
+def our_step(shape, precision, device, kernels="auto", cuda_graph=False):
+    """Our step on the same architecture, as train.py takes it."""
+    keep_freed_memory()
+    n_layer, n_head, n_embd, B, T, V = shape
+    model = GPT(GPTConfig("gpt2", V, T, n_layer, n_head, n_embd=n_embd, bias=False)).to(device)
+    model.use(kernels, pick_precision(precision, device)[1])
+    config = TrainConfig(device=device, precision=precision, cuda_graph=cuda_graph)
+    run = new_run("", model, config, device)
+    ids = torch.randint(V, (B, T), device=device)
+    take = GraphedStep(run, model, 1.0) if cuda_graph else (
+        lambda xs, ys: take_step(run, model, xs, ys, 1.0))
+    return lambda: take([ids], [ids])[0].item()
+
+
+def peak_memory():
+    """The most bytes that this process has held so far."""
+    import resource  # which Windows lacks
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def contest(entry):
+    """In a process of its own: one contestant's tokens per second and peak memory, as JSON."""
+    folder, shape, options, times = json.loads(entry)
+    torch.manual_seed(0)
+    step = nanogpt_step(folder, shape, **options) if folder else our_step(shape, **options)
+    for _ in range(6 if options["device"] == "cuda" else 1):
+        step()
+    seconds = median_seconds(step, times)
+    memory = torch.cuda.max_memory_allocated() if options["device"] == "cuda" else peak_memory()
+    print(json.dumps([shape[3] * shape[4] / seconds, memory]))
+
+
+def nanogpt(folder):
+    """Training steps of nanoGPT and of ours, turn by turn, each in a process of its own."""
+    device = pick_device()
+    on_gpu = device == "cuda"
+    fast = on_gpu or has_fast_bf16()
+    if not fast:
+        show("this CPU has no units for bfloat16", "all is compared in float32")
+    for name, shape in SHAPES.items():
+        shape = (*shape[:3], 32 * shape[3], *shape[4:]) if on_gpu else shape
+        times = 20 if on_gpu or shape[2] < 384 else 3
+        best = dict(precision="bf16" if fast else "fp32", device=device)
+        rivals = {"nanoGPT, fp32": (folder, dict(best, precision="fp32"))}
+        if fast:
+            rivals["nanoGPT, bf16" + ", compiled" * on_gpu] = folder, best
+        rivals[f"ours, {best['precision']}"] = "", best
+        if on_gpu:
+            rivals["ours, bf16, CUDA graph"] = "", dict(best, cuda_graph=True)
+        results = {rival: [] for rival in rivals}
+        for rival in [*rivals, *rivals]:
+            where, options = rivals[rival]
+            entry = json.dumps([str(where), shape, options, times])
+            done = subprocess.run([sys.executable, __file__, f"--contest={entry}"], text=True,
+                                  stdout=subprocess.PIPE, check=True)
+            results[rival].append(json.loads(done.stdout.splitlines()[-1]))
+        for rival, found in results.items():
+            rate, memory = max(rate for rate, _ in found), max(memory for _, memory in found)
+            ratios = ", ".join(f"{rate / max(r for r, _ in others):.2f}x of {other}"
+                               for other, others in results.items() if other < rival)
+            show(f"training step, {name}, {device}, {rival}",
+                 f"{rate:,.0f} tokens/s, {memory / 1e9:.2f} GB" + (f"; {ratios}" if ratios else ""))
 
 
 def sampling():
@@ -193,8 +311,14 @@ def bpe():
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
-    wanted = sys.argv[1:] or ["training", "sampling", "bpe"]
-    for part in (training, sampling, bpe, bpe100):
-        if part.__name__ in wanted:
-            part()
+    flags = dict(word[2:].split("=", 1) for word in sys.argv[1:] if word.startswith("--"))
+    wanted = [word for word in sys.argv[1:] if not word.startswith("--")]
+    if "contest" in flags:
+        contest(flags["contest"])
+    elif "nanogpt" in flags:
+        nanogpt(Path(flags["nanogpt"]).resolve())
+    else:
+        keep_freed_memory()
+        for part in (training, attention, sampling, bpe, bpe100):
+            if part.__name__ in (wanted or ["training", "attention", "sampling", "bpe"]):
+                part()
