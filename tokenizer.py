@@ -131,6 +131,8 @@ def share_cores():
 def replacing(path):
     """Open a binary file that appears at `path` complete or not at all: temporary name, rename."""
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: give the name of a file to write")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:
@@ -150,6 +152,14 @@ def write_json(path, values):
     """Write plain values as JSON that people can read, complete or not at all."""
     with replacing(path) as file:
         file.write(json.dumps(values, indent=1, ensure_ascii=False).encode())
+
+
+def read_json(path):
+    """The values in a tokenizer's JSON file; ValueError for a file that holds something else."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a tokenizer: it is not JSON ({error!s:.99})") from None
 
 
 def on_all_cores(function, jobs):
@@ -601,8 +611,9 @@ class Tokenizer:
             special_tokens = {name: id for id, name in enumerate(special_tokens, len(ids))}
         self.special = dict(sorted(special_tokens.items(), key=lambda item: item[1]))
         for name, id in self.special.items():
-            if id < len(ids) or id in self.tokens:
-                raise ValueError(f"special token {name!r} cannot have id {id}: it is taken")
+            if not isinstance(id, int) or id < len(ids) or id in self.tokens:
+                raise ValueError(f"special token {name!r} cannot have id {id!r:.40}: it must be a "
+                                 "free number after those of the bytes and merges")
             self.tokens[id] = name.encode()
         self.n_vocab, self.eot = max(self.tokens) + 1, self.special.get("<|endoftext|>")
         self.chat_template = CHAT_TEMPLATE if {*SPECIAL_TOKENS} <= {*self.special} else None
@@ -725,14 +736,11 @@ class Tokenizer:
     @classmethod
     def load(cls, path):
         """Read what save() wrote; ValueError for a file that is something else, or damaged."""
-        try:
-            state = json.loads(Path(path).read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not a tokenizer: it is not JSON ({error})") from None
+        state = read_json(path)
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise ValueError(f"{path} is not a tokenizer of this program: no format {FORMAT!r}")
         if state.get("version") != VERSION:
-            raise ValueError(f"{path} has version {state.get('version')}; this is {VERSION}")
+            raise ValueError(f"{path} has version {state.get('version')!r:.9}; this is {VERSION}")
         if state.get("chat_template") not in (None, CHAT_TEMPLATE):
             raise ValueError(f"{path} is damaged: its chat_template is another; train again")
         try:
@@ -740,7 +748,7 @@ class Tokenizer:
             byte_order = to_bytes(state["bytes"])
             tokenizer = cls(merges, state["special_tokens"], state["pattern"], byte_order)
         except WRONG as error:
-            raise ValueError(f"{path} is damaged ({error!r}); train again") from None
+            raise ValueError(f"{path} is damaged ({error!r:.200}); train again") from None
         if tokenizer.hash() != state.get("sha256"):
             raise ValueError(f"{path} is damaged: its sha256 is another; train again")
         return tokenizer
@@ -802,15 +810,15 @@ class Tokenizer:
 
         Of special_tokens, those that vocab.json lacks get the next ids.
         """
+        vocab = read_json(vocab_json)
         try:
-            vocab = json.loads(Path(vocab_json).read_bytes())
             lines = Path(merges_txt).read_text(encoding="utf-8").split("\n")
             lines = lines[lines[0].startswith("#version"):]
             for name in special_tokens:
                 vocab.setdefault(name, max(vocab.values()) + 1)
             return cls.from_vocab(vocab, [line.split(" ") for line in lines if line], GPT2_SPLIT)
         except WRONG as error:
-            raise ValueError(f"{vocab_json}, {merges_txt}: not GPT-2's ({error!r})") from None
+            raise ValueError(f"{vocab_json}, {merges_txt}: not GPT-2's ({error!r:.200})") from None
 
     def to_huggingface(self, folder):
         """Write tokenizer.json and tokenizer_config.json for Hugging Face's libraries.
@@ -845,8 +853,8 @@ class Tokenizer:
     def from_huggingface(cls, path):
         """The tokenizer of a tokenizer.json (or its folder) that is a byte-level BPE like ours."""
         path = Path(path, "tokenizer.json") if Path(path).is_dir() else Path(path)
+        state = read_json(path)
         try:
-            state = json.loads(path.read_bytes())
             first, model = state["pre_tokenizer"], state["model"]
             *before, last = first.get("pretokenizers", [first])
             pattern = before[0]["pattern"]["Regex"] if before else GPT2_SPLIT
@@ -861,8 +869,8 @@ class Tokenizer:
                       for pair in model["merges"]]
             return cls.from_vocab(model["vocab"] | added, merges, pattern)
         except WRONG as error:
-            raise ValueError(f"{path} cannot be read as Hugging Face's byte-level BPE: {error!r}"
-                             ) from None
+            raise ValueError(f"{path} cannot be read as Hugging Face's byte-level BPE: "
+                             f"{error!r:.200}") from None
 
 
 # -----------------------------------------------------------------------------
@@ -872,9 +880,11 @@ class Tokenizer:
 def train_command(args):
     """Train on files, save, and say in one line what came of it."""
     start, out = time.time(), args.out or "tokenizer.json"
-    tokenizer = Tokenizer.train_files(args.input, args.vocab_size, pattern=SPLITS[args.pattern])
+    texts = read_files(args.input, pattern=SPLITS[args.pattern])
+    sample = next(filter(None, texts), "")  # a pipe can be read only once
+    texts = chain([sample], texts)
+    tokenizer = Tokenizer.train(texts, args.vocab_size, pattern=SPLITS[args.pattern])
     tokenizer.save(out)
-    sample = next(filter(None, read_files(args.input)))
     ratio = len(sample.encode()) / len(tokenizer.encode_batch([sample])[0])
     few = f" (of {args.vocab_size}: no other pair occurs twice)"
     few = few if tokenizer.n_vocab < args.vocab_size else ""
@@ -970,6 +980,8 @@ def main():
     args = parser.parse_intermixed_args()
     if not args.input and args.command != "export":
         parser.error("the following arguments are required: input")
+    if args.input and args.command == "export":
+        parser.error("export takes no input, but --tokenizer")
     COMMANDS[args.command](args)
 
 

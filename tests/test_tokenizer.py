@@ -1,9 +1,11 @@
 """Facts about tokenizer.py that hold for every text and every vocabulary."""
 
+import contextlib
 import json
 import random
 import subprocess
 import sys
+import time
 import tracemalloc
 import unicodedata
 from collections import Counter
@@ -221,6 +223,19 @@ def test_a_pattern_that_loses_characters_is_refused_by_all_that_encode(pattern):
             encode(text)
 
 
+@pytest.mark.parametrize("name", ["a", " ", "random bytes", "a giant word"])
+def test_twice_as_long_a_chunk_takes_twice_as_long_to_encode(name):
+    rng = random.Random(0)
+    text = {"random bytes": rng.randbytes(200_000).decode("latin-1"),
+            "a giant word": "".join(rng.choices("etaoin", k=200_000))}.get(name, name * 200_000)
+    tokenizer, seconds = Tokenizer.train(text[:9999], 400, pattern=r"[\s\S]+"), []
+    for part in [text[:len(text) // 8], text] * 3:
+        start = time.process_time()
+        tokenizer.encode(part)
+        seconds.append(time.process_time() - start)
+    assert min(seconds[1::2]) < 3 * 8 * min(seconds[::2])  # were it quadratic: 8 * 8
+
+
 def test_encoding_lazily_holds_less_than_a_megabyte_beside_the_text(trained):
     rng = random.Random(0)
     words = [random_text(rng, COMMON, 9) + rng.choice(OLD) for _ in range(30_000)]
@@ -322,6 +337,7 @@ def test_an_id_outside_the_vocabulary_is_refused(trained, id):
 @pytest.mark.parametrize("arguments", [dict(merges=[(b"a", b"b"), (b"a", b"b")]),
                                        dict(merges=[(b"ab", b"c")]), dict(special_tokens={"x": 97}),
                                        dict(special_tokens={"x": 256, "y": 256}),
+                                       dict(special_tokens={"x": 300.0}),
                                        dict(byte_order=bytes(256))])
 def test_a_vocabulary_that_contradicts_itself_is_refused(arguments):
     with pytest.raises(ValueError):
@@ -600,11 +616,16 @@ def damage(state, **changes):
     (lambda state: "\0\1", "it is not JSON"), (lambda state: "[" * 10**5, "it is not JSON"),
     (lambda state: "[]", "not a tokenizer of this program"),
     (lambda state: json.dumps({"model": {"type": "BPE"}}), "not a tokenizer of this program"),
+    (lambda state: '{"a":' * 10**5, "it is not JSON"), (lambda state: "1" * 10**5, "not JSON"),
+    (lambda state: "\udcff", "it is not JSON"), (lambda state: "", "it is not JSON"),
     (lambda state: damage(state, version=9), "version 9"),
+    (lambda state: damage(state, version="9\n" * 10**5), "version '9"),
     (lambda state: damage(state, pattern=GPT2_SPLIT), "is damaged: its sha256"),
     (lambda state: damage(state, merges=state["merges"][:-1]), "is damaged: its sha256"),
     (lambda state: damage(state, merges=["Ġ"]), "is damaged"),
     (lambda state: damage(state, merges=7), "is damaged"),
+    (lambda state: damage(state, merges=["a b" * 10**5]), "is damaged"),
+    (lambda state: damage(state, special_tokens={"a": 1e9}), "is damaged"),
     (lambda state: damage(state, special_tokens={"a": "b"}), "is damaged"),
     (lambda state: damage(state, bytes="a"), "is damaged"),
     (lambda state: damage(state, chat_template="{{ messages }}"), "its chat_template is another"),
@@ -614,10 +635,25 @@ def damage(state, **changes):
 def test_a_file_that_is_wrong_or_damaged_is_refused_in_one_line(trained, tmp_path, wrong, problem):
     trained.save(tmp_path / "t.json")
     state = json.loads((tmp_path / "t.json").read_text(encoding="utf-8"))
-    (tmp_path / "t.json").write_text(wrong(state))
-    with pytest.raises(ValueError, match=problem) as error:
-        Tokenizer.load(tmp_path / "t.json")
-    assert "\n" not in str(error.value) and "t.json" in str(error.value)
+    (tmp_path / "t.json").write_bytes(wrong(state).encode("utf-8", "surrogateescape"))
+    for load in Tokenizer.load, Tokenizer.from_huggingface:
+        with pytest.raises(ValueError, match=problem if load == Tokenizer.load else "t.json") as error:
+            load(tmp_path / "t.json")
+        assert "\n" not in str(error.value) and "t.json" in str(error.value)
+        assert len(str(error.value)) < 400 + len(str(tmp_path))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_of_a_file_damaged_anywhere_all_that_can_be_wrong_is_a_value_error(trained, tmp_path, seed):
+    rng, paths = random.Random(seed), (tmp_path / "t.json", tmp_path / "tokenizer.json")
+    trained.save(paths[0])
+    trained.to_huggingface(tmp_path)
+    for path, load in zip(paths, (Tokenizer.load, Tokenizer.from_huggingface)):
+        whole = path.read_bytes()
+        for start in [rng.randrange(len(whole)) for _ in range(9)]:
+            path.write_bytes(whole[:start] + rng.randbytes(2) + whole[start + rng.randrange(9):])
+            with contextlib.suppress(ValueError):  # what is not refused is not damaged
+                assert load(path).encode(COMMON) == trained.encode(COMMON) or path != paths[0]
 
 
 # -----------------------------------------------------------------------------
@@ -641,6 +677,24 @@ def test_the_commands_train_encode_decode_and_show(tmp_path):
     assert shown.rstrip("\n").replace("|", "") == r"the cat \xc3\xa9" and "|" in shown
     few = run("tokenizer.py", "train", text, f"--out={out}")
     assert "(of 4096: no other pair occurs twice)" in few.stdout
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no /dev/stdin")
+def test_a_tokenizer_is_trained_on_what_comes_through_a_pipe_as_on_a_file(tmp_path):
+    (tmp_path / "text").write_text(COMMON * 40)
+    for name in "text", "/dev/stdin":
+        words = [sys.executable, ROOT / "tokenizer.py", "train", name, f"--out={name[-4:]}.json"]
+        subprocess.run(words, input=(tmp_path / "text").read_bytes(), cwd=tmp_path, check=True)
+    hashes = {Tokenizer.load(tmp_path / f"{name}.json").hash() for name in ("text", "tdin")}
+    assert len(hashes) == 1
+
+
+def test_output_may_be_closed_before_its_end(trained, tmp_path):
+    trained.save(tmp_path / "tokenizer.json")
+    words = [sys.executable, ROOT / "tokenizer.py", "decode", *["97"] * 10_000]
+    process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 0
 
 
 def test_the_commands_compare_and_export(trained, tmp_path):
@@ -672,6 +726,8 @@ def test_the_commands_compare_and_export(trained, tmp_path):
     (["compare", "empty"], 1, "empty is empty"),
     (["compare", "text", "--tokenizer=text"], 1, "text is not a tokenizer"),
     (["export", "--tokenizer=missing"], 1, "No such file or directory: missing"),
+    (["export", "text"], 2, "export takes no input, but --tokenizer"),
+    (["train", "text", "--out=."], 1, ". is a folder: give the name of a file to write"),
 ])
 def test_a_mistake_is_one_line_with_the_way_out(tmp_path, words, code, problem):
     files = dict(empty=b"", binary=b"a\0b", latin=b"caf\xe9 ", text=b"some text")
