@@ -679,7 +679,8 @@ __device__ float over_block(float x, bool largest = false) {
 #define ANGLES const float *cos, const float *sin, Int heads, Int positions
 template <class X> __device__ float turned(X x, Int i, Int n, Int C, int way, ANGLES) {
     if (!cos) return x(i);
-    const Int half = C / 2, at = n / heads % positions * half + i % half;
+    const Int half = C / 2, angles = (unsigned)n / (unsigned)heads % (unsigned)positions * half;
+    const Int at = angles + (i < half ? i : i - half);  // no 64-bit division: it is slow
     return x(i) * cos[at] + way * (i < half ? -x(i + half) : x(i - half)) * sin[at];
 }
 
@@ -744,8 +745,8 @@ extern "C" __global__ void norm_backward(const Number* d_y, const Number* d_sum,
 // A block turns a row of V logits into the row's loss, and if learn into their gradient in place.
 __device__ float cap(float x, float softcap) { return softcap ? softcap * tanhf(x / softcap) : x; }
 extern "C" __global__ void loss(Number* logits, const Int* targets, float* losses, Int V,
-        Int learn, float softcap, float smoothing, float z_loss) {
-    logits += blockIdx.x * V;
+        Int stride, Int learn, float softcap, float smoothing, float z_loss) {
+    logits += blockIdx.x * stride;
     const Int target = targets[blockIdx.x];
     const float hit = target < 0 ? 0 : cap(widen(logits[target]), softcap);
     float highest = -3e38f, total = 0, mean = 0;
@@ -789,7 +790,7 @@ def cuda_module(device, dtype):
     if status:
         log = bytearray(get(nvrtc.nvrtcGetProgramLogSize(program)))
         get(nvrtc.nvrtcGetProgramLog(program, log))
-        raise RuntimeError(f"{status.name} {log.decode()}")
+        raise RuntimeError(f"{status.name} {log.decode().rstrip(chr(0))}")
     code = bytearray(get(nvrtc.nvrtcGetCUBINSize(program)))
     get(nvrtc.nvrtcGetCUBIN(program, code))
     context = get(driver.cuDevicePrimaryCtxRetain(get(driver.cuDeviceGet(device.index or 0))))
@@ -877,7 +878,7 @@ class CudaNorm(torch.autograd.Function):
             _, d_x, _ = CudaNorm.compute(d_y, None, None, None, False, 0.0, cos, -sin, *sizes)
             return d_x, *[None] * 7
         C, rows = x.size(-1), len(stats)
-        d_x, d_params = torch.empty_like(x), stats.new_empty(min(rows, 2048), 2, C)
+        d_x, d_params = torch.empty_like(x), stats.new_empty(min(rows, 2**20 // C), 2, C)
         launch("norm_backward", len(d_params), threads(C), d_y, *(d_sum or [None]), x,
                weight.float(), stats, d_x, d_params, rows, C, ctx.center, *ctx.table, shared=2 * C)
         d_weight, d_bias = d_params.sum(dim=0).to(weight.dtype)
@@ -903,8 +904,11 @@ def cuda_rotary(x, cos, sin, weight=None, eps=1e-6):
 
 def cuda_loss_part(x, low, targets, softcap, smoothing, z_loss, learn):
     """loss_part in one kernel: the gradient takes the place of the logits."""
-    logits, losses = x @ low.T, x.new_empty(len(x), dtype=torch.float32)
-    launch("loss", len(x), 512, logits, targets.contiguous(), losses, len(low), learn,
+    (N, V), stride = (len(x), len(low)), -(-len(low) // 8) * 8
+    logits = x.new_empty(N, stride)[:, :V]  # products are slow where rows start at odd addresses
+    torch.mm(x, low.T, out=logits)
+    losses = x.new_empty(N, dtype=torch.float32)
+    launch("loss", N, 512, logits, targets.contiguous(), losses, V, stride, learn,
            float(softcap), float(smoothing), float(z_loss))
     return losses.sum(), logits
 

@@ -1,7 +1,6 @@
 """train.py: a run learns, resumes as if it had never stopped, and is the same on two processes."""
 
 import dataclasses
-import json
 import math
 import os
 import re
