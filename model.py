@@ -312,11 +312,23 @@ class FusedAttention(torch.autograd.Function):
         return d_q, d_k, d_v, None, None, None, None, None, None
 
 
+@lru_cache(maxsize=None)
+def cpu_multiplies(dtype):
+    """Whether this CPU has units for products in dtype; without them float32 is far faster."""
+    if dtype not in (torch.bfloat16, torch.float16) or not torch.backends.mkldnn.is_available():
+        return dtype in (torch.float32, torch.float64)
+    units = torch.ops.mkldnn
+    return (units._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else
+            units._is_mkldnn_fp16_supported())
+
+
 def fused_attention(q, k, v, causal=True, window=0, mask=None, segments=None, dropout=0.0):
     """plain_attention without ever storing the (T, S) scores."""
-    if q.size(2) == 1:  # a single row of scores: nothing to tile
-        return plain_attention(q, k, v, causal, window, mask, segments, dropout)
     rules = causal, window, mask, segments
+    if q.size(2) == 1:  # a single row of scores: nothing to tile
+        return plain_attention(q, k, v, *rules, dropout)
+    if q.device.type == "cpu" and not cpu_multiplies(q.dtype):
+        return fused_attention(q.float(), k.float(), v.float(), *rules, dropout).to(q.dtype)
     return FusedAttention.apply(q, k, v, new_seed(dropout), dropout, *rules)
 
 
