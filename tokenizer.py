@@ -373,7 +373,7 @@ class Row:
         ids[np.cumsum(lengths) - 1] = -1
         self.counts = np.repeat(np.array([0, *counts.values()]), lengths)
         self.vocab = [bytes([i]) for i in range(256)]
-        # These sort tokens downwards. The last character is above all bytes: the longer comes first.
+        # They sort tokens downwards; the last character is above all bytes: the longer comes first.
         self.orders = [chr(255 - i) + "\u0100" for i in range(256)]
         self.base = 257 + min(n_merges, len(ids))
         self.pairs = ids * self.base + np.append(ids[1:], -1)

@@ -637,10 +637,11 @@ def test_a_file_that_is_wrong_or_damaged_is_refused_in_one_line(trained, tmp_pat
     state = json.loads((tmp_path / "t.json").read_text(encoding="utf-8"))
     (tmp_path / "t.json").write_bytes(wrong(state).encode("utf-8", "surrogateescape"))
     for load in Tokenizer.load, Tokenizer.from_huggingface:
-        with pytest.raises(ValueError, match=problem if load == Tokenizer.load else "t.json") as error:
+        with pytest.raises(ValueError) as error:
             load(tmp_path / "t.json")
-        assert "\n" not in str(error.value) and "t.json" in str(error.value)
-        assert len(str(error.value)) < 400 + len(str(tmp_path))
+        said = str(error.value)
+        assert "t.json" in said and (problem in said or load != Tokenizer.load)
+        assert "\n" not in said and len(said) < 400 + len(str(tmp_path))
 
 
 @pytest.mark.parametrize("seed", range(20))
