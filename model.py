@@ -1176,6 +1176,9 @@ class Transformer(nn.Module):
         rules, positions = dict(causal=self.causal, window=c.window), None
         if segments is None:
             positions = torch.arange(start, start + T, device=ids.device)
+        elif segments.shape != (len(ids), start + T):
+            raise ValueError(f"segments of shape {tuple(segments.shape)} must be "
+                             f"{(len(ids), start + T)}: a number for each token, cached ones too")
         else:
             rules["segments"], positions = segments, places(segments)[:, start:]
         x, rotary = self.embed(ids, positions)
@@ -1352,8 +1355,12 @@ def load_model(path, device="cpu"):
     if found != FORMAT:
         raise ValueError(f"{path} has format {found!r}, this program reads {FORMAT!r}")
     known = {f.name for f in fields(GPTConfig)}
-    config = GPTConfig(**{name: v for name, v in state["config"].items() if name in known})
-    return with_weights(config, state["model"], path), state
+    try:
+        config = GPTConfig(**{name: v for name, v in state["config"].items() if name in known})
+        weights = dict(state["model"])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: its config makes no model ({error!r})") from None
+    return with_weights(config, weights, path), state
 
 
 # -----------------------------------------------------------------------------

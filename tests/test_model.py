@@ -612,6 +612,14 @@ def test_too_long_a_sequence_and_a_full_cache_are_refused():
         model(torch.zeros(1, 5, dtype=torch.long), cache=cache)
 
 
+def test_segments_that_leave_out_tokens_are_refused():
+    model, ids = tiny(), torch.zeros(2, 5, dtype=torch.long)
+    cache = [KVCache(model.config, 2, 12) for _ in model.transformer.blocks]
+    model(ids, cache=cache)
+    with pytest.raises(ValueError, match=r"segments of shape \(2, 5\) must be \(2, 10\)"):
+        model(ids, cache=cache, segments=torch.ones_like(ids))
+
+
 def test_a_source_is_asked_for_where_one_is_read_and_refused_where_none_is():
     ids = torch.zeros(1, 5, dtype=torch.long)
     with pytest.raises(ValueError, match="memory=model.encode"):
@@ -668,6 +676,15 @@ def test_a_checkpoint_whose_weights_do_not_fit_is_refused_with_the_list(tmp_path
         save_model(model, tmp_path / "model.pt")
         with pytest.raises(ValueError, match=words):
             load_model(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("change", [dict(config=None), dict(config=dict(n_layer="two")),
+                                    dict(config=dict(n_head=0)), dict(model=7)], ids=str)
+def test_a_checkpoint_whose_config_makes_no_model_is_refused_in_one_line(tmp_path, change):
+    save_model(tiny(), tmp_path / "model.pt")
+    torch.save(torch.load(tmp_path / "model.pt") | change, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="model.pt is damaged: its config makes no model"):
+        load_model(tmp_path / "model.pt")
 
 
 def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
