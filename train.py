@@ -94,6 +94,7 @@ class TrainConfig:
     device: str = "auto"            # auto | cpu | cuda | mps
     precision: str = "auto"         # auto | fp32 | bf16 | fp16 (weights stay float32)
     kernels: str = "auto"           # auto | plain | fused | torch | cuda
+    low_memory: bool = False        # on Linux CPUs: hand freed memory back; less of it, some slower
     recompute: bool = False         # make activations again in backward: less memory, more work
     cuda_graph: bool = False        # on one GPU: launch all work of a step at once
     seed: int = 1337                # of weights, batches and dropout
@@ -192,13 +193,17 @@ def average(values, device):
     return (values / dist.get_world_size()).tolist()
 
 
-def keep_freed_memory():
+def keep_freed_memory(low_memory=False):
     """Ask glibc to keep freed memory in the process: handing pages back and taking them again can
-    cost a third of a step on a CPU. Other systems' allocators are left as they are."""
+    cost a third of a step on a CPU. But what is kept has holes: low_memory hands tensors above a
+    megabyte back, and takes them in huge pages, which torch asks for if told so before its first
+    tensor. Other systems' allocators are left as they are."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-        libc.mallopt(M_MMAP_MAX, 0)
+        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
+        libc.mallopt(*((M_MMAP_THRESHOLD, 2**20) if low_memory else (M_MMAP_MAX, 0)))
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        if low_memory:
+            os.environ["THP_MEM_ALLOC_ENABLE"] = "1"
 
 
 @contextlib.contextmanager
@@ -539,6 +544,7 @@ def train(config, model_config=None, say=tqdm.write):
     -> a summary of the run: folder, step, loss and val_loss (nats per token), bits_per_byte,
     tokens_per_second, seconds, how, stopped; None on all ranks but 0."""
     began = time.perf_counter()
+    keep_freed_memory(config.low_memory)
     rank, world_size, device = start_processes(config)
     is_main, say = rank == 0, say if rank == 0 else lambda text: None
     if model_config is None:
@@ -547,7 +553,6 @@ def train(config, model_config=None, say=tqdm.write):
     card = json.loads((shards / "card.json").read_text(encoding="utf-8"))
     tokenizer = Tokenizer.load(shards / "tokenizer.json")
 
-    keep_freed_memory()
     torch.manual_seed(config.seed)
     precision, dtype = pick_precision(config.precision, device)
     config = dataclasses.replace(config, precision=precision)

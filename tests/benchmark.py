@@ -152,9 +152,9 @@ def nanogpt_step(folder, shape, precision, device):
     return step
 
 
-def our_step(shape, precision, device, kernels="auto", cuda_graph=False):
+def our_step(shape, precision, device, kernels="auto", cuda_graph=False, low_memory=False):
     """Our step on the same architecture, as train.py takes it."""
-    keep_freed_memory()
+    keep_freed_memory(low_memory)
     n_layer, n_head, n_embd, B, T, V = shape
     model = GPT(GPTConfig("gpt2", V, T, n_layer, n_head, n_embd=n_embd, bias=False)).to(device)
     model.use(kernels, pick_precision(precision, device)[1])
@@ -202,6 +202,8 @@ def nanogpt(folder):
         rivals[f"ours, {best['precision']}"] = "", best
         if on_gpu:
             rivals["ours, bf16, CUDA graph"] = "", dict(best, cuda_graph=True)
+        else:
+            rivals[f"ours, {best['precision']}, --low_memory"] = "", dict(best, low_memory=True)
         results = {rival: [] for rival in rivals}
         for rival in [*rivals, *rivals]:
             where, options = rivals[rival]

@@ -169,6 +169,13 @@ def stop_after(steps, config):
     assert max(checkpoints(config.out)) == steps
 
 
+def test_low_memory_changes_no_weight(shards, tmp_path):
+    for name, low_memory in (("kept", False), ("handed_back", True)):
+        words = command(shards, tmp_path / name, *["--low_memory"] * low_memory)
+        assert run("train.py", *words, cwd=tmp_path).returncode == 0
+    assert same(weights(tmp_path / "kept"), weights(tmp_path / "handed_back"))
+
+
 def test_the_best_and_the_last_checkpoint_are_kept(shards, tmp_path):
     config = configure(shards, tmp_path / "run", max_steps=12, eval_every=2, learning_rate=0.01)
     train(config)
