@@ -1117,12 +1117,13 @@ class Block(nn.Module):
 # The whole: ids -> stream of channels -> logits or loss.
 
 
-def check_ids(ids, vocab_size):
-    """Raise ValueError unless all ids are below vocab_size: a GPU would stop the whole program. It
-    is asked on the CPU, where ids come from; looking at them on a GPU would make it wait."""
-    if ids.device.type == "cpu" and ids.numel() and not 0 <= ids.min() <= ids.max() < vocab_size:
-        wrong = ids[(ids < 0) | (ids >= vocab_size)][0].item()
-        raise ValueError(f"token id {wrong} is outside the vocabulary: vocab_size={vocab_size}")
+def check_ids(ids, size, lowest=0, what="token id", limit="vocab_size"):
+    """Raise ValueError unless all ids are from lowest to size - 1: a GPU would stop the whole
+    program. They are looked at on the CPU, where they come from; a GPU would be made to wait."""
+    wrong = ids[(ids < lowest) | (ids >= size)] if ids.device.type == "cpu" else ()
+    if len(wrong):
+        raise ValueError(f"{what} {wrong[0].item()} is not from {lowest} to {size - 1}: "
+                         f"{limit}={size}")
 
 
 def places(segments):
@@ -1262,7 +1263,7 @@ class GPT(nn.Module):
         if c.n_classes:
             return self.judge(x, targets, segments)
         if targets is not None:
-            check_ids(targets + 1, c.vocab_size + 1)
+            check_ids(targets, c.vocab_size, lowest=-1)
             extras = (c.label_smoothing, c.z_loss) if self.training else ()
             return None, self.kernels.loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten(),
                                            c.softcap, *extras)
@@ -1280,7 +1281,7 @@ class GPT(nn.Module):
             return logits, None
         if self.config.n_classes == 1:
             return None, F.mse_loss(logits.squeeze(1), targets.float())
-        check_ids(targets, self.config.n_classes)
+        check_ids(targets, self.config.n_classes, what="class", limit="n_classes")
         return None, F.cross_entropy(logits, targets)
 
     def n_parameters(self):

@@ -269,7 +269,8 @@ def clip_gradients(model, grad_clip):
 def to_device(batch, model):
     """A batch of the loader, each (B, T), as tensors on the model's device."""
     batch = [torch.from_numpy(ids) for ids in batch]
-    check_ids(batch[0], model.config.vocab_size)
+    for ids in batch:
+        check_ids(ids, model.config.vocab_size)
     return [ids.to(model.device, non_blocking=True) for ids in batch]
 
 

@@ -32,8 +32,7 @@ from data import find_files, read_documents
 from model import GPT, GPTConfig, Linear, fused_attention, plain_attention, tiles, torch_attention
 from sample import generate, has_fast_bf16, pick_device, pick_precision
 from tokenizer import GPT2_SPLIT, SPECIAL_TOKENS, Tokenizer, train_fast
-from train import (GraphedStep, TrainConfig, build_optimizer, clip_gradients, keep_freed_memory,
-                   new_run, shape_of, take_step)
+from train import GraphedStep, TrainConfig, keep_freed_memory, new_run, shape_of, take_step
 
 
 def median_seconds(function, times=7):
@@ -84,17 +83,10 @@ def training():
             torch.manual_seed(0)
             model = default_model(device)
             kernels = model.use(kernels, dtype)
-            optimizer = build_optimizer(model, config)
+            run = new_run("", model, config, device)
             shape = (config.batch_size, model.config.block_size)
             ids = torch.randint(config.vocab_size, shape, device=device)
-
-            def step():
-                model(ids, ids)[1].backward()
-                clip_gradients(model, 1.0).item()
-                optimizer.step()
-                optimizer.zero_grad()
-
-            seconds = median_seconds(step)
+            seconds = median_seconds(lambda: take_step(run, model, [ids], [ids], 1.0)[0].item())
             alone, flops = matmul_seconds(model, *shape, dtype)
             show(f"training {config.size}, {device} {precision}, {kernels} kernels",
                  f"{ids.numel() / seconds:,.0f} tokens/s; its matrix products alone take "
@@ -211,10 +203,10 @@ def nanogpt(folder):
             done = subprocess.run([sys.executable, __file__, f"--contest={entry}"], text=True,
                                   stdout=subprocess.PIPE, check=True)
             results[rival].append(json.loads(done.stdout.splitlines()[-1]))
-        for rival, found in results.items():
+        for n, (rival, found) in enumerate(results.items()):
             rate, memory = max(rate for rate, _ in found), max(memory for _, memory in found)
             ratios = ", ".join(f"{rate / max(r for r, _ in others):.2f}x of {other}"
-                               for other, others in results.items() if other < rival)
+                               for other, others in [*results.items()][:n])
             show(f"training step, {name}, {device}, {rival}",
                  f"{rate:,.0f} tokens/s, {memory / 1e9:.2f} GB" + (f"; {ratios}" if ratios else ""))
 

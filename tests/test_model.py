@@ -209,24 +209,21 @@ def test_a_loss_without_targets_is_zero_and_teaches_nothing():
 @pytest.mark.parametrize("residual", [True, False])
 @pytest.mark.parametrize("center, bias", [(False, False), (True, True), (True, False)])
 def test_fused_norm_equals_plain_norm_and_torchs(center, bias, residual):
-    x, y, weight, shift = randn(3, 5, 8), randn(3, 5, 8), randn(8), randn(8)
+    inputs = [randn(3, 5, 8), randn(8), *([randn(8)] if bias else []),
+              *([randn(3, 5, 8)] if residual else [])]
 
-    def normed(norm, x, y, weight, shift):
-        total, y = norm(x, weight, shift if bias else None, y if residual else None, center)
-        return total, y, (shift.sum() + y.sum())[None]  # of which all have a gradient
+    def call(norm, x, weight, *rest):
+        shift, y = rest[0] if bias else None, rest[-1] if residual else None
+        return norm(x, weight, shift, y, center)
 
-    inputs = x, y, weight, shift
-    if not residual:
-        inputs = x, torch.zeros_like(y), weight, shift
-        normed = (lambda norm, x, y, weight, shift: (
-            norm(x, weight, shift if bias else None, None, center)[1], (y + shift.sum())))
-    plain = value_and_gradients(partial(normed, plain_norm), *inputs)
-    close(value_and_gradients(partial(normed, fused_norm), *inputs), plain, **exactly)
-    total = x + y if residual else x
-    theirs = (F.layer_norm(total, (8,), weight, shift if bias else None, 1e-6) if center
-              else F.rms_norm(total, (8,), weight, 1e-6))
-    ours = plain_norm(x, weight, shift if bias else None, y if residual else None, center)
-    close(ours[1], theirs)
+    def by_torch(x, weight, shift, y, center):
+        total = x if y is None else x + y
+        return total, (F.layer_norm(total, (8,), weight, shift, 1e-6) if center
+                       else F.rms_norm(total, (8,), weight, 1e-6))
+
+    plain = value_and_gradients(partial(call, plain_norm), *inputs)
+    close(value_and_gradients(partial(call, fused_norm), *inputs), plain, **exactly)
+    close(value_and_gradients(partial(call, by_torch), *inputs), plain, **exactly)
 
 
 @pytest.mark.parametrize("norm", [True, False])
@@ -597,10 +594,16 @@ def test_an_impossible_shape_is_refused_with_its_value(options, words):
 @pytest.mark.parametrize("id", [64, -1])
 def test_an_id_outside_the_vocabulary_is_refused_before_it_is_looked_up(id):
     ids = torch.tensor([[1, id, 2]])
-    with pytest.raises(ValueError, match=f"token id {id} is outside the vocabulary: vocab_size=64"):
+    with pytest.raises(ValueError, match=f"token id {id} is not from 0 to 63: vocab_size=64"):
         tiny()(ids)
-    with pytest.raises(ValueError, match="outside the vocabulary"):
-        tiny()(torch.ones_like(ids), ids - int(id < 0))  # as a target, -1 is allowed
+    target = id - int(id < 0)  # as a target, -1 is allowed
+    with pytest.raises(ValueError, match=f"token id {target} is not from -1 to 63: vocab_size=64"):
+        tiny()(torch.ones_like(ids), torch.tensor([[1, -1, target]]))
+
+
+def test_a_class_that_the_head_does_not_have_is_refused():
+    with pytest.raises(ValueError, match="class 3 is not from 0 to 2: n_classes=3"):
+        tiny(n_classes=3)(torch.ones(2, 4, dtype=torch.long), torch.tensor([0, 3]))
 
 
 def test_too_long_a_sequence_and_a_full_cache_are_refused():

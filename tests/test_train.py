@@ -113,7 +113,7 @@ def test_a_step_replayed_as_a_cuda_graph_is_the_step(shards, rows):
 
 def test_an_id_that_the_model_does_not_know_is_refused_on_its_way_to_the_device(shards):
     batch = next(TokenLoader(shards, 2, 16))
-    with pytest.raises(ValueError, match="is outside the vocabulary: vocab_size=20"):
+    with pytest.raises(ValueError, match="is not from 0 to 19: vocab_size=20"):
         to_device(batch, tiny(vocab_size=20))
 
 
