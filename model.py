@@ -366,7 +366,7 @@ def plain_loss(x, weight, targets, softcap=0.0, smoothing=0.0, z_loss=0.0):
     return (losses * wanted).sum() / wanted.sum().clamp(min=1)
 
 
-LOSS_TILE = 2**24  # logits that are held at once
+LOSS_TILE = 2**23  # logits that are held at once
 
 
 def loss_part(x, low, targets, softcap, smoothing, z_loss, learn):
@@ -404,7 +404,7 @@ class FusedLoss(torch.autograd.Function):
         low, (N, V) = weight.to(x.dtype), (len(x), len(weight))
         total = torch.zeros((), dtype=wide(x.dtype), device=x.device)
         d_x, d_weight = (torch.empty_like(y) if learn else None for y in (x, weight))
-        tile = LOSS_TILE if x.device.type == "cpu" else 16 * LOSS_TILE  # GPUs want large products
+        tile = LOSS_TILE if x.device.type == "cpu" else 32 * LOSS_TILE  # GPUs want large products
         step = max(1, min(N, tile // V))
         for start in range(0, N, step):
             rows = slice(start, start + step)
