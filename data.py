@@ -592,6 +592,30 @@ class TokenLoader:
         return np.concatenate(parts)
 
 
+class MixedLoader(TokenLoader):
+    """A TokenLoader over several folders of shards, {path: share}: of any 100 sequences in a row
+    each folder gives its share, spread evenly. n_tokens is read when the first was read once."""
+
+    def __init__(self, shares, batch_size, block_size, rank=0, world_size=1, seed=0, position=0):
+        super().__init__(next(iter(shares)), batch_size, block_size, rank, world_size, seed,
+                         position)
+        parts = [round(100 * share) for share in shares.values()]
+        if min(parts) < 1 or sum(parts) != 100:
+            raise ValueError(f"shares {' + '.join(map(str, parts))} must each be at least 1 "
+                             "hundredth, and all of them 100")
+        self.loaders = [TokenLoader(path, batch_size, block_size, seed=seed) for path in shares]
+        self.n_tokens = self.n_tokens * 100 // parts[0]
+        self.parts, self.turns = parts, []  # turns: whose each of 100 sequences is
+        for n in range(1, 101):
+            behind = [part * n / 100 - self.turns.count(i) for i, part in enumerate(parts)]
+            self.turns.append(behind.index(max(behind)))
+
+    def block(self, number):
+        rounds, n = divmod(number, 100)
+        i = self.turns[n]
+        return self.loaders[i].block(rounds * self.parts[i] + self.turns[:n].count(i))
+
+
 # -----------------------------------------------------------------------------
 # The command.
 

@@ -38,14 +38,16 @@ GPT2 = dict(position="learned", norm="layernorm", norm_first=True, activation="g
 ARCHITECTURES = {
     "gpt2": GPT2,
     "modern": GPT2 | dict(position="rope", norm="rmsnorm", activation="swiglu", bias=False,
-                          qk_norm=True, zero_init=True, sharing=2),
+                          qk_norm=True, zero_init=True, tied=False, sharing=2),
     "bert": GPT2 | dict(norm_first=False, causal=False),              # arXiv:1810.04805
     "transformer": GPT2 | dict(position="sinusoidal", norm_first=False, activation="relu",
                                cross=True),                           # arXiv:1706.03762
 }
 
-# Parameters with a vocabulary of 4,096 (modern) for the first four, of 50,257 (gpt2) for the rest.
+# Parameters with a vocabulary of 260 bytes (modern) for the first, of 4,096 for the next four, of
+# 50,257 (gpt2) for the rest.
 SIZES = {
+    "nano": dict(n_layer=3, n_head=2, n_embd=96, block_size=128),              # 0.4M
     "tiny": dict(n_layer=2, n_head=2, n_embd=128, block_size=256),             # 0.8M
     "mini": dict(n_layer=4, n_head=4, n_embd=256, block_size=256),             # 4M
     "small": dict(n_layer=6, n_head=6, n_embd=384, block_size=512),            # 11M
@@ -1214,12 +1216,14 @@ class GPT(nn.Module):
             self.encoder.wte.weight = self.transformer.wte.weight
 
     def initialize(self):
-        """GPT-2's: normal, deviation 0.02; what writes to the stream is scaled down by its depth,
-        or starts at zero."""
-        smaller = 0.0 if self.config.zero_init else (2 * self.config.n_layer) ** -0.5
+        """GPT-2's: normal, deviation 0.02; what writes to the stream is scaled down by its depth.
+        With zero_init it starts at zero, as does a head of its own: all tokens are alike likely."""
+        c, head = self.config, self.lm_head.weight is not self.transformer.wte.weight
+        smaller = 0.0 if c.zero_init else (2 * c.n_layer) ** -0.5
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 writes = name.endswith(("o_proj", "down_proj"))
+                writes = writes or c.zero_init and head and name == "lm_head"
                 nn.init.normal_(module.weight, std=0.02 * (smaller if writes else 1.0))
                 if getattr(module, "bias", None) is not None:
                     nn.init.zeros_(module.bias)

@@ -2,7 +2,8 @@
 Train a model: text or token shards in, a run folder with checkpoints out.
 
     python train.py                                       # Python's own library, a few minutes
-    python train.py --data=mybook.txt --size=small --max_steps=5000
+    python train.py --data=mybook.txt --size=small --minutes=60
+    python train.py --data=mybook.txt --find_lr           # a sweep and a picture, no run
     python train.py --resume                              # continue the newest run
     torchrun --nproc_per_node=2 train.py --max_steps=500  # the same losses, on two processes
 
@@ -14,6 +15,7 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import importlib.util
 import inspect
 import json
 import math
@@ -24,10 +26,11 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 
 from tqdm import tqdm
 
-from data import TokenLoader, folder_name, prepare
+from data import MixedLoader, TokenLoader, folder_name, prepare
 from tokenizer import Parser, Tokenizer, replacing, run_command, share_cores
 
 if __name__ == "__main__":
@@ -39,12 +42,19 @@ if not {"-h", "--help"} & set(sys.argv):  # torch takes two seconds to import; h
 
     from model import (GPT, SIZES, GPTConfig, check_ids, check_known, load_model,
                        save_model)
-    from sample import (checkpoints, complete, newest_run, pick_checkpoint, pick_device,
-                        pick_precision)
+    from sample import (checkpoints, complete, has_fast_bf16, newest_run, pick_checkpoint,
+                        pick_device, pick_precision)
     from sample import load_run as load_finished
 
 
-LENGTHS = ("max_steps", "epochs", "minutes")
+LENGTHS = ("max_steps", "epochs", "tokens", "minutes")
+RATES = {"muon": 0.02, "adamw": 1.5e-3}  # learning rates that suit small models
+SCHEDULES = {  # share of the learning rate at a progress from 0 to 1; wsd: arXiv:2404.06395
+    "linear": lambda progress, decay_ratio: 1 - progress,
+    "cosine": lambda progress, decay_ratio: (1 + math.cos(math.pi * progress)) / 2,
+    "wsd": lambda progress, decay_ratio: min(1.0, (1 - progress) / decay_ratio),
+    "constant": lambda progress, decay_ratio: 1.0,
+}
 
 
 @dataclass
@@ -58,7 +68,7 @@ class TrainConfig:
     vocab_size: int = 4096          # of the tokenizer, when one is trained
     # model
     architecture: str = "modern"    # gpt2 | modern
-    size: str = "mini"              # tiny | mini | small | base | gpt2 | gpt2-medium ...
+    size: str = "mini"              # nano | tiny | mini | small | base | gpt2 | gpt2-medium ...
     block_size: int = 0             # longest sequence in tokens; here and below 0: the size's
     n_layer: int = 0                # blocks
     n_head: int = 0                 # query heads
@@ -75,21 +85,31 @@ class TrainConfig:
     # length and batch
     max_steps: int = 0              # optimizer steps; 0: no limit
     epochs: float = 0.0             # passes over the data; 0: no limit
+    tokens: float = 0.0             # tokens read, such as 1e8; 0: no limit
     minutes: float = 0.0            # end after this long, data included; 0: no limit
-    batch_size: int = 8             # sequences per step, over all devices
-    micro_batch_size: int = 8       # sequences per forward pass on a device; the rest accumulates
+    batch_size: int = 16            # sequences per step, over all devices
+    micro_batch_size: int = 16      # sequences per forward pass on a device; the rest accumulates
+    patience: int = 0               # end after so many validations without a lower loss; 0: never
+    mix: str = ""                   # further shards and their share of batches: shards/a=0.2,b=0.1
+    curriculum: float = 0.0         # share of the run in which sequences are cut into short ones
     # optimizer
-    learning_rate: float = 1.5e-3   # the highest, after warm-up
-    min_lr: float = 1e-4            # the last
-    warmup_steps: int = 40          # steps from 0 to the highest
-    weight_decay: float = 0.1       # on matrices only
+    optimizer: str = "muon"         # muon | adamw
+    learning_rate: float = 0.0      # the highest, after warm-up; 0: 0.02 for muon, 0.0015 for adamw
+    min_lr: float = 0.0             # the last
+    schedule: str = "linear"        # linear | cosine | wsd | constant
+    decay_ratio: float = 0.4        # share of the run, its end, in which wsd falls
+    warmup_steps: int = 5           # steps from 0 to the highest
+    weight_decay: float = 0.1       # on matrices only; with muon on those of the blocks
     beta1: float = 0.9              # AdamW's memory of gradients
-    beta2: float = 0.98             # AdamW's memory of their squares
+    beta2: float = 0.95             # AdamW's memory of their squares
     grad_clip: float = 1.0          # longest gradient; 0: no limit
+    find_lr: bool = False           # try ever higher rates, draw the losses, suggest one, and end
     # what is seen
     eval_every: int = 100           # steps between validations, each with a sample and a checkpoint
     eval_sequences: int = 64        # sequences in the fixed validation set
     sample_tokens: int = 48         # tokens shown at a validation
+    tensorboard: bool = False       # log to TensorBoard, too, in the run folder
+    wandb: bool = False             # log to Weights & Biases, too
     # machine
     device: str = "auto"            # auto | cpu | cuda | mps
     precision: str = "auto"         # auto | fp32 | bf16 | fp16 (weights stay float32)
@@ -105,9 +125,16 @@ class TrainConfig:
         for name in ("batch_size", "micro_batch_size", "eval_every", "eval_sequences"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in (*LENGTHS, "learning_rate", "min_lr", "warmup_steps", "grad_clip"):
-            if getattr(self, name) < 0:
+        for name in (*LENGTHS, "learning_rate", "min_lr", "warmup_steps", "grad_clip", "patience"):
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        check_known(self.optimizer, RATES, "optimizer")
+        check_known(self.schedule, SCHEDULES, "schedule")
+        if not 0 < self.decay_ratio <= 1:
+            raise ValueError(f"decay_ratio={self.decay_ratio} must be above 0 and at most 1")
+        if not 0 <= self.curriculum <= 1:
+            raise ValueError(f"curriculum={self.curriculum} must be from 0 to 1")
+        self.learning_rate = self.learning_rate or RATES[self.optimizer]
 
 
 # -----------------------------------------------------------------------------
@@ -147,6 +174,11 @@ def complete_options(given):
         saved.update(out="", config="", resume=False)
         if given.keys() & set(LENGTHS):  # a new length takes the place of all former ones
             saved |= dict.fromkeys(LENGTHS, 0)
+        if given.get("optimizer", saved["optimizer"]) != saved["optimizer"]:
+            if config.resume:
+                raise ValueError(f"{given['out']} was trained with {saved['optimizer']}, whose "
+                                 "memory another optimizer cannot use: leave --optimizer out")
+            saved["learning_rate"] = 0.0
         return TrainConfig(**saved | given)
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{config.config} is not the config.json of a run ({error!r})") from None
@@ -232,25 +264,111 @@ def stop_signals():
 
 
 def learning_rate(step, config, progress=None):
-    """Linear warm-up, then a cosine from learning_rate to min_lr over the run (arXiv:1608.03983).
+    """Linear warm-up, then the schedule from learning_rate to min_lr over the run.
     progress in [0, 1] is the share of it done: step / max_steps, unless the clock is ahead."""
     progress = step / max(1, config.max_steps) if progress is None else progress
-    cosine = (1 + math.cos(math.pi * min(1.0, progress))) / 2
-    rate = config.min_lr + (config.learning_rate - config.min_lr) * cosine
+    share = SCHEDULES[config.schedule](min(1.0, progress), config.decay_ratio)
+    rate = config.min_lr + (config.learning_rate - config.min_lr) * share
     return rate * min(1.0, (step + 1) / max(1, config.warmup_steps))
 
 
+NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315
+
+
+def plain_orthogonal(x, steps=5):
+    """Matrices x (..., rows, columns) with all singular values brought near 1: each step sends
+    every one of them through the same odd polynomial. kellerjordan.github.io/posts/muon"""
+    a, b, c = NEWTON_SCHULZ
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x
+
+
+def fast_orthogonal(x, steps=5):
+    """plain_orthogonal with less work where x is wide: what becomes of x is a polynomial of the
+    small square x x^T times x, so it is worked out on squares and meets x once, at the end."""
+    rows, columns = x.shape[-2:]
+    if rows > columns:
+        return fast_orthogonal(x.mT, steps).mT
+    if columns < 1.5 * rows:
+        return plain_orthogonal(x, steps)
+    a, b, c = NEWTON_SCHULZ
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    gram = x @ x.mT                                                  # (..., rows, rows)
+    total = torch.eye(rows, dtype=x.dtype, device=x.device)
+    for step in range(steps):
+        factor = torch.eye(rows, dtype=x.dtype, device=x.device) * a + b * gram + c * gram @ gram
+        total = factor @ total if step else factor
+        gram = factor @ gram @ factor
+    return total @ x
+
+
+class Muon:
+    """Muon for the groups with muon=True: the step is the momentum of a matrix's gradients, made
+    orthogonal, so that all its directions move alike (arXiv:2502.16982). AdamW for the others.
+    torch's own Muon takes matrices one by one, in bfloat16; here those of one shape go together."""
+
+    def __init__(self, groups, momentum=0.95, **options):
+        self.adamw, self.momentum = torch.optim.AdamW(groups, **options), momentum
+        self._step_supports_amp_scaling = False  # a GradScaler is to leave out the whole step
+
+    def __getattr__(self, name):
+        return getattr(self.adamw, name)  # param_groups, zero_grad, state_dict ...
+
+    def step(self):
+        with torch.no_grad():
+            self.turn_matrices()
+        self.adamw.step()
+
+    def turn_matrices(self):
+        for group in self.param_groups:
+            shapes = {}
+            for p in group["params"] if group["muon"] else ():
+                if p.grad is not None:
+                    shapes.setdefault(p.shape, []).append(p)
+            for alike in shapes.values():
+                self.turn(alike, group["lr"], group["weight_decay"])
+
+    def turn(self, params, lr, weight_decay):
+        """The step of matrices of one shape; AdamW passes over them, as no gradient is left."""
+        for p in params:
+            if not self.state[p]:  # AdamW looks for a step in each state that it loads
+                self.state[p].update(momentum=torch.zeros_like(p), step=torch.zeros(()))
+        gradients = [p.grad for p in params]
+        momenta = [self.state[p]["momentum"] for p in params]
+        torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
+        ahead = torch.stack(torch._foreach_lerp(gradients, momenta, self.momentum))  # Nesterov's
+        rows, columns = params[0].shape
+        updates = fast_orthogonal(ahead) * (lr * max(1, rows / columns) ** 0.5)
+        for p, update in zip(params, updates):
+            p.mul_(1 - lr * weight_decay).sub_(update)
+            p.grad = None
+
+
 def build_optimizer(model, config):
-    """AdamW (arXiv:1711.05101); weight decay pulls matrices to zero, never gains and biases."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [dict(params=matrices, weight_decay=config.weight_decay),
-              dict(params=vectors, weight_decay=0.0)]
+    """AdamW (arXiv:1711.05101), whose weight decay pulls matrices to zero, never gains and biases.
+    Or Muon for the matrices of the blocks, and AdamW at half its rate for all else."""
+    muon = config.optimizer == "muon"
+    chosen = {name: p for name, p in model.named_parameters()
+              if p.dim() >= 2 and ("blocks." in name or not muon)}
+    rest = [p for name, p in model.named_parameters() if name not in chosen]
+    groups = [dict(params=list(chosen.values()), weight_decay=config.weight_decay, muon=muon,
+                   share=1.0),
+              dict(params=rest, weight_decay=0.0, muon=False, share=0.5 if muon else 1.0)]
     rate = config.learning_rate
     if config.cuda_graph:  # a graph repeats what it saw: only what is in a tensor can change
-        rate = torch.tensor(rate, device=matrices[0].device)
-    return torch.optim.AdamW(groups, lr=rate, betas=(config.beta1, config.beta2), fused=True,
-                             capturable=config.cuda_graph)
+        rate = torch.tensor(rate, device=model.device)
+    return (Muon if muon else torch.optim.AdamW)(
+        groups, lr=rate, betas=(config.beta1, config.beta2), fused=True,
+        capturable=config.cuda_graph)
+
+
+def set_rate(optimizer, rate):
+    for group in optimizer.param_groups:
+        own = rate * group["share"]
+        group["lr"] = group["lr"].fill_(own) if torch.is_tensor(group["lr"]) else own
 
 
 def parallelize(model, world_size, device):
@@ -274,9 +392,9 @@ def to_device(batch, model):
     return [ids.to(model.device, non_blocking=True) for ids in batch]
 
 
-def take_step(run, model, xs, ys, grad_clip):
-    """One step on xs and ys, lists of batches (B, T): gradients, clip, update -> (mean loss in
-    nats, length of the gradient), tensors. Processes exchange gradients once, at the last batch."""
+def gradients(run, model, xs, ys, grad_clip):
+    """Gradients on xs and ys, lists of batches (B, T), clipped -> (mean loss in nats, length of the
+    gradient), tensors. Processes exchange gradients once, at the last batch."""
     total = 0.0
     for n, (x, y) in enumerate(zip(xs, ys), 1):
         waits = hasattr(model, "no_sync") and n < len(xs)
@@ -286,11 +404,21 @@ def take_step(run, model, xs, ys, grad_clip):
             run.scaler.scale(loss / len(xs)).backward()
         total += loss.detach() / len(xs)
     run.scaler.unscale_(run.optimizer)
-    norm = clip_gradients(run.model, grad_clip)
+    return total, clip_gradients(run.model, grad_clip)
+
+
+def update(run):
+    """Let the optimizer take its step, unless fp16's gradients overflowed."""
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad()
-    return total, norm
+
+
+def take_step(run, model, xs, ys, grad_clip):
+    """A whole step: gradients, clip, update -> (mean loss, length of the gradient)."""
+    results = gradients(run, model, xs, ys, grad_clip)
+    update(run)
+    return results
 
 
 class GraphedStep:
@@ -332,14 +460,67 @@ def validation_loss(model, shards, config, rank, world_size):
     return average([sum(losses) / n], model.device)[0]
 
 
-def seconds_per_sequence(model):
-    """A short probe: forward and backward of a few sequences of random ids, the second time."""
-    ids = torch.randint(model.config.vocab_size, (4, model.config.block_size), device=model.device)
+def seconds_per_step(run, config, micro, accumulate):
+    """What the log of the run says, or if it is new a short probe: two steps at a rate of 0, which
+    change no weight; the second counts."""
+    rates = [row["tokens_per_second"] for row in read_log(run.folder)]
+    tokens = config.batch_size * run.model.config.block_size
+    if rates:
+        return tokens / median(rates)
+    ids = torch.randint(run.model.config.vocab_size, (micro, run.model.config.block_size),
+                        device=run.model.device)
+    set_rate(run.optimizer, 0.0)
     for _ in range(2):
         start = time.perf_counter()
-        model(ids, ids)[1].backward()
-        model.zero_grad()
-    return (time.perf_counter() - start) / len(ids)
+        gradients(run, run.model, [ids], [ids], config.grad_clip)[0].item()
+        middle = time.perf_counter()
+        update(run)
+    run.optimizer.state.clear()
+    return accumulate * (middle - start) + time.perf_counter() - middle
+
+
+def matmul_rate(device, dtype, size=1024):
+    """FLOP/s of a large matrix product: what this device can do at most."""
+    x, seconds = torch.ones(size, size, device=device, dtype=dtype), []
+    for _ in range(4):
+        start = time.perf_counter()
+        (x @ x)[0, 0].item()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
+
+
+def peak_memory(device="cpu"):
+    """The most bytes held so far, of the GPU or of this process; None where nobody counts them."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    with contextlib.suppress(ImportError):  # Windows has no such module
+        import resource
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def first_bad(model, xs, ys):
+    """Where numbers stop being finite on these batches: the name of the first module whose output
+    is not, or else of the parameter nearest to the loss whose gradient is not."""
+    found = []
+
+    def look(name):
+        def hook(module, inputs, output):
+            tensors = [y for y in (output if isinstance(output, tuple) else [output])
+                       if torch.is_tensor(y)]
+            if not all(y.isfinite().all() for y in tensors):
+                found.append(name)
+        return hook
+
+    hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules()]
+    model.zero_grad()
+    for x, y in zip(xs, ys):
+        model(x, y)[1].backward()
+    for hook in hooks:
+        hook.remove()
+    grads = [name for name, p in reversed(list(model.named_parameters()))
+             if p.grad is not None and not p.grad.isfinite().all()]
+    return next(iter([*found, *grads]), "the loss") or "the loss"
 
 
 # -----------------------------------------------------------------------------
@@ -400,7 +581,7 @@ def load_run(folder, config, device):
     """The Run in a folder as its newest checkpoint left it."""
     model, state = load_model(pick_checkpoint(folder, "last"), device)
     run = new_run(folder, model, config, device)
-    groups = [{name: group[name] for name in ("lr", "capturable")}
+    groups = [{name: group[name] for name in ("lr", "capturable", "weight_decay", "betas")}
               for group in run.optimizer.param_groups]  # which are this machine's to choose
     run.optimizer.load_state_dict(state["optimizer"])
     for group, own in zip(run.optimizer.param_groups, groups):
@@ -422,7 +603,7 @@ def new_run(folder, model, config, device):
 def draw_loss(folder):
     """loss.png from log.jsonl: the loss of each step, its running mean, the validation losses."""
     from matplotlib.figure import Figure  # not pyplot: a notebook that trains goes on showing plots
-    rows = read_log(folder)
+    rows = [row for row in read_log(folder) if row["loss"] is not None]
     steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
     measured = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
     smooth, mean = [], losses[0]
@@ -445,6 +626,21 @@ def draw_loss(folder):
         fig.savefig(file, format="png", bbox_inches="tight")
 
 
+def draw_rates(folder, rates, losses, best):
+    """find_lr.png: the loss against the rate, and the rate that is suggested."""
+    from matplotlib.figure import Figure
+    fig = Figure(figsize=(8, 4.5), dpi=120)
+    ax = fig.subplots()
+    ax.semilogx(rates, losses, color="#4477aa", linewidth=2)
+    ax.axvline(best, color="#cc6633", label=f"suggested: {best:.1g}")
+    ax.set(title="Loss while the learning rate grows", xlabel="learning rate",
+           ylabel="loss, running mean (nats per token)")
+    ax.grid(alpha=0.3)
+    ax.legend(frameon=False)
+    with replacing(Path(folder) / "find_lr.png") as file:
+        fig.savefig(file, format="png", bbox_inches="tight")
+
+
 # -----------------------------------------------------------------------------
 # The run.
 
@@ -459,6 +655,33 @@ def find_shards(config, rank, say):
     if dist.is_initialized():
         dist.barrier()
     return folder
+
+
+def open_batches(config, shards, tokenizer, micro, T, rank, world_size, position):
+    """The loader of the run; with --mix of several shards, which have to share the tokenizer."""
+    options = micro, T, rank, world_size, config.seed, position
+    if not config.mix:
+        return TokenLoader(shards, *options)
+    shares = {}
+    for part in config.mix.split(","):
+        name, _, share = part.partition("=")
+        if not re.fullmatch(r"0?\.\d+", share) or not (Path(name) / "card.json").exists():
+            raise ValueError(f"mix={part} is not a folder of shards and its share, such as "
+                             "shards/a=0.2: python data.py TEXT makes one")
+        shares[Path(name)] = float(share)
+        if Tokenizer.load(Path(name) / "tokenizer.json").hash() != tokenizer.hash():
+            raise ValueError(f"{name} was made with another tokenizer than {shards}: "
+                             f"python data.py TEXT --tokenizer={shards / 'tokenizer.json'}")
+    return MixedLoader({shards: 1 - sum(shares.values())} | shares, *options)
+
+
+def cut_short(ids, progress, curriculum):
+    """Rows (B, T) cut into (8 B, T / 8), later 4, then 2, during the first `curriculum` of the run:
+    short sequences first, as many tokens (arXiv:2108.06084)."""
+    if progress >= curriculum:
+        return ids
+    parts = 8 >> int(3 * progress / curriculum)
+    return ids.reshape(ids.size(0) * parts, -1)
 
 
 def open_run(config, model_config, shards, tokenizer, device):
@@ -485,6 +708,43 @@ def split_batch(config, world_size):
     return micro, config.batch_size // (micro * world_size)
 
 
+def check_finite(run, xs, ys, loss, norm, rate, log):
+    """Before an update: ValueError, and a last row in the log that names the place, if the loss is
+    not finite, or the gradient outside fp16, whose scaler takes care of it."""
+    if math.isfinite(loss) and (math.isfinite(norm) or run.scaler.is_enabled()):
+        return
+    bad = first_bad(run.model, xs, ys)
+    log(dict(step=run.step + 1, loss=None, lr=rate, bad=bad))
+    raise ValueError(f"the loss or its gradient is not finite at step {run.step + 1}, first in "
+                     f"{bad}: go on from the last checkpoint with --resume and a --learning_rate "
+                     f"below {rate:.1e}; python -m chapters.doctor {run.folder} says more")
+
+
+def is_patient_no_more(run, config):
+    """Whether `patience` validations have passed since the best one."""
+    return config.patience and run.step - run.best_step >= config.patience * config.eval_every
+
+
+def find_rate(run, config, batches, accumulate, say, n_steps=100, lowest=1e-5, highest=3.0):
+    """A sweep on weights that are then thrown away: ever higher rates, until the loss takes off.
+    Draws find_lr.png in the run's folder, which gets no run. arXiv:1506.01186"""
+    rates, losses, mean = [], [], None
+    for step in range(n_steps):
+        rates.append(lowest * (highest / lowest) ** (step / (n_steps - 1)))
+        set_rate(run.optimizer, rates[-1])
+        xs, ys = zip(*(to_device(next(batches), run.model) for _ in range(accumulate)))
+        loss = take_step(run, run.model, xs, ys, config.grad_clip)[0].item()
+        mean = loss if mean is None else 0.8 * mean + 0.2 * loss
+        losses.append(mean)
+        if not mean < 1.3 * min(losses):
+            break
+    best = rates[losses.index(min(losses))] / 3
+    draw_rates(run.folder, rates, losses, best)
+    say(f"loss {losses[0]:.3f}, then {min(losses):.3f}, then {losses[-1]:.3f} at rates from "
+        f"{lowest:.0e} to {rates[-1]:.0e}: see {run.folder / 'find_lr.png'}; "
+        f"try --learning_rate={best:.1g}")
+
+
 def check_graph(config, device, world_size, kernels):
     """ValueError where a step cannot be recorded as a CUDA graph."""
     if config.cuda_graph and (not device.startswith("cuda") or world_size > 1
@@ -496,7 +756,8 @@ def check_graph(config, device, world_size, kernels):
 
 def last_step(config, n_tokens, tokens_per_step):
     """The step at which the run ends at the latest; infinite if only the clock ends it."""
-    limits = [config.max_steps, math.ceil(config.epochs * n_tokens / tokens_per_step)]
+    limits = [config.max_steps, math.ceil(config.epochs * n_tokens / tokens_per_step),
+              math.ceil(config.tokens / tokens_per_step)]
     return min(filter(None, limits), default=math.inf)
 
 
@@ -504,15 +765,33 @@ def clock(seconds):
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-def announce(config, model, n_tokens, n_steps, how):
-    """One line before the run: how large, how much, how long, on what."""
+def reason(asked, precision, device):
+    """Why the run computes in this precision."""
+    units = device != "cpu" or has_fast_bf16()
+    if asked != "auto":
+        return f"{precision} as asked" + ("" if units or precision == "fp32" else
+                                          ", slow here: this CPU has no units for it")
+    if precision == "bf16":
+        return "bf16 with float32 weights, fast here"
+    return "fp32, as bf16 is not fast here" if device == "cpu" else "fp32, safe on every device"
+
+
+def announce(config, model, n_tokens, n_steps, seconds, how):
+    """The lines before the run: how large, how much, how long, on what; and what is odd about it.
+    seconds are those of a step."""
     tokens_per_step = config.batch_size * model.config.block_size
-    seconds = seconds_per_sequence(model) * config.batch_size
     n_steps = min(n_steps, 60 * config.minutes / seconds if config.minutes else math.inf)
     tokens = n_steps * tokens_per_step
-    return (f"{model.n_parameters() / 1e6:.1f}M parameters, {tokens / 1e6:.1f}M tokens "
-            f"({tokens / n_tokens:.1f} epochs) in about {n_steps:,.0f} steps of "
-            f"{tokens_per_step:,}: about {clock(n_steps * seconds)} minutes on {how}")
+    epochs = tokens / n_tokens
+    yield (f"{model.n_parameters() / 1e6:.1f}M parameters, {tokens / 1e6:.1f}M tokens "
+           f"({epochs:.1f} epochs) in about {n_steps:,.0f} steps of "
+           f"{tokens_per_step:,}: about {clock(n_steps * seconds)} minutes on {how}")
+    if epochs < 0.5:
+        yield (f"it will see {epochs:.0%} of its {n_tokens / 1e6:.1f}M tokens: a smaller --size or "
+               "more --minutes would use them")
+    if epochs > 8:
+        yield (f"it will see its {n_tokens / 1e6:.1f}M tokens {epochs:.0f} times, and more than 8 "
+               "times teaches little: give more text, a shorter run, or --dropout and --patience")
 
 
 def sample_lines(model, tokenizer, n_tokens, seed):
@@ -525,8 +804,10 @@ def sample_lines(model, tokenizer, n_tokens, seed):
 
 def progress_line(row, left):
     validation = f" | validation {row['val_loss']:.4f}" if "val_loss" in row else ""
+    memory = f" | {row['memory'] / 1e9:.1f} GB" if row["memory"] else ""
     return (f"step {row['step']:5d} | loss {row['loss']:.4f}{validation} | lr {row['lr']:.1e} | "
-            f"norm {row['grad_norm']:.2f} | {row['tokens_per_second']:,} tok/s, {clock(left)} left")
+            f"norm {row['grad_norm']:.2f}{memory} | mfu {row['mfu']:.0%} | "
+            f"{row['tokens_per_second']:,} tok/s, {clock(left)} left")
 
 
 def summarize(run, card, began, how, stopped):
@@ -540,12 +821,55 @@ def summarize(run, card, began, how, stopped):
                 seconds=time.perf_counter() - began, how=how, stopped=stopped)
 
 
+TRACKERS = ("tensorboard", "wandb")  # packages that a flag of their name asks for
+
+
+def check_trackers(config):
+    for name in TRACKERS:
+        if getattr(config, name) and not importlib.util.find_spec(name):
+            raise ValueError(f"--{name} needs a package that is not installed: pip install {name}")
+
+
+@contextlib.contextmanager
+def open_logs(config, folder, is_main):
+    """Yields a function that writes a row, a dict, to log.jsonl and to what else was asked for."""
+    writers = []
+    with contextlib.ExitStack() as stack:
+        if is_main:
+            path = folder / "log.jsonl"
+            log = stack.enter_context(open(path, "a", buffering=1, encoding="utf-8"))
+            writers.append(lambda row: log.write(json.dumps(row) + "\n"))
+        if is_main and config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            board = stack.enter_context(SummaryWriter(folder))
+            writers.append(lambda row: [board.add_scalar(name, value, row["step"])
+                                        for name, value in row.items()
+                                        if name != "step" and isinstance(value, (int, float))])
+        if is_main and config.wandb:
+            import wandb
+            online = stack.enter_context(wandb.init(project="language-model", name=folder.name,
+                                                    dir=folder, config=asdict(config)))
+            writers.append(lambda row: online.log(row, step=row["step"]))
+        yield lambda row: [write(row) for write in writers]
+
+
+def suspicion(run, row):
+    """A line if a validation shows what should not be, naming the doctor; or none."""
+    guessing = math.log(run.model.config.vocab_size)
+    signs = {"the loss is above that of guessing": row["loss"] > guessing + 0.1,
+             f"validation was better at step {run.best_step}":
+             row["val_loss"] > 1.03 * run.best_loss}
+    found = " and ".join(sign for sign, is_there in signs.items() if is_there)
+    return f"{found}: python -m chapters.doctor {run.folder} looks into it" if found else ""
+
+
 def train(config, model_config=None, say=tqdm.write):
     """Train as config says, the model too unless model_config does; say takes the lines to show.
     -> a summary of the run: folder, step, loss and val_loss (nats per token), bits_per_byte,
-    tokens_per_second, seconds, how, stopped; None on all ranks but 0."""
+    tokens_per_second, seconds, how, stopped; None on all ranks but 0, and with find_lr."""
     began = time.perf_counter()
     keep_freed_memory(config.low_memory)
+    check_trackers(config)
     rank, world_size, device = start_processes(config)
     is_main, say = rank == 0, say if rank == 0 else lambda text: None
     if model_config is None:
@@ -556,25 +880,45 @@ def train(config, model_config=None, say=tqdm.write):
 
     torch.manual_seed(config.seed)
     precision, dtype = pick_precision(config.precision, device)
-    config = dataclasses.replace(config, precision=precision)
+    why, config = (reason(config.precision, precision, device),
+                   dataclasses.replace(config, precision=precision))
     run = open_run(config, model_config, shards, tokenizer, device)
     kernels = run.model.use(config.kernels, dtype, config.recompute)
     how = f"{device}, {precision}, {kernels} kernels"
     check_graph(config, device, world_size, kernels)
     micro, accumulate = split_batch(config, world_size)
     T = run.model.config.block_size
-    batches = TokenLoader(shards, micro, T, rank, world_size, config.seed,
-                          position=run.sequences // (micro * world_size))
+    if config.curriculum and T % 8:
+        raise ValueError(f"curriculum cuts sequences into 8: block_size={T} is no multiple of it")
+    batches = open_batches(config, shards, tokenizer, micro, T, rank, world_size,
+                           position=run.sequences // (micro * world_size))
+    if config.find_lr:
+        return find_rate(run, config, batches, accumulate, say)
     n_steps = last_step(config, batches.n_tokens, config.batch_size * T)
     if is_main:
-        say(announce(config, run.model, batches.n_tokens, n_steps, how))
+        seconds = seconds_per_step(run, config, micro, accumulate)
+        how_and_why = f"{device}, {kernels} kernels, {why}"
+        for line in announce(config, run.model, batches.n_tokens, n_steps, seconds, how_and_why):
+            say(line)
         tokenizer.save(run.folder / "tokenizer.json")
         data = dict(path=str(shards), **card)
         write_json(run.folder / "config.json",
                    dict(model=asdict(run.model.config), train=asdict(config), data=data))
-    model = parallelize(run.model, world_size, device)
-    step = (GraphedStep(run, model, config.grad_clip) if config.cuda_graph else
-            lambda xs, ys: take_step(run, model, xs, ys, config.grad_clip))
+    stopped = run_steps(run, config, batches, shards, tokenizer, n_steps,
+                        (rank, world_size, device), began, say)
+    return summarize(run, card, began, how, stopped) if is_main else None
+
+
+def run_steps(run, config, batches, shards, tokenizer, n_steps, place, began, say):
+    """The loop: rate, gradients, update, log; now and then validate, save, show. -> whether it was
+    asked to stop before its end. place is (rank, world_size, device)."""
+    rank, world_size, device = place
+    _, accumulate = split_batch(config, world_size)
+    model, is_main = parallelize(run.model, world_size, device), rank == 0
+    graphed = GraphedStep(run, model, config.grad_clip) if config.cuda_graph else None
+    tokens_per_step = config.batch_size * batches.block_size
+    best_rate = matmul_rate(run.model.device, run.model.dtype) * world_size
+    flops = run.model.flops_per_token()
     before = run.elapsed  # the minutes of this session, preparations included, come on top
 
     def share_done():
@@ -587,35 +931,42 @@ def train(config, model_config=None, say=tqdm.write):
     ready, started_at, shown = time.perf_counter(), progress, 0.0
     bar = tqdm(total=1.0, initial=progress, disable=not (is_main and sys.stderr.isatty()),
                leave=False, bar_format="{percentage:3.0f}% {bar:20} {desc}")
-    log_path = run.folder / "log.jsonl" if is_main else os.devnull
-    with bar, stop_signals() as asked, open(log_path, "a", buffering=1, encoding="utf-8") as log:
+    with bar, stop_signals() as asked, open_logs(config, run.folder, is_main) as log:
         while progress < 1 and not stopping:
             start = time.perf_counter()
             torch.manual_seed(1_000_003 * run.step + config.seed + rank)  # dropout: of this step
             rate = learning_rate(run.step, config, progress)
-            for group in run.optimizer.param_groups:
-                group["lr"] = group["lr"].fill_(rate) if config.cuda_graph else rate
+            set_rate(run.optimizer, rate)
             xs, ys = zip(*(to_device(next(batches), run.model) for _ in range(accumulate)))
-            loss, norm = (value.item() for value in step(xs, ys))
+            xs, ys = ([cut_short(ids, progress, config.curriculum) for ids in part]
+                      for part in (xs, ys))
+            if graphed:
+                loss, norm = (value.item() for value in graphed(xs, ys))
+            else:
+                loss, norm = (value.item() for value in
+                              gradients(run, model, xs, ys, config.grad_clip))
+                check_finite(run, xs, ys, loss, norm, rate, log)
+                update(run)
 
             now = time.perf_counter()
             run.step, run.sequences = run.step + 1, run.sequences + config.batch_size
             run.elapsed = before + now - began
             loss, progress, stopping = average([loss, share_done(), len(asked)], device)
-            if not math.isfinite(loss):
-                raise ValueError(f"the loss is {loss} at step {run.step}: go on from the last "
-                                 f"checkpoint with --resume and a --learning_rate below {rate:.1e}")
+            speed = tokens_per_step / (now - start)
             row = dict(step=run.step, loss=loss, lr=rate, grad_norm=norm,
-                       tokens_per_second=round(config.batch_size * T / (now - start)),
-                       elapsed=round(run.elapsed, 3))
+                       tokens_per_second=round(speed), mfu=round(speed * flops / best_rate, 3),
+                       memory=peak_memory(device), elapsed=round(run.elapsed, 3))
             check = run.step % config.eval_every == 0 or progress == 1
             if check:
                 row["val_loss"] = validation_loss(run.model, shards, config, rank, world_size)
                 if row["val_loss"] < run.best_loss:
                     run.best_loss, run.best_step = row["val_loss"], run.step
+                if is_patient_no_more(run, config):
+                    say(f"no lower validation loss since step {run.best_step}: --patience ends it")
+                    progress = 1.0
             if not is_main:
                 continue
-            log.write(json.dumps(row) + "\n")
+            log(row)
             left = (time.perf_counter() - ready) / (progress - started_at) * (1 - progress)
             bar.set_description_str(progress_line(row, left), refresh=False)
             bar.update(progress - bar.n)
@@ -626,8 +977,9 @@ def train(config, model_config=None, say=tqdm.write):
                 save_run(run)
                 draw_loss(run.folder)
             if check and progress < 1:
-                say(sample_lines(run.model, tokenizer, config.sample_tokens, config.seed))
-    return summarize(run, card, began, how, bool(stopping)) if is_main else None
+                say(suspicion(run, row) or sample_lines(run.model, tokenizer, config.sample_tokens,
+                                                        config.seed))
+    return bool(stopping)
 
 
 def report(summary):

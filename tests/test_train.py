@@ -13,11 +13,13 @@ import pytest
 import torch
 from conftest import ROOT, run, tiny
 
-from data import TokenLoader
+from data import MixedLoader, TokenLoader
 from model import load_model
 from sample import checkpoints
-from train import (GraphedStep, TrainConfig, build_optimizer, complete_options, draw_loss,
-                   last_step, learning_rate, new_run, read_log, take_step, to_device, train)
+from train import (RATES, SCHEDULES, GraphedStep, Muon, TrainConfig, build_optimizer,
+                   complete_options, cut_short, draw_loss, fast_orthogonal, first_bad, last_step,
+                   learning_rate, new_run, plain_orthogonal, read_log, seconds_per_step, take_step,
+                   to_device, train)
 
 SHAPE = dict(n_layer=2, n_head=2, n_embd=32, block_size=32)
 
@@ -49,12 +51,21 @@ def same(a, b):
 # The pieces of a step.
 
 
-def test_the_rate_warms_up_linearly_and_falls_to_its_minimum():
-    config = TrainConfig(max_steps=100, warmup_steps=10, learning_rate=1.0, min_lr=0.1)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_rate_warms_up_and_then_only_falls(schedule):
+    config = TrainConfig(max_steps=100, warmup_steps=10, learning_rate=1.0, min_lr=0.1,
+                         schedule=schedule)
     rates = [learning_rate(step, config) for step in range(101)]
-    assert rates[0] == pytest.approx(0.1, rel=0.01) and max(rates) > 0.95
+    assert rates[0] == pytest.approx(0.1, rel=0.01) and max(rates) > 0.9
     assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert rates[100] == pytest.approx(0.1)
+    assert rates[100] == pytest.approx(1.0 if schedule == "constant" else 0.1)
+
+
+def test_wsd_stays_at_the_top_until_its_decay():
+    config = TrainConfig(max_steps=100, warmup_steps=0, learning_rate=1.0, schedule="wsd",
+                         decay_ratio=0.2)
+    rates = [learning_rate(step, config) for step in range(101)]
+    assert rates[:80] == [1.0] * 80 and rates[90] == pytest.approx(0.5)
 
 
 def test_the_clock_can_be_ahead_of_the_steps():
@@ -63,18 +74,100 @@ def test_the_clock_can_be_ahead_of_the_steps():
 
 
 @pytest.mark.parametrize("lengths, steps", [
-    (dict(max_steps=7), 7), (dict(epochs=2), 20), (dict(epochs=2, max_steps=5), 5),
+    (dict(max_steps=7), 7), (dict(tokens=450), 5), (dict(epochs=2), 20), (dict(epochs=2, max_steps=5), 5),
     (dict(minutes=1), math.inf)])
 def test_a_run_ends_at_the_first_limit_reached(lengths, steps):
     assert last_step(TrainConfig(**lengths), n_tokens=1000, tokens_per_step=100) == steps
 
 
 def test_decay_is_for_matrices_only():
-    model = tiny("gpt2")
-    decayed, kept = build_optimizer(model, TrainConfig(weight_decay=0.3)).param_groups
+    model, config = tiny("gpt2"), TrainConfig(weight_decay=0.3, optimizer="adamw")
+    decayed, kept = build_optimizer(model, config).param_groups
     assert {p.dim() for p in decayed["params"]} == {2} and decayed["weight_decay"] == 0.3
     assert {p.dim() for p in kept["params"]} == {1} and kept["weight_decay"] == 0
     assert len(decayed["params"]) + len(kept["params"]) == len(list(model.parameters()))
+
+
+def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest():
+    model = tiny("gpt2")
+    ours, rest = build_optimizer(model, TrainConfig()).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert {names[id(p)].split(".")[1] for p in ours["params"]} == {"blocks"} and ours["muon"]
+    assert {p.dim() for p in ours["params"]} == {2} and not rest["muon"]
+    assert len(ours["params"]) + len(rest["params"]) == len(names)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (3, 5, 12), (2, 12, 5), (1, 7)])
+def test_plain_and_fast_orthogonal_agree(shape):
+    x = torch.randn(shape, dtype=torch.float64)
+    torch.testing.assert_close(fast_orthogonal(x), plain_orthogonal(x), rtol=1e-10, atol=1e-10)
+    x = x.float()
+    torch.testing.assert_close(fast_orthogonal(x), plain_orthogonal(x), rtol=1e-4, atol=1e-5)
+
+
+def test_orthogonal_brings_singular_values_near_one_and_keeps_the_directions():
+    x = torch.randn(20, 30)
+    u, _, v = torch.linalg.svd(x, full_matrices=False)
+    turned = u.T @ plain_orthogonal(x) @ v.T
+    assert 0.6 < turned.diagonal().min() and turned.diagonal().max() < 1.3
+    assert (turned - turned.diagonal().diag()).abs().max() < 1e-3
+
+
+def test_muon_takes_torchs_steps_within_bfloat16():
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in [(8, 12), (8, 12), (12, 8)]]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    options = dict(lr=0.02, weight_decay=0.1)
+    optimizers = (Muon([dict(params=ours, muon=True)], **options),
+                  torch.optim.Muon(theirs, momentum=0.95, adjust_lr_fn="original", **options))
+    for _ in range(5):
+        for p, twin in zip(ours, theirs):
+            p.grad = torch.randn_like(p)
+            twin.grad = p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, twin in zip(ours, theirs):
+        torch.testing.assert_close(p, twin, rtol=0, atol=5e-3)
+
+
+def test_in_groups_that_are_not_its_own_muon_is_adamw():
+    ours, theirs = (torch.nn.Parameter(torch.ones(4, 3)) for _ in range(2))
+    options = dict(lr=0.1, weight_decay=0.3, betas=(0.8, 0.9))
+    optimizers = (Muon([dict(params=[ours], muon=False)], **options),
+                  torch.optim.AdamW([theirs], **options))
+    for _ in range(3):
+        ours.grad = torch.randn(4, 3)
+        theirs.grad = ours.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("optimizer", RATES)
+def test_the_probe_before_a_run_changes_nothing(tmp_path, optimizer):
+    model, config = tiny(), TrainConfig(optimizer=optimizer)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    run = new_run(tmp_path, model, config, "cpu")
+    assert seconds_per_step(run, config, 2, 4) > 0
+    assert same(before, model.state_dict()) and not run.optimizer.state
+
+
+@pytest.mark.parametrize("progress, parts", [(0.0, 8), (0.2, 4), (0.4, 2), (0.6, 1), (1.0, 1)])
+def test_a_curriculum_cuts_rows_and_loses_no_token(progress, parts):
+    ids = torch.arange(32).view(2, 16)
+    short = cut_short(ids, progress, 0.6)
+    assert short.shape == (2 * parts, 16 // parts) and torch.equal(short.flatten(), ids.flatten())
+
+
+@pytest.mark.parametrize("where, name", [
+    ("transformer.wte.weight", "transformer.wte"),
+    ("transformer.blocks.1.attn.q_proj.weight", "transformer.blocks.1.attn.q_proj")])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_the_first_module_with_a_number_gone_bad_is_named(where, name, value):
+    model, ids = tiny(), torch.arange(8).view(1, 8)
+    assert first_bad(model, [ids], [ids]) == "the loss"  # where all is well, nothing else is left
+    model.get_parameter(where).data[0] = value
+    assert first_bad(model, [ids], [ids]) == name
 
 
 def steps_on(shards, take, device="cpu", rows=8, n=1, **options):
@@ -130,14 +223,16 @@ def test_a_run_learns_and_leaves_a_self_contained_folder(shards, tmp_path):
     assert summary["val_loss"] < 0.6 * rows[0]["loss"]
     assert summary["bits_per_byte"] < 4 and not summary["stopped"]
     assert set(rows[-1]) == {
-        "step", "loss", "val_loss", "lr", "grad_norm", "tokens_per_second", "elapsed"}
+        "step", "loss", "val_loss", "lr", "grad_norm", "tokens_per_second", "mfu", "memory",
+        "elapsed"}
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
         "config.json", "tokenizer.json", "step_000060.pt", "log.jsonl", "loss.png"}
 
 
 @pytest.mark.parametrize("options", [
     dict(dropout=0.2), dict(precision="bf16"), dict(precision="fp16", dropout=0.1),
-    dict(micro_batch_size=2), dict(architecture="gpt2", kernels="plain", dropout=0.1),
+    dict(micro_batch_size=2, curriculum=0.9), dict(optimizer="adamw", schedule="cosine"),
+    dict(architecture="gpt2", kernels="plain", dropout=0.1),
     dict(recompute=True, dropout=0.1, window=8, softcap=10.0, z_loss=1e-4, label_smoothing=0.1)])
 def test_a_resumed_run_equals_one_that_never_stopped(shards, tmp_path, options):
     whole = configure(shards, tmp_path / "whole", **options)
@@ -188,6 +283,48 @@ def test_minutes_end_a_run_with_its_rate_decayed(shards, tmp_path):
     summary = train(config)
     rates = [row["lr"] for row in read_log(config.out)]
     assert summary["val_loss"] and rates[-1] == min(rates[2:]) < max(rates)
+
+
+def test_patience_ends_a_run_that_gets_no_better(shards, tmp_path):
+    config = configure(shards, tmp_path / "run", max_steps=1000, eval_every=2, patience=3,
+                       learning_rate=1e-30)
+    summary = train(config)
+    assert summary["step"] < 20 and not summary["stopped"]
+
+
+def test_a_number_gone_bad_ends_the_run_and_is_named_in_the_log(shards, tmp_path):
+    config = configure(shards, tmp_path / "run", learning_rate=1e30, max_steps=50)
+    with pytest.raises(ValueError, match="is not finite at step .* first in .*; python -m"):
+        train(config)
+    last = read_log(config.out)[-1]
+    assert last["loss"] is None and last["bad"]
+    draw_loss(config.out)
+
+
+def test_find_lr_draws_and_suggests_and_leaves_no_run(shards, tmp_path):
+    said = []
+    assert train(configure(shards, tmp_path / "run", find_lr=True), say=said.append) is None
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["find_lr.png"]
+    assert 1e-5 < float(said[-1].rpartition("=")[2]) < 3
+
+
+def test_batches_are_mixed_from_several_shards(shards, tmp_path):
+    from data import prepare
+    (tmp_path / "b.txt").write_text("birds and trees\n" * 200, "utf-8")
+    other = prepare([tmp_path / "b.txt"], tmp_path / "b", tokenizer=shards / "tokenizer.json",
+                    say=lambda text: None)
+    config = configure(shards, tmp_path / "run", mix=f"{other}=0.25", max_steps=4)
+    assert train(config)["step"] == 4
+    mixed, alone = MixedLoader({shards: 0.75, other: 0.25}, 100, 16), TokenLoader(other, 25, 16)
+    assert [mixed.turns.count(i) for i in (0, 1)] == [75, 25]
+    for _ in range(3):
+        rows = next(mixed)[0][[turn == 1 for turn in mixed.turns]]
+        assert (rows == next(alone)[0]).all()
+
+
+def test_a_package_that_is_missing_is_asked_for_before_all_work(shards, tmp_path):
+    with pytest.raises(ValueError, match="--wandb needs a package that is not installed"):
+        train(configure(shards, tmp_path / "run", wandb=True))
 
 
 def test_a_config_goes_out_and_in_again(shards, tmp_path):
@@ -289,6 +426,13 @@ def test_ctrl_c_saves_and_says_how_to_go_on(shards, tmp_path):
     (dict(precision="bf17"), "did you mean bf16?"),
     (dict(kernels="fussed"), "did you mean fused?"),
     (dict(resume=True), "there is no run folder"),
+    (dict(optimizer="muan"), "did you mean muon?"),
+    (dict(schedule="cosin"), "did you mean cosine?"),
+    (dict(decay_ratio=0.0), "decay_ratio=0.0 must be above 0"),
+    (dict(curriculum=1.5), "curriculum=1.5 must be from 0 to 1"),
+    (dict(curriculum=0.5, block_size=20), "block_size=20 is no multiple of it"),
+    (dict(mix="elsewhere"), "mix=elsewhere is not a folder of shards and its share"),
+    (dict(mix="elsewhere=0.3"), "mix=elsewhere=0.3 is not a folder of shards and its share"),
     (dict(learning_rate=-1.0), "learning_rate=-1.0 must not be negative"),
 ])
 def test_an_impossible_run_is_refused_and_leaves_nothing(shards, tmp_path, options, words):
