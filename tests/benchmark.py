@@ -5,6 +5,7 @@ The figures of this project, measured here and now: medians, and ratios against 
     python tests/benchmark.py training bpe   # some of: training attention sampling bpe
     python tests/benchmark.py bpe100         # BPE training on 100 MB of installed packages
     python tests/benchmark.py --nanogpt=DIR  # training steps beside nanoGPT's, from a checkout
+    python tests/benchmark.py learning --nanogpt=DIR [--text=FILE]  # time to a loss, beside its own
 """
 
 import contextlib
@@ -14,10 +15,13 @@ import json
 import math
 import multiprocessing
 import os
+import re
+import shutil
 import statistics
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -28,11 +32,12 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from data import find_files, read_documents
+from data import find_files, prepare, read_documents
 from model import GPT, GPTConfig, Linear, fused_attention, plain_attention, tiles, torch_attention
 from sample import generate, has_fast_bf16, pick_device, pick_precision
 from tokenizer import GPT2_SPLIT, SPECIAL_TOKENS, Tokenizer, train_fast
-from train import GraphedStep, TrainConfig, keep_freed_memory, new_run, shape_of, take_step
+from train import (GraphedStep, TrainConfig, keep_freed_memory, new_run, peak_memory, read_log,
+                   shape_of, take_step, train)
 
 
 def median_seconds(function, times=7):
@@ -158,13 +163,6 @@ def our_step(shape, precision, device, kernels="auto", cuda_graph=False, low_mem
     return lambda: take([ids], [ids])[0].item()
 
 
-def peak_memory():
-    """The most bytes that this process has held so far."""
-    import resource  # which Windows lacks
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
-
-
 def contest(entry):
     """In a process of its own: one contestant's tokens per second and peak memory, as JSON."""
     folder, shape, options, times = json.loads(entry)
@@ -173,8 +171,7 @@ def contest(entry):
     for _ in range(6 if options["device"] == "cuda" else 1):
         step()
     seconds = median_seconds(step, times)
-    memory = torch.cuda.max_memory_allocated() if options["device"] == "cuda" else peak_memory()
-    print(json.dumps([shape[3] * shape[4] / seconds, memory]))
+    print(json.dumps([shape[3] * shape[4] / seconds, peak_memory(options["device"])]))
 
 
 def nanogpt(folder):
@@ -209,6 +206,68 @@ def nanogpt(folder):
                                for other, others in [*results.items()][:n])
             show(f"training step, {name}, {device}, {rival}",
                  f"{rate:,.0f} tokens/s, {memory / 1e9:.2f} GB" + (f"; {ratios}" if ratios else ""))
+
+
+# nanoGPT's published recipe for a CPU, and for a GPU; its README gives both losses.
+RECIPES = {"cpu": "--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 "
+                  "--batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 "
+                  "--lr_decay_iters=2000 --dropout=0.0",
+           "cuda": "--log_interval=1"}
+PRESETS = {"cpu": dict(size="nano", batch_size=12, micro_batch_size=12),
+           "cuda": dict(size="small", block_size=256, batch_size=64, micro_batch_size=64,
+                        dropout=0.2)}
+
+
+def nanogpt_recipe(folder, text, device):
+    """Run nanoGPT's own recipe on a text -> (seconds in its steps, its last validation loss)."""
+    with tempfile.TemporaryDirectory() as copy:
+        copy = Path(shutil.copytree(folder, Path(copy, "nanogpt")))
+        data = copy / "data" / "shakespeare_char"
+        shutil.copy(text, data / "input.txt")
+        (data / "requests.py").touch()  # imported for a download that the text makes needless
+        words = ["config/train_shakespeare_char.py", *RECIPES[device].split()]
+        for script in ["data/shakespeare_char/prepare.py"], ["train.py", *words]:
+            done = subprocess.run([sys.executable, *script], cwd=copy, capture_output=True,
+                                  text=True, check=True)
+    times = [float(time) / 1000 for time in re.findall(r"time ([\d.]+)ms", done.stdout)]
+    losses = re.findall(r"val loss ([\d.]+)", done.stdout)
+    return statistics.median(times) * len(times), float(losses[-1])
+
+
+def our_recipe(shards, folder, n_steps, device, seed):
+    """Our run of so many steps -> (seconds in its steps, validation loss on all of the split)."""
+    config = TrainConfig(data=str(shards), out=str(folder), max_steps=n_steps, eval_every=10**6,
+                         eval_sequences=800, device=device, seed=seed, **PRESETS[device])
+    loss = train(config, say=lambda text: None)["val_loss"]
+    tokens = config.batch_size * shape_of(config, 1).block_size
+    times = [tokens / row["tokens_per_second"] for row in read_log(folder)]
+    return statistics.median(times) * len(times), loss
+
+
+def learning(folder, text):
+    """Tiny Shakespeare by characters: nanoGPT's recipe, and what we reach in parts of its time."""
+    device = pick_device()
+    text = text or next(iter(find_files("tinyshakespeare", Path("shards/downloads"), Counter())))
+    with tempfile.TemporaryDirectory() as place:
+        shards = prepare([text], Path(place, "shards"), vocab_size=256 + len(SPECIAL_TOKENS),
+                         say=lambda text: None)
+        theirs = [nanogpt_recipe(folder, text, device)]
+        tried = Path(place, "tried")
+        seconds = our_recipe(shards, tried, 40, device, 0)[0] / 40
+        found = {}
+        for part, seed in itertools.product((8, 5, 4, 1), range(3)):
+            n_steps = round(theirs[0][0] / part / seconds)
+            found.setdefault(part, []).append(
+                our_recipe(shards, Path(place, f"{part}-{seed}"), n_steps, device, seed))
+        theirs.append(nanogpt_recipe(folder, text, device))
+        time, loss = (statistics.mean(values) for values in zip(*theirs))
+        show(f"tiny Shakespeare, {device}, nanoGPT's recipe",
+             f"validation loss {loss:.3f} in {time:.1f} s (two runs)")
+        for part, runs in found.items():
+            ours, losses = statistics.median(s for s, _ in runs), sorted(loss for _, loss in runs)
+            show(f"tiny Shakespeare, {device}, ours, three seeds",
+                 f"validation loss {losses[1]:.3f} ({losses[0]:.3f} to {losses[2]:.3f}) in "
+                 f"{ours:.1f} s, 1/{time / ours:.1f} of that time")
 
 
 def sampling():
@@ -312,6 +371,8 @@ if __name__ == "__main__":
     wanted = [word for word in sys.argv[1:] if not word.startswith("--")]
     if "contest" in flags:
         contest(flags["contest"])
+    elif "learning" in wanted:
+        learning(Path(flags["nanogpt"]).resolve(), flags.get("text"))
     elif "nanogpt" in flags:
         nanogpt(Path(flags["nanogpt"]).resolve())
     else:
