@@ -48,7 +48,7 @@ if not {"-h", "--help"} & set(sys.argv):  # torch takes two seconds to import; h
 
 
 LENGTHS = ("max_steps", "epochs", "tokens", "minutes")
-RATES = {"muon": 0.02, "adamw": 1.5e-3}  # learning rates that suit small models
+RATES = {"muon": 0.02, "adamw": 3e-3}  # learning rates that suit small models
 SCHEDULES = {  # share of the learning rate at a progress from 0 to 1; wsd: arXiv:2404.06395
     "linear": lambda progress, decay_ratio: 1 - progress,
     "cosine": lambda progress, decay_ratio: (1 + math.cos(math.pi * progress)) / 2,
@@ -94,7 +94,7 @@ class TrainConfig:
     curriculum: float = 0.0         # share of the run in which sequences are cut into short ones
     # optimizer
     optimizer: str = "muon"         # muon | adamw
-    learning_rate: float = 0.0      # the highest, after warm-up; 0: 0.02 for muon, 0.0015 for adamw
+    learning_rate: float = 0.0      # the highest, after warm-up; 0: 0.02 for muon, 0.003 for adamw
     min_lr: float = 0.0             # the last
     schedule: str = "linear"        # linear | cosine | wsd | constant
     decay_ratio: float = 0.4        # share of the run, its end, in which wsd falls
