@@ -44,14 +44,14 @@ ARCHITECTURES = {
                                cross=True),                           # arXiv:1706.03762
 }
 
-# Parameters with a vocabulary of 260 bytes (modern) for the first, of 4,096 for the next four, of
-# 50,257 (gpt2) for the rest.
+# Parameters with a vocabulary of 262, bytes and special tokens (modern), for the first; of 4,096 for
+# the next four; of 50,257 (gpt2) for the rest.
 SIZES = {
     "nano": dict(n_layer=3, n_head=2, n_embd=96, block_size=128),              # 0.4M
-    "tiny": dict(n_layer=2, n_head=2, n_embd=128, block_size=256),             # 0.8M
-    "mini": dict(n_layer=4, n_head=4, n_embd=256, block_size=256),             # 4M
-    "small": dict(n_layer=6, n_head=6, n_embd=384, block_size=512),            # 11M
-    "base": dict(n_layer=8, n_head=8, n_embd=512, block_size=512),             # 25M
+    "tiny": dict(n_layer=2, n_head=2, n_embd=128, block_size=256),             # 1.4M
+    "mini": dict(n_layer=4, n_head=4, n_embd=256, block_size=256),             # 5M
+    "small": dict(n_layer=6, n_head=6, n_embd=384, block_size=512),            # 13M
+    "base": dict(n_layer=8, n_head=8, n_embd=512, block_size=512),             # 28M
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024),          # 124M
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, block_size=1024),  # 355M
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, block_size=1024),   # 774M

@@ -893,6 +893,8 @@ def train(config, model_config=None, say=tqdm.write):
     batches = open_batches(config, shards, tokenizer, micro, T, rank, world_size,
                            position=run.sequences // (micro * world_size))
     if config.find_lr:
+        if world_size > 1:
+            raise ValueError(f"--find_lr works on one process, not on {world_size}")
         return find_rate(run, config, batches, accumulate, say)
     n_steps = last_step(config, batches.n_tokens, config.batch_size * T)
     if is_main:

@@ -16,10 +16,10 @@ from conftest import ROOT, run, tiny
 from data import MixedLoader, TokenLoader
 from model import load_model
 from sample import checkpoints
-from train import (RATES, SCHEDULES, GraphedStep, Muon, TrainConfig, build_optimizer,
+from train import (RATES, SCHEDULES, GraphedStep, Muon, TrainConfig, announce, build_optimizer,
                    complete_options, cut_short, draw_loss, fast_orthogonal, first_bad, last_step,
-                   learning_rate, new_run, plain_orthogonal, read_log, seconds_per_step, take_step,
-                   to_device, train)
+                   learning_rate, new_run, plain_orthogonal, read_log, reason, seconds_per_step,
+                   suspicion, take_step, to_device, train)
 
 SHAPE = dict(n_layer=2, n_head=2, n_embd=32, block_size=32)
 
@@ -150,6 +150,32 @@ def test_the_probe_before_a_run_changes_nothing(tmp_path, optimizer):
     run = new_run(tmp_path, model, config, "cpu")
     assert seconds_per_step(run, config, 2, 4) > 0
     assert same(before, model.state_dict()) and not run.optimizer.state
+
+
+@pytest.mark.parametrize("n_tokens, words", [
+    (10**3, "see its 0.0M tokens 16 times"), (8192, None), (10**6, "see 2% of its 1.0M tokens")])
+def test_too_little_text_and_too_short_a_run_are_announced(n_tokens, words):
+    config = TrainConfig(batch_size=16, max_steps=64)
+    lines = list(announce(config, tiny(), n_tokens, 64, 0.5, "cpu"))
+    assert "64 steps of 256: about 0:32 minutes on cpu" in lines[0]
+    assert len(lines) == 1 if words is None else words in lines[1]
+
+
+@pytest.mark.parametrize("asked, precision, device, words", [
+    ("fp16", "fp16", "cuda", "fp16 as asked"), ("auto", "bf16", "cuda", "bf16 with float32 weights"),
+    ("auto", "fp32", "mps", "fp32, safe on every device"), ("fp32", "fp32", "cpu", "as asked")])
+def test_a_precision_has_its_reason(asked, precision, device, words):
+    assert words in reason(asked, precision, device)
+
+
+@pytest.mark.parametrize("row, words", [
+    (dict(loss=3.0, val_loss=3.0), ""), (dict(loss=6.0, val_loss=6.0), "above that of guessing"),
+    (dict(loss=1.0, val_loss=3.5), "validation was better at step 7")])
+def test_a_validation_that_looks_wrong_names_the_doctor(tmp_path, row, words):
+    run = new_run(tmp_path / "run", tiny(), TrainConfig(), "cpu")
+    run.best_loss, run.best_step = 3.0, 7
+    line = suspicion(run, row)
+    assert words in line and ("python -m chapters.doctor" in line) == bool(words)
 
 
 @pytest.mark.parametrize("progress, parts", [(0.0, 8), (0.2, 4), (0.4, 2), (0.6, 1), (1.0, 1)])
