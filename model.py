@@ -1291,16 +1291,85 @@ class GPT(nn.Module):
     def n_parameters(self):
         return sum(p.numel() for p in self.parameters())
 
+    def parameters_by_part(self):
+        """How many parameters each part has, {"embedding": ..., "attention": ...}; shared ones
+        count once, where they are made."""
+        parts = {}
+        for name, weight in self.named_parameters():
+            part = next(part for word, part in PARTS.items() if word in name)
+            parts[part] = parts.get(part, 0) + weight.numel()
+        return parts
+
     def flops_per_token(self, T=None):
-        """Of forward and backward, in sequences of T tokens: 6 for each weight of a matrix product,
-        12 for each key and channel of attention, where a query sees all T keys, half of them if
-        causal, or its window."""
+        """Of forward and backward, in sequences of T tokens, and a source as long: 6 for each
+        weight of a matrix product, 12 for each channel of each key that a query sees. On average
+        over a sequence a causal one sees T/2, or its window, shorter at the beginning."""
         T, c = T or self.config.block_size, self.config
         weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, Linear))
-        keys = T / 2 if c.causal else T
-        keys = min(keys, c.window) if c.window else keys
-        layers = c.n_layer + c.n_encoder_layer
-        return 6 * weights + 12 * layers * c.n_head * c.head_size * keys
+        window = min(c.window or T, T)
+        past, later = window - window**2 / (2 * T), T / 2
+        keys = c.n_layer * (past + (0 if c.causal else later))
+        if c.cross:
+            keys += c.n_encoder_layer * (past + later) + c.n_layer * T
+        return 6 * weights + 12 * c.n_embd * keys
+
+
+# -----------------------------------------------------------------------------
+# What training holds in memory, in bytes.
+
+PARTS = {"norm": "norms", "wte": "embedding", "wpe": "positions", "attn": "attention",
+         "cross": "cross-attention", "mlp": "mlp", "lm_head": "head"}  # by a word in a weight's name
+
+
+def saved_by_block(block, c, T, width):
+    """Bytes that a block keeps of a token from forward to backward, in numbers of `width` bytes:
+    the stream and its norm, queries and keys before and after their turn, values, what attention
+    made of them, and what the MLP made of that. Plain kernels keep each step in between, too."""
+    C, K, H, F = c.n_embd, c.n_kv_head * c.head_size, c.n_head, block.mlp.up_proj.out_features
+    plain, gated = block.kernels is PLAIN, c.activation == "swiglu"
+    total = F * (1 + gated)
+    if plain:
+        total = F * {"relu": 1, "swiglu": 4}.get(c.activation, 2)
+    for rope in [c.position == "rope"] + [False] * (block.cross is not None):
+        turns = 2 * c.qk_norm + rope if plain else max(c.qk_norm, rope)
+        total += turns * (C + K) + (4 * C if plain else 2 * C + 2 * K)
+        total += H * T * 2 * (1 + (c.dropout > 0)) if plain else 0       # scores
+    n_norms = 2 + (block.cross is not None)
+    total += n_norms * C * (3 if c.dropout else 2)                       # dropout keeps its choice
+    return total * width + 4 * (n_norms * C if plain else H)
+
+
+def training_memory(model, batch_size, T=None, optimizer="muon"):
+    """Bytes of each part at the fullest moment of a training step on batch_size sequences of T
+    tokens, with the kernels, dtype and recompute that the model uses: weights, optimizer (muon or
+    adamw), gradients, activations, loss, and what is being worked on. Sources are as long as T."""
+    c, T = model.config, T or model.config.block_size
+    width, tokens = (model.dtype or torch.float32).itemsize, batch_size * T
+    blocks = [m for m in model.modules() if isinstance(m, Block)]
+    weights, head = 4 * model.n_parameters(), 4 * model.lm_head.weight.numel()
+    matrices = {}
+    for w in (w for block in blocks for w in block.parameters() if w.dim() >= 2):
+        matrices[w.shape] = matrices.get(w.shape, 0) + 4 * w.numel()
+    muon = optimizer == "muon"
+    held = dict(weights=weights, optimizer=2 * weights - muon * sum(matrices.values()))
+
+    saved = max(saved_by_block(block, c, T, width) for block in blocks) * tokens
+    if width < 4:  # the products keep their weights in the dtype they computed in
+        saved += width * sum(m.weight.numel() for m in blocks[0].modules() if isinstance(m, Linear))
+    stream, last = len(blocks) * tokens * c.n_embd * width, 2 * tokens * c.n_embd * width
+    held_back = stream + last if model.transformer.recompute else len(blocks) * saved + last
+    again = saved if model.transformer.recompute else 0
+    hidden = 3 * blocks[0].mlp.up_proj.out_features * width * tokens
+    plain = model.kernels is PLAIN
+    scores = 3 * c.n_head * T * width * tokens if plain else 0
+    logits = c.vocab_size * tokens * 4
+    tile = 3 * logits if plain else min(logits, 4 * LOSS_TILE)
+    d_x = tokens * c.n_embd * width
+    moments = [
+        dict(gradients=head, activations=held_back, loss=tile + d_x),
+        dict(gradients=head, activations=held_back, loss=d_x, working=again + max(hidden, scores)),
+        dict(gradients=weights, working=4 * max(matrices.values()) if muon else 0)]
+    return held | max(moments, key=lambda moment: sum(moment.values()))
 
 
 # -----------------------------------------------------------------------------

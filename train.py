@@ -127,7 +127,7 @@ class TrainConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         for name in (*LENGTHS, "learning_rate", "min_lr", "warmup_steps", "grad_clip", "patience"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
         check_known(self.optimizer, RATES, "optimizer")
         check_known(self.schedule, SCHEDULES, "schedule")
         if not 0 < self.decay_ratio <= 1:
@@ -135,6 +135,8 @@ class TrainConfig:
         if not 0 <= self.curriculum <= 1:
             raise ValueError(f"curriculum={self.curriculum} must be from 0 to 1")
         self.learning_rate = self.learning_rate or RATES[self.optimizer]
+        if self.min_lr > self.learning_rate:
+            raise ValueError(f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}")
 
 
 # -----------------------------------------------------------------------------
