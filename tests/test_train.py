@@ -305,6 +305,7 @@ def test_the_best_and_the_last_checkpoint_are_kept(shards, tmp_path):
 
 
 def test_minutes_end_a_run_with_its_rate_decayed(shards, tmp_path):
+    build_optimizer(tiny(), TrainConfig())  # the first one of a process imports for seconds
     config = configure(shards, tmp_path / "run", max_steps=0, minutes=0.05, eval_every=10_000)
     summary = train(config)
     rates = [row["lr"] for row in read_log(config.out)]
