@@ -38,7 +38,8 @@ from urllib.request import Request, urlopen
 import numpy as np
 from tqdm import tqdm
 
-from tokenizer import SPECIAL_TOKENS, Parser, Tokenizer, replacing, room_for_merges, run_command
+from tokenizer import (SPECIAL_TOKENS, Parser, Tokenizer, replacing, room_for_merges,
+                       run_command, write_json)
 
 RECIPE = 1  # part of each fingerprint: raised when the same content would give other shards
 SEPARATOR = "<|endoftext|>"  # between the documents of a .txt file
@@ -488,8 +489,7 @@ def write_folder(out, splits, tokenizer, card):
         card[name] = dict(counts, shards=shards)
     tokenizer.save(out / "tokenizer.json")
     card.update(tokenizer=tokenizer.hash(), vocab_size=tokenizer.n_vocab)
-    with replacing(out / "card.json") as file:
-        file.write(json.dumps(card, indent=2).encode())
+    write_json(out / "card.json", card)
 
 
 def prepare(sources, out, vocab_size=4096, tokenizer=None, val_ratio=None, n_shards=1, say=print):

@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data import read_split
-from tokenizer import Parser, Tokenizer, replacing, run_command, share_cores
+from tokenizer import Parser, Tokenizer, replacing, run_command, share_cores, write_json
 
 if __name__ == "__main__":
     share_cores()
@@ -427,8 +427,7 @@ def main():
     print(table(scores))
     report = vars(options) | dict(run=str(folder), checkpoint=checkpoint.name, tasks=names,
                                   data=path and str(path), device=device, precision=precision)
-    with replacing(folder / "scores.json") as file:
-        file.write(json.dumps(report | {"scores": scores}, indent=2).encode())
+    write_json(folder / "scores.json", report | {"scores": scores})
     draw_scores(scores, f"Scores of {checkpoint}", folder / "scores.png")
     print(f"scores: {folder / 'scores.json'}, picture: {folder / 'scores.png'}")
 

@@ -150,8 +150,9 @@ def replacing(path):
 
 def write_json(path, values):
     """Write plain values as JSON that people can read, complete or not at all."""
-    with replacing(path) as file:
-        file.write(json.dumps(values, indent=1, ensure_ascii=False).encode())
+    text = json.dumps(values, indent=1, ensure_ascii=False)
+    with replacing(path) as file:  # a lone surrogate, as in odd file names, is written as \uXXXX
+        file.write(text.encode(errors="backslashreplace"))
 
 
 def read_json(path):

@@ -31,7 +31,7 @@ from statistics import median
 from tqdm import tqdm
 
 from data import MixedLoader, TokenLoader, folder_name, prepare
-from tokenizer import Parser, Tokenizer, replacing, run_command, share_cores
+from tokenizer import Parser, Tokenizer, replacing, run_command, share_cores, write_json
 
 if __name__ == "__main__":
     share_cores()
@@ -527,11 +527,6 @@ def first_bad(model, xs, ys):
 
 # -----------------------------------------------------------------------------
 # The run folder: config.json, tokenizer.json, step_NNNNNN.pt, log.jsonl, loss.png.
-
-
-def write_json(path, value):
-    with replacing(path) as file:
-        file.write(json.dumps(value, indent=2).encode())
 
 
 def read_log(folder):

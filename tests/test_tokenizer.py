@@ -283,6 +283,12 @@ def test_random_bytes_in_one_chunk_encode_as_in_tiktoken():
     assert tokenizer.encode(text) == tokenizer.to_tiktoken().encode_ordinary(text)
 
 
+def test_json_is_written_and_read_back_whatever_a_file_name_holds(tmp_path):
+    values = {"path": "na\udcffme é 🙂", "n": [1, None, 0.5]}
+    module.write_json(tmp_path / "a.json", values)
+    assert json.loads((tmp_path / "a.json").read_bytes()) == values
+
+
 @pytest.mark.parametrize("text, meaning", [("a\ud800b", "a\ufffdb"), ("\ud83d\ude00", "😀"),
                                            ("\udc00\ud800", "\ufffd\ufffd")])
 def test_surrogates_are_one_character_in_pairs_and_u_fffd_alone(trained, text, meaning):
