@@ -40,8 +40,8 @@ if not {"-h", "--help"} & set(sys.argv):  # torch takes two seconds to import; h
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
-    from model import (GPT, SIZES, GPTConfig, check_ids, check_known, load_model,
-                       save_model)
+    from model import (GPT, SIZES, GPTConfig, check_ids, check_known, load_model, save_model,
+                       training_memory)
     from sample import (checkpoints, complete, has_fast_bf16, newest_run, pick_checkpoint,
                         pick_device, pick_precision)
     from sample import load_run as load_finished
@@ -501,6 +501,15 @@ def peak_memory(device="cpu"):
         return peak if sys.platform == "darwin" else 1024 * peak
 
 
+def all_memory(device):
+    """Bytes that the GPU, or this machine, has in all; infinite where nobody says."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_properties(device).total_memory
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # Windows has no sysconf
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return math.inf
+
+
 def first_bad(model, xs, ys):
     """Where numbers stop being finite on these batches: the name of the first module whose output
     is not, or else of the parameter nearest to the loss whose gradient is not."""
@@ -773,6 +782,14 @@ def reason(asked, precision, device):
     return "fp32, as bf16 is not fast here" if device == "cpu" else "fp32, safe on every device"
 
 
+def memory_warning(needed, there):
+    """A line if a step needs more bytes than there are, or nearly."""
+    if needed < 0.9 * there:
+        return ""
+    return (f"a step needs about {needed / 1e9:.1f} GB and there are {there / 1e9:.1f}: take a "
+            "smaller --micro_batch_size or --size, or --recompute")
+
+
 def announce(config, model, n_tokens, n_steps, seconds, how):
     """The lines before the run: how large, how much, how long, on what; and what is odd about it.
     seconds are those of a step."""
@@ -895,6 +912,9 @@ def train(config, model_config=None, say=tqdm.write):
         return find_rate(run, config, batches, accumulate, say)
     n_steps = last_step(config, batches.n_tokens, config.batch_size * T)
     if is_main:
+        needed = sum(training_memory(run.model, micro, config.optimizer).values())
+        if warning := memory_warning(needed, all_memory(device)):
+            say(warning)
         seconds = seconds_per_step(run, config, micro, accumulate)
         how_and_why = f"{device}, {kernels} kernels, {why}"
         for line in announce(config, run.model, batches.n_tokens, n_steps, seconds, how_and_why):

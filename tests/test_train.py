@@ -16,10 +16,10 @@ from conftest import ROOT, run, tiny
 from data import MixedLoader, TokenLoader
 from model import load_model
 from sample import checkpoints
-from train import (RATES, SCHEDULES, GraphedStep, Muon, TrainConfig, announce, build_optimizer,
-                   complete_options, cut_short, draw_loss, fast_orthogonal, first_bad, last_step,
-                   learning_rate, new_run, plain_orthogonal, read_log, reason, seconds_per_step,
-                   suspicion, take_step, to_device, train)
+from train import (RATES, SCHEDULES, GraphedStep, Muon, TrainConfig, all_memory, announce,
+                   build_optimizer, complete_options, cut_short, draw_loss, fast_orthogonal,
+                   first_bad, last_step, learning_rate, memory_warning, new_run, plain_orthogonal,
+                   read_log, reason, seconds_per_step, suspicion, take_step, to_device, train)
 
 SHAPE = dict(n_layer=2, n_head=2, n_embd=32, block_size=32)
 
@@ -159,6 +159,12 @@ def test_too_little_text_and_too_short_a_run_are_announced(n_tokens, words):
     lines = list(announce(config, tiny(), n_tokens, 64, 0.5, "cpu"))
     assert "64 steps of 256: about 0:32 minutes on cpu" in lines[0]
     assert len(lines) == 1 if words is None else words in lines[1]
+
+
+def test_a_step_that_does_not_fit_is_announced():
+    assert memory_warning(4e9, 16e9) == ""
+    assert "needs about 20.0 GB and there are 16.0" in memory_warning(20e9, 16e9)
+    assert all_memory("cpu") > 1e8
 
 
 @pytest.mark.parametrize("asked, precision, device, words", [
