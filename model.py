@@ -1292,8 +1292,8 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def parameters_by_part(self):
-        """How many parameters each part has, {"embedding": ..., "attention": ...}; shared ones
-        count once, where they are made."""
+        """How many parameters each part has, {"embedding": ..., "mlp": ...}; shared ones
+        count once, as embedding."""
         parts = {}
         for name, weight in self.named_parameters():
             part = next(part for word, part in PARTS.items() if word in name)
@@ -1317,59 +1317,104 @@ class GPT(nn.Module):
 # -----------------------------------------------------------------------------
 # What training holds in memory, in bytes.
 
-PARTS = {"norm": "norms", "wte": "embedding", "wpe": "positions", "attn": "attention",
-         "cross": "cross-attention", "mlp": "mlp", "lm_head": "head"}  # by a word in a weight's name
+PARTS = {  # of a model, by a word in a weight's name
+    "norm": "norms", "wte": "embedding", "wpe": "positions", "attn": "attention",
+    "cross": "cross-attention", "mlp": "mlp", "lm_head": "head"}
 
 
-def saved_by_block(block, c, T, width):
-    """Bytes that a block keeps of a token from forward to backward, in numbers of `width` bytes:
-    the stream and its norm, queries and keys before and after their turn, values, what attention
-    made of them, and what the MLP made of that. Plain kernels keep each step in between, too."""
-    C, K, H, F = c.n_embd, c.n_kv_head * c.head_size, c.n_head, block.mlp.up_proj.out_features
-    plain, gated = block.kernels is PLAIN, c.activation == "swiglu"
-    total = F * (1 + gated)
-    if plain:
-        total = F * {"relu": 1, "swiglu": 4}.get(c.activation, 2)
-    for rope in [c.position == "rope"] + [False] * (block.cross is not None):
-        turns = 2 * c.qk_norm + rope if plain else max(c.qk_norm, rope)
-        total += turns * (C + K) + (4 * C if plain else 2 * C + 2 * K)
-        total += H * T * 2 * (1 + (c.dropout > 0)) if plain else 0       # scores
-    n_norms = 2 + (block.cross is not None)
-    total += n_norms * C * (3 if c.dropout else 2)                       # dropout keeps its choice
-    return total * width + 4 * (n_norms * C if plain else H)
+def saved_by_block(block, c, dtype, device):
+    """Bytes that a block keeps of each token from forward to backward: the stream and its norm
+    before each part, queries and keys before and after they are turned, values, what attention
+    makes of them, and what the MLP bends. Plain kernels keep the steps in between, scores too."""
+    C, K, F = c.n_embd, c.n_kv_head * c.head_size, block.mlp.up_proj.out_features
+    kernels, drops, width = block.kernels, c.dropout > 0, dtype.itemsize
+    n_looks, rope, scores = 1 + (block.cross is not None), c.position == "rope", c.n_head * 4
+    stream, heads = 2 * C * width, (2 * C + 2 * K) * width
+    turns, bent = n_looks if c.qk_norm else rope, 1 + (c.activation == "swiglu")
+    if kernels is PLAIN:
+        stream, heads, turns = stream + 4 * C, 4 * C * width, rope + 2 * n_looks * c.qk_norm
+        scores = width * (2 if c.causal or drops else 1) + 4 * drops
+        scores *= c.n_head * c.block_size
+        bent = {"relu": 1, "swiglu": 4}.get(c.activation, 2)
+    elif kernels is TORCH and drops and device == "cpu":  # where torch has no fused dropout
+        scores = 12 * c.n_head * c.block_size
+    elif kernels is FUSED and device == "cpu" and not cpu_multiplies(dtype):  # done in float32
+        heads = (2 * C + 2 * K) * 4 + C * width
+    return ((n_looks + 1) * (stream + drops * C * width) + n_looks * (heads + scores)
+            + turns * (C + K) * width + bent * F * width)
 
 
-def training_memory(model, batch_size, T=None, optimizer="muon"):
-    """Bytes of each part at the fullest moment of a training step on batch_size sequences of T
-    tokens, with the kernels, dtype and recompute that the model uses: weights, optimizer (muon or
-    adamw), gradients, activations, loss, and what is being worked on. Sources are as long as T."""
-    c, T = model.config, T or model.config.block_size
-    width, tokens = (model.dtype or torch.float32).itemsize, batch_size * T
-    blocks = [m for m in model.modules() if isinstance(m, Block)]
+def logits_memory(c, kernels, dtype, tokens, device):
+    """Bytes of the logits and their gradients that the loss holds at once; of two tiles at most."""
+    logits, tile = tokens * c.vocab_size, LOSS_TILE * (1 if device == "cpu" else 32)
+    if kernels is PLAIN:
+        return 16 * logits
+    if kernels is CUDA or dtype == torch.float32:
+        return dtype.itemsize * min(logits, 2 * tile)
+    return (4 + dtype.itemsize) * min(logits, tile)
+
+
+def optimizer_memory(model, optimizer):
+    """-> (bytes that muon or adamw keeps from step to step, bytes that a step takes beside)."""
+    kept = 8 * model.n_parameters()  # the means of gradients and of their squares
+    if optimizer == "adamw":
+        return kept, 0
+    alike = {}  # Muon keeps one number a weight of a matrix, and works on all of a shape at once
+    for name, w in model.named_parameters():
+        if "blocks." in name and w.dim() == 2:
+            alike[w.shape] = alike.get(w.shape, 0) + 4 * w.numel()
+    step = max(2 * n + 5 * n * min(shape) // max(shape) for shape, n in alike.items())
+    return kept - sum(alike.values()), step
+
+
+def training_memory(model, batch_size, optimizer="muon", device=None):
+    """{part: bytes} of all tensors at the fullest moment of a training step on batch_size whole
+    sequences, with the model's kernels, dtype and recompute, and muon or adamw. The model may be
+    on the meta device, where no size costs anything: device is then the one it is planned for."""
+    c, dtype, recompute = model.config, model.dtype or torch.float32, model.transformer.recompute
+    device, tokens, width = device or model.device.type, batch_size * c.block_size, dtype.itemsize
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    stream, hidden = tokens * c.n_embd * width, tokens * blocks[0].mlp.up_proj.out_features * width
+    saved = tokens * saved_by_block(blocks[0], c, dtype, device)
+    if width < 4:  # products keep the weights they computed with
+        saved += width * sum(w.numel() for w in blocks[0].parameters() if w.dim() == 2)
+    activations = len(blocks) * (stream if recompute else saved) + 2 * stream
+    loss = stream + logits_memory(c, model.kernels, dtype, tokens, device)
+    backward = 3 * hidden + 2 * stream + recompute * saved
+    if model.kernels is PLAIN:
+        backward += 3 * tokens * c.n_head * c.block_size * width - 3 * hidden
+
     weights, head = 4 * model.n_parameters(), 4 * model.lm_head.weight.numel()
-    matrices = {}
-    for w in (w for block in blocks for w in block.parameters() if w.dim() >= 2):
-        matrices[w.shape] = matrices.get(w.shape, 0) + 4 * w.numel()
-    muon = optimizer == "muon"
-    held = dict(weights=weights, optimizer=2 * weights - muon * sum(matrices.values()))
+    kept, step = optimizer_memory(model, optimizer)
+    moments = [  # the end of forward, the first block's backward, the optimizer's step
+        dict(gradients=head, activations=activations, loss=loss),
+        dict(gradients=head, activations=activations, loss=stream, backward=backward),
+        dict(gradients=weights, update=max(step, head * c.tied))]
+    fullest = max(moments, key=lambda parts: sum(parts.values()))
+    return dict(weights=weights, optimizer=kept) | fullest
 
-    saved = max(saved_by_block(block, c, T, width) for block in blocks) * tokens
-    if width < 4:  # the products keep their weights in the dtype they computed in
-        saved += width * sum(m.weight.numel() for m in blocks[0].modules() if isinstance(m, Linear))
-    stream, last = len(blocks) * tokens * c.n_embd * width, 2 * tokens * c.n_embd * width
-    held_back = stream + last if model.transformer.recompute else len(blocks) * saved + last
-    again = saved if model.transformer.recompute else 0
-    hidden = 3 * blocks[0].mlp.up_proj.out_features * width * tokens
-    plain = model.kernels is PLAIN
-    scores = 3 * c.n_head * T * width * tokens if plain else 0
-    logits = c.vocab_size * tokens * 4
-    tile = 3 * logits if plain else min(logits, 4 * LOSS_TILE)
-    d_x = tokens * c.n_embd * width
-    moments = [
-        dict(gradients=head, activations=held_back, loss=tile + d_x),
-        dict(gradients=head, activations=held_back, loss=d_x, working=again + max(hidden, scores)),
-        dict(gradients=weights, working=4 * max(matrices.values()) if muon else 0)]
-    return held | max(moments, key=lambda moment: sum(moment.values()))
+
+def free_memory(device="cpu"):
+    """Bytes that new tensors can take: of a GPU, or of this machine and the container it may be;
+    all of it where the system does not tell what is in use; None where it tells nothing."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if sys.platform == "win32":
+        status = (ctypes.c_ulonglong * 8)(64)  # its own size first, then: all memory, what is free
+        ctypes.windll.kernel32.GlobalMemoryStatusEx(status)
+        return status[2]
+    try:
+        if sys.platform != "linux":
+            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvail"))
+        group = Path("/sys/fs/cgroup")
+        limit = group / "memory.max"
+        if limit.exists() and (most := limit.read_text().strip()) != "max":
+            free = min(free, int(most) - int((group / "memory.current").read_text()))
+        return free
+    except (OSError, ValueError, StopIteration):
+        return None
 
 
 # -----------------------------------------------------------------------------
