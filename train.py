@@ -40,8 +40,8 @@ if not {"-h", "--help"} & set(sys.argv):  # torch takes two seconds to import; h
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
-    from model import (GPT, SIZES, GPTConfig, check_ids, check_known, load_model, save_model,
-                       training_memory)
+    from model import (GPT, SIZES, GPTConfig, check_ids, check_known, free_memory, load_model,
+                       save_model, training_memory)
     from sample import (checkpoints, complete, has_fast_bf16, newest_run, pick_checkpoint,
                         pick_device, pick_precision)
     from sample import load_run as load_finished
@@ -501,15 +501,6 @@ def peak_memory(device="cpu"):
         return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def all_memory(device):
-    """Bytes that the GPU, or this machine, has in all; infinite where nobody says."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_properties(device).total_memory
-    with contextlib.suppress(AttributeError, ValueError, OSError):  # Windows has no sysconf
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return math.inf
-
-
 def first_bad(model, xs, ys):
     """Where numbers stop being finite on these batches: the name of the first module whose output
     is not, or else of the parameter nearest to the loss whose gradient is not."""
@@ -782,11 +773,11 @@ def reason(asked, precision, device):
     return "fp32, as bf16 is not fast here" if device == "cpu" else "fp32, safe on every device"
 
 
-def memory_warning(needed, there):
-    """A line if a step needs more bytes than there are, or nearly."""
-    if needed < 0.9 * there:
+def memory_warning(needed, free):
+    """A line if a step needs more bytes than are free, or nearly; None free: nobody knows."""
+    if free is None or needed < 0.9 * free:
         return ""
-    return (f"a step needs about {needed / 1e9:.1f} GB and there are {there / 1e9:.1f}: take a "
+    return (f"a step needs about {needed / 1e9:.1f} GB and {free / 1e9:.1f} are free: take a "
             "smaller --micro_batch_size or --size, or --recompute")
 
 
@@ -913,7 +904,7 @@ def train(config, model_config=None, say=tqdm.write):
     n_steps = last_step(config, batches.n_tokens, config.batch_size * T)
     if is_main:
         needed = sum(training_memory(run.model, micro, config.optimizer).values())
-        if warning := memory_warning(needed, all_memory(device)):
+        if warning := memory_warning(needed, free_memory(device)):
             say(warning)
         seconds = seconds_per_step(run, config, micro, accumulate)
         how_and_why = f"{device}, {kernels} kernels, {why}"
