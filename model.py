@@ -1394,6 +1394,29 @@ def training_memory(model, batch_size, optimizer="muon", device=None):
     return dict(weights=weights, optimizer=kept) | fullest
 
 
+def free_memory(device="cpu"):
+    """Bytes that new tensors can take: of a GPU, or of this machine and the container it may be;
+    all of it where the system does not tell what is in use; None where it tells nothing."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if sys.platform == "win32":
+        status = (ctypes.c_ulonglong * 8)(64)  # its own size first, then: all memory, what is free
+        ctypes.windll.kernel32.GlobalMemoryStatusEx(status)
+        return status[2]
+    try:
+        if sys.platform != "linux":
+            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvail"))
+        group = Path("/sys/fs/cgroup")
+        limit = group / "memory.max"
+        if limit.exists() and (most := limit.read_text().strip()) != "max":
+            free = min(free, int(most) - int((group / "memory.current").read_text()))
+        return free
+    except (OSError, ValueError, StopIteration):
+        return None
+
+
 # -----------------------------------------------------------------------------
 # Checkpoints: one dict of plain values and tensors, written whole or not at all.
 

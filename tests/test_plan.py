@@ -5,8 +5,8 @@ import torch
 from conftest import tiny
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import (ARCHITECTURES, GPT, SIZES, GPTConfig, Linear, allowed, saved_by_block,
-                   training_memory)
+from model import (ARCHITECTURES, GPT, SIZES, GPTConfig, Linear, allowed, free_memory,
+                   saved_by_block, training_memory)
 
 
 def meta(**options):
@@ -124,3 +124,6 @@ def test_recompute_and_half_precision_keep_less():
     half = sum(training_memory(model, 8, device="cuda").values())
     assert again < half < full
 
+
+def test_this_machine_has_some_memory_left():
+    assert free_memory() is None or free_memory() > 2**20
