@@ -463,8 +463,8 @@ def validation_loss(model, shards, config, rank, world_size):
 
 
 def seconds_per_step(run, config, micro, accumulate):
-    """What the log of the run says, or if it is new a short probe: two steps at a rate of 0, which
-    change no weight; the second counts."""
+    """What the log of the run says, or if there is none a short probe: two steps of which the second
+    counts; at a rate of 0 they change no weight, and only a new optimizer takes part."""
     rates = [row["tokens_per_second"] for row in read_log(run.folder)]
     tokens = config.batch_size * run.model.config.block_size
     if rates:
@@ -476,8 +476,11 @@ def seconds_per_step(run, config, micro, accumulate):
         start = time.perf_counter()
         gradients(run, run.model, [ids], [ids], config.grad_clip)[0].item()
         middle = time.perf_counter()
-        update(run)
-    run.optimizer.state.clear()
+        if run.step == 0:
+            update(run)
+    if run.step == 0:
+        run.optimizer.state.clear()
+    run.optimizer.zero_grad()
     return accumulate * (middle - start) + time.perf_counter() - middle
 
 

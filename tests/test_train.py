@@ -183,6 +183,16 @@ def test_a_validation_that_looks_wrong_names_the_doctor(tmp_path, row, words):
     assert words in line and ("python -m chapters.doctor" in line) == bool(words)
 
 
+def test_a_probe_leaves_the_memory_of_a_resumed_optimizer(tmp_path):
+    run = new_run(tmp_path, tiny(), TrainConfig(), "cpu")
+    ids = torch.arange(8).view(1, 8)
+    take_step(run, run.model, [ids], [ids], 1.0)
+    before = {p: dict(state) for p, state in run.optimizer.state.items()}
+    run.step = 1
+    assert seconds_per_step(run, TrainConfig(), 2, 4) > 0
+    assert all(before[p].items() == run.optimizer.state[p].items() for p in before)
+
+
 @pytest.mark.parametrize("progress, parts", [(0.0, 8), (0.2, 4), (0.4, 2), (0.6, 1), (1.0, 1)])
 def test_a_curriculum_cuts_rows_and_loses_no_token(progress, parts):
     ids = torch.arange(32).view(2, 16)
