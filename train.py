@@ -725,11 +725,11 @@ def is_patient_no_more(run, config):
     return config.patience and run.step - run.best_step >= config.patience * config.eval_every
 
 
-def find_rate(run, config, batches, accumulate, say, n_steps=100, lowest=1e-5, highest=3.0):
+def find_rate(run, config, batches, accumulate, say, n_steps=60, lowest=1e-4, highest=3.0):
     """A sweep on weights that are then thrown away: ever higher rates, until the loss takes off.
     Draws find_lr.png in the run's folder, which gets no run. arXiv:1506.01186"""
     rates, losses, mean = [], [], None
-    for step in range(n_steps):
+    for step in tqdm(range(n_steps), disable=not sys.stderr.isatty(), leave=False):
         rates.append(lowest * (highest / lowest) ** (step / (n_steps - 1)))
         set_rate(run.optimizer, rates[-1])
         xs, ys = zip(*(to_device(next(batches), run.model) for _ in range(accumulate)))
