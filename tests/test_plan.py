@@ -1,12 +1,18 @@
 """What a model costs: parameters, FLOPs and bytes in model.py, and chapters/plan.py's sums."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
-from conftest import tiny
+from conftest import ROOT, run, tiny
 from torch.utils.flop_counter import FlopCounterMode
 
+from chapters import plan
 from model import (ARCHITECTURES, GPT, SIZES, GPTConfig, Linear, allowed, free_memory,
                    saved_by_block, training_memory)
+from train import TrainConfig, new_run, shape_of, take_step
 
 
 def meta(**options):
@@ -104,7 +110,6 @@ def test_what_blocks_save_is_what_autograd_keeps(options, kernels, dtype):
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_what_an_optimizer_keeps_is_foretold(optimizer, tmp_path):
-    from train import TrainConfig, new_run, take_step
     model = tiny().train()
     run = new_run(tmp_path, model, TrainConfig(optimizer=optimizer), "cpu")
     ids = torch.zeros(2, 16, dtype=torch.long)
@@ -127,3 +132,138 @@ def test_recompute_and_half_precision_keep_less():
 
 def test_this_machine_has_some_memory_left():
     assert free_memory() is None or free_memory() > 2**20
+
+
+def base(low_memory):
+    """Bytes of a new Python that has trained next to nothing."""
+    code = (f"from chapters import plan; plan.keep_freed_memory({low_memory}); "
+            "print(plan.base_memory())")
+    return int(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True,
+                              text=True, check=True).stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the holes are those of Linux' allocator")
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("size", ["mini", "small", "base"])
+def test_memory_is_foretold_within_15_percent_of_what_a_run_takes(shards, tmp_path, size,
+                                                                  recompute):
+    more = ["--recompute", "--low_memory"] if recompute else []
+    run("train.py", f"--data={shards}", "--out=run", f"--size={size}", "--max_steps=2",
+        "--batch_size=8", "--micro_batch_size=8", "--precision=fp32", "--kernels=fused",
+        "--device=cpu", "--eval_sequences=8", "--sample_tokens=1", *more, cwd=tmp_path)
+    log = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    shape = GPTConfig(vocab_size=320, **SIZES[size])
+    parts = plan.memory(GPT(shape), 8, recompute=recompute)
+    foretold = plan.process_memory(parts, base(recompute), low_memory=recompute)
+    assert foretold == pytest.approx(json.loads(log[-1])["memory"], rel=0.15)
+
+
+# -----------------------------------------------------------------------------
+# Known models, and what a GPU costs.
+
+
+@pytest.mark.parametrize("name", plan.PUBLISHED)
+def test_a_known_model_has_the_size_and_the_flops_that_were_published(name):
+    row = plan.published_row(name)
+    assert row.ours == pytest.approx(row.parameters, rel=0.02) or not row.is_exact
+    if row.their_flops:
+        assert row.flops == pytest.approx(row.their_flops, rel=0.06)
+
+
+def test_one_mfu_explains_the_hours_of_llama_2_from_7_to_70_billion():
+    rows = [plan.published_row(f"Llama 2 {size}") for size in ("7B", "13B", "70B")]
+    assert all(0.38 < row.mfu < 0.45 for row in rows)
+    for row in rows:
+        hours = plan.gpu_cost(row.flops, "A100", mfu=0.42)["hours"]
+        assert hours == pytest.approx(row.their_hours, rel=0.08)
+
+
+def test_the_cost_is_in_proportion_to_flops_price_and_carbon():
+    one = plan.gpu_cost(1e21, "A100", price=2, mfu=0.5, carbon=500)
+    assert one["hours"] * 3600 * 312e12 * 0.5 == pytest.approx(1e21)
+    assert one["money"] == 2 * one["hours"] and one["kwh"] == pytest.approx(0.4 * one["hours"])
+    assert one["co2"] == one["kwh"] / 2
+    assert plan.gpu_cost(2e21, "A100", mfu=0.5)["hours"] == 2 * one["hours"]
+
+
+# -----------------------------------------------------------------------------
+# The plan of a run, as a command.
+
+
+def options(**given):
+    small = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, precision="fp32", device="cpu")
+    return TrainConfig(**small | given)
+
+
+def test_a_plan_takes_20_tokens_a_parameter_unless_told_otherwise(shards):
+    made = plan.make_plan(options(data=str(shards)), has_length=False, measure=False)
+    assert made.tokens == pytest.approx(20 * made.model.n_parameters(), rel=0.01)
+    made = plan.make_plan(options(data=str(shards), tokens=1e5), measure=False)
+    assert made.tokens == pytest.approx(1e5, rel=0.01)
+
+
+def test_a_plan_knows_the_vocabulary_and_the_tokens_of_prepared_data(shards):
+    card = json.loads((shards / "card.json").read_text())
+    made = plan.make_plan(options(data=str(shards), epochs=3), measure=False)
+    assert (made.model.config.vocab_size, made.n_tokens) == (card["vocab_size"],
+                                                              card["train"]["tokens"])
+    assert made.tokens == pytest.approx(3 * made.n_tokens, rel=0.05)
+
+
+def test_minutes_are_as_many_steps_as_fit_into_them(shards):
+    made = plan.make_plan(options(data=str(shards), minutes=1))
+    assert made.steps * made.seconds == pytest.approx(60, rel=0.01)
+
+
+def test_a_probe_of_some_layers_is_made_for_all_and_one_that_is_too_long_not_at_all(monkeypatch):
+    tried, config = [], options(n_layer=8, n_embd=64)
+    monkeypatch.setattr(plan, "seconds_of_step", lambda shape, *rest: tried.append(shape) or 1.0)
+    monkeypatch.setattr(plan, "matmul_rate", lambda *device: 1e9)
+    shape = shape_of(config, 64)
+    assert plan.measured_seconds(shape, config, "cpu", None, patience=10) == 1.0
+    assert plan.measured_seconds(shape, config, "cpu", None, patience=0.3) > 1.5
+    assert plan.measured_seconds(shape, config, "cpu", None, patience=1e-6) is None
+    assert tried[0] == shape and tried[1].n_layer < 8 and len(tried) == 2
+
+
+def test_a_plan_of_175_billion_parameters_costs_nothing(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ("--architecture=gpt2", "--n_layer=96", "--n_head=96", "--n_embd=12288",
+             "--tokens=3e11", "--block_size=2048", "--vocab_size=50257", "--gpus=64", "--batch_size=64")
+    out, _ = call(plan, *words)
+    assert "174,604,259,328" in out and "does NOT fit" in out and "too large to try" in out
+    assert "H100" in out and "kWh" in out and not list(tmp_path.iterdir())
+
+
+def test_a_plan_says_whether_its_data_is_prepared(call, shards):
+    small = ("--n_layer=1", "--n_head=1", "--n_embd=16", "--block_size=16", "--batch_size=2")
+    out, _ = call(plan, f"--data={shards}", *small, "--tokens=1000")
+    assert "less than half" in out and "not prepared" not in out
+    out, _ = call(plan, "--data=book.txt", *small, "--tokens=1000")
+    assert "python data.py book.txt" in out
+
+
+def test_the_table_of_known_models_has_all(call):
+    out, _ = call(plan, "--published")
+    assert all(name in out for name in plan.PUBLISHED)
+
+
+@pytest.mark.parametrize("words, error", [
+    (["--gpu=H10"], "unknown gpu 'H10': did you mean H100?"),
+    (["--mfu=0"], "mfu=0 must be above 0 and at most 1"),
+    (["--mfu=nan"], "mfu=nan must be above 0"),
+    (["--price=-1"], "price=-1 must be a number from 0"),
+    (["--carbon=inf"], "carbon=inf must be a number from 0"),
+    (["--gpus=0"], "gpus=0 must be at least 1"),
+    (["--gpus=3"], "batch_size=16 is no multiple of 15"),
+    (["--size=smal"], "unknown size 'smal': did you mean small?"),
+    (["--architecture=bert"], "architecture=bert does not predict the next token"),
+    (["--n_embd=100", "--n_head=3"], "n_embd=100 is no multiple of n_head=3"),
+    (["--data=book.txt", "--epochs=2"], "python data.py book.txt does that, or give --tokens"),
+    (["--tokens=-5"], "tokens=-5.0 must"),
+    (["--gup=A100"], "unknown option --gup, did you mean --gpu?"),
+    (["--gpus=many"], "invalid int value: 'many'")])
+def test_a_wrong_option_is_one_line(call, words, error):
+    out, err = call(plan, *words)
+    assert error in err and "Traceback" not in err and not out
