@@ -61,9 +61,9 @@ PUBLISHED = {
     "Llama 2 70B": (LLAMA2 | dict(n_layer=80, n_head=64, n_kv_head=8, n_embd=8192),
                     2e12, 68.977e9, None, 1_720_320),
     "Falcon 40B": (FALCON | dict(n_layer=60, n_head=128, n_embd=8192),
-                   1e12, 41.3e9, 2_800 * 8.64e19, None),                     # arXiv:2311.16867
+                   1e12, 40e9, 2_800 * 8.64e19, None),                     # arXiv:2311.16867
     "Falcon 180B": (FALCON | dict(n_layer=80, n_head=232, n_embd=14848),
-                    3.5e12, 178.6e9, 43_500 * 8.64e19, None)}
+                    3.5e12, 180e9, 43_500 * 8.64e19, None)}
 
 
 # -----------------------------------------------------------------------------
@@ -108,7 +108,7 @@ def published_row(name):
     shape, tokens, parameters, their_flops, their_hours = PUBLISHED[name]
     model = outline(GPTConfig(**shape))
     lacking = parameters - model.n_parameters()
-    lacking = lacking if abs(lacking) > 0.02 * parameters else 0
+    lacking = lacking if lacking > 0.02 * parameters else 0
     flops = tokens * (model.flops_per_token() + 6 * lacking)
     mfu = their_hours and flops / (GPUS["A100"][0] * 3600 * their_hours)
     return SimpleNamespace(name=name, ours=model.n_parameters(), parameters=parameters,

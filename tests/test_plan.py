@@ -166,7 +166,7 @@ def test_memory_is_foretold_within_15_percent_of_what_a_run_takes(shards, tmp_pa
 @pytest.mark.parametrize("name", plan.PUBLISHED)
 def test_a_known_model_has_the_size_and_the_flops_that_were_published(name):
     row = plan.published_row(name)
-    assert row.ours == pytest.approx(row.parameters, rel=0.02) or not row.is_exact
+    assert row.ours == pytest.approx(row.parameters, rel=0.04) or not row.is_exact
     if row.their_flops:
         assert row.flops == pytest.approx(row.their_flops, rel=0.06)
 
