@@ -14,6 +14,7 @@ import random
 import re
 import sys
 import time
+from functools import lru_cache
 from pathlib import Path
 
 from tokenizer import Parser, Tokenizer, run_command, share_cores
@@ -50,6 +51,7 @@ def pick_device(name="auto"):
     return name
 
 
+@lru_cache
 def has_fast_bf16(size=512):
     """Whether this CPU multiplies matrices at least 1.5 times as fast in bfloat16 as in float32.
     Measured, in some milliseconds: a CPU without units for bfloat16 is slower in it."""

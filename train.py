@@ -767,10 +767,9 @@ def clock(seconds):
 
 def reason(asked, precision, device):
     """Why the run computes in this precision."""
-    units = device != "cpu" or has_fast_bf16()
     if asked != "auto":
-        return f"{precision} as asked" + ("" if units or precision == "fp32" else
-                                          ", slow here: this CPU has no units for it")
+        slow = device == "cpu" and precision != "fp32" and not has_fast_bf16()
+        return f"{precision} as asked" + ", slow: this CPU has no units for it" * slow
     if precision == "bf16":
         return "bf16 with float32 weights, fast here"
     return "fp32, as bf16 is not fast here" if device == "cpu" else "fp32, safe on every device"
