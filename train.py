@@ -952,12 +952,11 @@ def run_steps(run, config, batches, shards, tokenizer, n_steps, place, began, sa
             xs, ys = zip(*(to_device(next(batches), run.model) for _ in range(accumulate)))
             xs, ys = ([cut_short(ids, progress, config.curriculum) for ids in part]
                       for part in (xs, ys))
-            if graphed:
-                loss, norm = (value.item() for value in graphed(xs, ys))
-            else:
-                loss, norm = (value.item() for value in
-                              gradients(run, model, xs, ys, config.grad_clip))
-                check_finite(run, xs, ys, loss, norm, rate, log)
+            loss, norm = (value.item() for value in
+                          (graphed(xs, ys) if graphed else
+                           gradients(run, model, xs, ys, config.grad_clip)))
+            check_finite(run, xs, ys, loss, norm, rate, log)
+            if not graphed:  # a graph's step includes it
                 update(run)
 
             now = time.perf_counter()
