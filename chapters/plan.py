@@ -15,9 +15,11 @@ import json
 import math
 import sys
 import tempfile
+import time
 from argparse import SUPPRESS, BooleanOptionalAction
 from functools import lru_cache
 from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
 
 from data import folder_name
@@ -156,7 +158,10 @@ def measured_seconds(shape, config, device, dtype, patience=5.0):
     if micro * cost > 10 * budget or needed > (free_memory(device) or math.inf) / 2:
         return None
     config = dataclasses.replace(config, micro_batch_size=micro)
-    return seconds_of_step(small, config, device, dtype) * whole / cost
+    tries, start = [], time.perf_counter()
+    while len(tries) < 5 and (not tries or time.perf_counter() - start < patience / 2):
+        tries.append(seconds_of_step(small, config, device, dtype))
+    return median(tries) * whole / cost
 
 
 # -----------------------------------------------------------------------------

@@ -224,13 +224,14 @@ def test_a_probe_of_some_layers_is_made_for_all_and_one_that_is_too_long_not_at_
     assert plan.measured_seconds(shape, config, "cpu", None, patience=10) == 1.0
     assert plan.measured_seconds(shape, config, "cpu", None, patience=0.3) > 1.5
     assert plan.measured_seconds(shape, config, "cpu", None, patience=1e-6) is None
-    assert tried[0] == shape and tried[1].n_layer < 8 and len(tried) == 2
+    assert tried[0] == shape and tried[-1].n_layer < 8
 
 
 def test_a_plan_of_175_billion_parameters_costs_nothing(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ("--architecture=gpt2", "--n_layer=96", "--n_head=96", "--n_embd=12288",
-             "--tokens=3e11", "--block_size=2048", "--vocab_size=50257", "--gpus=64", "--batch_size=64")
+             "--tokens=3e11", "--block_size=2048", "--vocab_size=50257", "--gpus=64",
+             "--batch_size=64")
     out, _ = call(plan, *words)
     assert "174,604,259,328" in out and "does NOT fit" in out and "too large to try" in out
     assert "H100" in out and "kWh" in out and not list(tmp_path.iterdir())
