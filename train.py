@@ -126,8 +126,8 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         for name in (*LENGTHS, "learning_rate", "min_lr", "warmup_steps", "grad_clip", "patience"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0, and finite")
         check_known(self.optimizer, RATES, "optimizer")
         check_known(self.schedule, SCHEDULES, "schedule")
         if not 0 < self.decay_ratio <= 1:
@@ -875,7 +875,7 @@ def train(config, model_config=None, say=tqdm.write):
     -> a summary of the run: folder, step, loss and val_loss (nats per token), bits_per_byte,
     tokens_per_second, seconds, how, stopped; None on all ranks but 0, and with find_lr."""
     began = time.perf_counter()
-    keep_freed_memory(config.low_memory)
+    keep_freed_memory(config.low_memory or config.recompute)
     check_trackers(config)
     rank, world_size, device = start_processes(config)
     is_main, say = rank == 0, say if rank == 0 else lambda text: None

@@ -476,6 +476,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(shards, tmp_path):
     (dict(mix="elsewhere"), "mix=elsewhere is not a folder of shards and its share"),
     (dict(mix="elsewhere=0.3"), "mix=elsewhere=0.3 is not a folder of shards and its share"),
     (dict(learning_rate=-1.0), "learning_rate=-1.0 must be at least 0"),
+    (dict(tokens=math.inf), "tokens=inf must be at least 0, and finite"),
     (dict(min_lr=0.5), "min_lr=0.5 is above learning_rate=0.02"),
 ])
 def test_an_impossible_run_is_refused_and_leaves_nothing(shards, tmp_path, options, words):
