@@ -875,7 +875,7 @@ def train(config, model_config=None, say=tqdm.write):
     -> a summary of the run: folder, step, loss and val_loss (nats per token), bits_per_byte,
     tokens_per_second, seconds, how, stopped; None on all ranks but 0, and with find_lr."""
     began = time.perf_counter()
-    keep_freed_memory(config.low_memory or config.recompute)
+    keep_freed_memory(config.low_memory)
     check_trackers(config)
     rank, world_size, device = start_processes(config)
     is_main, say = rank == 0, say if rank == 0 else lambda text: None
