@@ -44,8 +44,8 @@ ARCHITECTURES = {
                                cross=True),                           # arXiv:1706.03762
 }
 
-# Parameters with a vocabulary of 262, bytes and special tokens (modern), for the first; of 4,096 for
-# the next four; of 50,257 (gpt2) for the rest.
+# Parameters with a vocabulary of 262, bytes and special tokens (modern), for the first; of 4,096
+# for the next four; of 50,257 (gpt2) for the rest.
 SIZES = {
     "nano": dict(n_layer=3, n_head=2, n_embd=96, block_size=128),              # 0.4M
     "tiny": dict(n_layer=2, n_head=2, n_embd=128, block_size=256),             # 1.4M

@@ -299,10 +299,10 @@ def fast_orthogonal(x, steps=5):
     a, b, c = NEWTON_SCHULZ
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     gram = x @ x.mT                                                  # (..., rows, rows)
-    total = torch.eye(rows, dtype=x.dtype, device=x.device)
-    for step in range(steps):
-        factor = torch.eye(rows, dtype=x.dtype, device=x.device) * a + b * gram + c * gram @ gram
-        total = factor @ total if step else factor
+    total = one = torch.eye(rows, dtype=x.dtype, device=x.device)
+    for _ in range(steps):
+        factor = a * one + b * gram + c * gram @ gram
+        total = factor @ total
         gram = factor @ gram @ factor
     return total @ x
 
@@ -463,8 +463,8 @@ def validation_loss(model, shards, config, rank, world_size):
 
 
 def seconds_per_step(run, config, micro, accumulate):
-    """What the log of the run says, or if there is none a short probe: two steps of which the second
-    counts; at a rate of 0 they change no weight, and only a new optimizer takes part."""
+    """What the log of the run says, or if there is none a short probe: two steps of which the
+    second counts; at a rate of 0 they change no weight, and only a new optimizer takes part."""
     rates = [row["tokens_per_second"] for row in read_log(run.folder)]
     tokens = config.batch_size * run.model.config.block_size
     if rates:

@@ -74,7 +74,8 @@ def test_the_clock_can_be_ahead_of_the_steps():
 
 
 @pytest.mark.parametrize("lengths, steps", [
-    (dict(max_steps=7), 7), (dict(tokens=450), 5), (dict(epochs=2), 20), (dict(epochs=2, max_steps=5), 5),
+    (dict(max_steps=7), 7), (dict(tokens=450), 5), (dict(epochs=2), 20),
+    (dict(epochs=2, max_steps=5), 5),
     (dict(minutes=1), math.inf)])
 def test_a_run_ends_at_the_first_limit_reached(lengths, steps):
     assert last_step(TrainConfig(**lengths), n_tokens=1000, tokens_per_step=100) == steps
@@ -167,7 +168,8 @@ def test_a_step_that_does_not_fit_is_announced():
 
 
 @pytest.mark.parametrize("asked, precision, device, words", [
-    ("fp16", "fp16", "cuda", "fp16 as asked"), ("auto", "bf16", "cuda", "bf16 with float32 weights"),
+    ("fp16", "fp16", "cuda", "fp16 as asked"),
+    ("auto", "bf16", "cuda", "bf16 with float32 weights"),
     ("auto", "fp32", "mps", "fp32, safe on every device"), ("fp32", "fp32", "cpu", "as asked")])
 def test_a_precision_has_its_reason(asked, precision, device, words):
     assert words in reason(asked, precision, device)
