@@ -31,6 +31,7 @@ import unicodedata
 import zipfile
 import zlib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
@@ -39,7 +40,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tokenizer import (SPECIAL_TOKENS, Parser, Tokenizer, replacing, room_for_merges,
-                       run_command, write_json)
+                       read_sealed, run_command, seal, write_json)
 
 RECIPE = 1  # part of each fingerprint: raised when the same content would give other shards
 SEPARATOR = "<|endoftext|>"  # between the documents of a .txt file
@@ -162,11 +163,8 @@ def read_documents(path):
 
 def file_hash(path):
     """The sha256 of a file's content, in hex."""
-    hasher = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            hasher.update(block)
-    return hasher.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def download(url, path, n_bytes=0, sha256=None):
@@ -336,6 +334,23 @@ def read_shard(path):
     return np.memmap(path, kind, "r", HEADER_BYTES, n_tokens)
 
 
+def check_shards(folder, splits=("train", "val")):
+    """card.json of a folder of shards. ValueError if it, or a shard of these splits, is not as it
+    was written: a model would learn from the damage without a word."""
+    card = read_sealed(Path(folder, "card.json"))
+    paths = [path for split in splits for path in Path(folder).glob(f"{split}_??????.bin")]
+    listed = dict(card.get("digests") or {})
+    for name in listed:
+        if name.startswith(splits) and not Path(folder, name).exists():
+            raise ValueError(f"{folder} lacks {name}: run data.py again")
+    with ThreadPoolExecutor() as pool:  # hashing leaves Python to its other threads
+        for path, digest in zip(paths, pool.map(file_hash, paths)):
+            if digest != listed.get(path.name):
+                raise ValueError(f"{path} is damaged: its sha256 is not that in card.json; delete "
+                                 "it and run data.py again")
+    return card
+
+
 def read_split(folder, split="train"):
     """All tokens of a split, as a list of memory maps in order."""
     paths = sorted(Path(folder).glob(f"{split}_??????.bin"))
@@ -432,6 +447,27 @@ def texts_to_ids(found, file, tokenizer, card, say):
 # Preparing: a finished folder of shards, made only when it is not there.
 
 
+@contextlib.contextmanager
+def locked(folder):
+    """Keep other processes out of a folder; ValueError where one is at work. The system lets go of
+    the lock when its process ends, however it ends: a crash leaves an empty file, but no lock."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with open(Path(folder, ".lock"), "ab") as file:
+        try:
+            if os.name == "nt":
+                import msvcrt
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ValueError(f"{folder} is in use by another process: wait until it has ended, or "
+                             "give another folder") from None
+        except OSError:  # some network file systems know no locks
+            pass
+        yield
+
+
 def our_files(out):
     """What a run writes to a folder, the card first. Refuses a folder that is somebody else's."""
     shards = [*out.glob("train_??????.bin*"), *out.glob("val_??????.bin*")]
@@ -465,7 +501,7 @@ def fingerprint(files, options):
 def is_finished(out, key):
     """Whether a folder was made for this fingerprint and holds all that its card lists."""
     try:
-        card = json.loads((out / "card.json").read_text("utf-8"))
+        card = check_shards(out)
         n_tokens = [sum(map(len, read_split(out, split))) for split in ("train", "val")]
         return (card["fingerprint"] == key
                 and n_tokens == [card["train"]["tokens"], card["val"]["tokens"]]
@@ -488,8 +524,9 @@ def write_folder(out, splits, tokenizer, card):
                               bytes=int(lengths[part].sum()), tokens=len(part))
         card[name] = dict(counts, shards=shards)
     tokenizer.save(out / "tokenizer.json")
-    card.update(tokenizer=tokenizer.hash(), vocab_size=tokenizer.n_vocab)
-    write_json(out / "card.json", card)
+    digests = {path.name: file_hash(path) for path in sorted(out.glob("*.bin"))}
+    card.update(tokenizer=tokenizer.hash(), vocab_size=tokenizer.n_vocab, digests=digests)
+    write_json(out / "card.json", seal(card))
 
 
 def prepare(sources, out, vocab_size=4096, tokenizer=None, val_ratio=None, n_shards=1, say=print):
@@ -521,8 +558,7 @@ def prepare(sources, out, vocab_size=4096, tokenizer=None, val_ratio=None, n_sha
               for source, paths in found.items()]
     python = platform.python_version() if "stdlib" in sources else None
     card = dict(sources=origin, python=python, options=options, counts=counts, fingerprint=key)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=out.parent) as file:
+    with locked(out), tempfile.TemporaryFile(dir=out.parent) as file:
         if is_ready:
             val, *train = map(read_shard, found["fineweb10B"])
             card["split"], splits = "as published", dict(train=train, val=[val])

@@ -21,8 +21,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data import read_split
-from tokenizer import Parser, Tokenizer, replacing, run_command, share_cores, write_json
+from data import check_shards, read_split
+from tokenizer import (Parser, Tokenizer, read_sealed, replacing, run_command, share_cores,
+                       write_json)
 
 if __name__ == "__main__":
     share_cores()
@@ -275,11 +276,9 @@ TASKS = {"perplexity": score_text, "continuation": score_continuation, "rows": s
 
 
 def training_data(folder):
-    """What the run's config.json says about its data: a dict, empty when it says nothing."""
-    try:
-        return dict(json.loads(Path(folder, "config.json").read_text("utf-8"))["data"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+    """What the run's config.json says about its data: a dict, empty when there is none."""
+    path = Path(folder, "config.json")
+    return read_sealed(path).get("data") or {} if path.exists() else {}
 
 
 def held_out(folder, tokenizer, data, max_tokens):
@@ -294,6 +293,7 @@ def held_out(folder, tokenizer, data, max_tokens):
         raise ValueError(f"the text held out from training is gone ({path}): python data.py "
                          f"{sources} --tokenizer={words} --out={path} makes it again")
     shards = read_split(path, "val")
+    check_shards(path, ("val",))
     if Tokenizer.load(path / "tokenizer.json").hash() != tokenizer.hash():
         raise ValueError(f"{path} was written with another tokenizer than {words}: python data.py "
                          f"SOURCE --tokenizer={words} --out=shards/NAME writes shards that fit")
@@ -416,7 +416,7 @@ def main():
     device = pick_device(options.device)
     precision, dtype = pick_precision(options.precision, device)
     checkpoint = pick_checkpoint(folder, options.checkpoint)
-    model, tokenizer = load_run(folder, options.checkpoint, device, dtype)
+    model, tokenizer = load_run(folder, checkpoint, device, dtype)
     path, tokens = None, np.empty(0, np.int64)
     if {"perplexity", "continuation"} & set(names):
         path, tokens = held_out(folder, tokenizer, options.data, options.max_tokens)

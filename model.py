@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-FORMAT = "gpt-checkpoint-1"  # written into each checkpoint; another format is refused by name
+FORMAT = "gpt-checkpoint-2"  # written into each checkpoint; another format is refused by name
 
 # One architecture is one row of options; `sharing` query heads share a key/value head.
 GPT2 = dict(position="learned", norm="layernorm", norm_first=True, activation="gelu", bias=True,
@@ -1421,22 +1421,16 @@ def free_memory(device="cpu"):
 # Checkpoints: one dict of plain values and tensors, written whole or not at all.
 
 
-def save_model(model, path, **state):
-    """Write the model, and any further plain values or tensors, to one file that appears whole or
-    not at all: temporary name, fsync, rename."""
+def pack(model, **state):
+    """What a checkpoint holds: the model, and any further plain values or tensors, as one dict."""
     weights = {name: w.detach() for name, w in model.named_parameters()}  # shared ones once
-    part = Path(f"{path}.part")
-    try:
-        with open(part, "wb") as file:
-            state |= {"format": FORMAT, "config": asdict(model.config), "model": weights}
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except RuntimeError as error:  # torch's word for a disk that is full
-        raise OSError(f"{path} could not be written, is its disk full? ({error!r:.40})") from None
-    finally:
-        part.unlink(missing_ok=True)
+    return state | {"format": FORMAT, "config": asdict(model.config), "model": weights}
+
+
+def save_model(model, file, **state):
+    """Write the model and more to a path or an open binary file, which tokenizer.replacing(path)
+    lets appear complete or not at all."""
+    torch.save(pack(model, **state), file)
 
 
 def differences(wanted, found):

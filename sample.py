@@ -9,7 +9,8 @@ when prompt and continuation fill the model's context (block_size); the command 
 """
 
 import argparse
-import json
+import hashlib
+import math
 import random
 import re
 import sys
@@ -17,7 +18,7 @@ import time
 from functools import lru_cache
 from pathlib import Path
 
-from tokenizer import Parser, Tokenizer, run_command, share_cores
+from tokenizer import Parser, Tokenizer, read_sealed, run_command, share_cores
 
 if __name__ == "__main__":
     share_cores()
@@ -27,6 +28,7 @@ if not {"-h", "--help"} & set(sys.argv):  # torch takes two seconds to import; h
     from model import KVCache, check_known, load_model
 
 DEVICES = ("cuda", "mps", "cpu")
+MANIFEST = "gpt-manifest-1"
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 # -----------------------------------------------------------------------------
@@ -77,7 +79,7 @@ def pick_precision(name="auto", device="cpu"):
 
 
 # -----------------------------------------------------------------------------
-# Runs: runs/NAME/{tokenizer.json, step_NNNNNN.pt, log.jsonl} to a model and its tokenizer.
+# Runs: runs/NAME/{tokenizer.json, step_NNNNNN.pt, step_NNNNNN.json} to a model and its tokenizer.
 
 
 def checkpoints(folder):
@@ -95,21 +97,53 @@ def newest_run(root="runs"):
     return max(written, key=lambda path: path.stat().st_mtime).parent
 
 
-def validation_losses(folder):
-    """{step: val_loss} from the run's log.jsonl; a line that was cut off is left out."""
-    path, losses = Path(folder, "log.jsonl"), {}
-    for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else ():
+def read_manifest(path):
+    """What step_NNNNNN.json, written when all of a checkpoint was, says of it: a dict with step,
+    val_loss and digest (sha256). ValueError if it is missing or damaged."""
+    note = Path(path).with_suffix(".json")
+    if not note.exists():
+        raise ValueError(f"{path} was not written to its end: {note.name} is missing")
+    manifest = read_sealed(note)
+    if manifest.get("format") != MANIFEST:
+        raise ValueError(f"{note} has format {manifest.get('format')!r:.40}, this program reads "
+                         f"{MANIFEST!r}")
+    return manifest
+
+
+def check_checkpoint(path, manifest):
+    """ValueError unless a checkpoint is, bit for bit, what was written."""
+    with open(path, "rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != manifest["digest"]:
+            raise ValueError(f"{path} is damaged: its sha256 is not that in its manifest")
+
+
+def first_whole(paths, by_loss=False):
+    """-> (the first checkpoint of paths that is whole, or with by_loss the one of them with the
+    lowest validation loss; what is wrong with those in its way, in words)."""
+    manifests, wrong = {}, []
+    for path in paths:
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if row.get("val_loss") is not None:
-            losses[row["step"]] = row["val_loss"]
-    return losses
+            manifests[path] = read_manifest(path)
+        except ValueError as error:
+            wrong.append(str(error))
+    losses = {path: math.inf if manifest["val_loss"] is None else manifest["val_loss"]
+              for path, manifest in manifests.items()}
+    for path in sorted(manifests, key=losses.get) if by_loss else manifests:
+        try:
+            check_checkpoint(path, manifests[path])
+            return path, wrong
+        except ValueError as error:
+            wrong.append(str(error))
+    return None, wrong
 
 
-def pick_checkpoint(folder, which="best"):
-    """best (lowest validation loss among those kept) | last | a step -> the checkpoint's path."""
+def warn(text):
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def pick_checkpoint(folder, which="best", warn=warn):
+    """best (lowest validation loss among those kept) | last | a step -> the path of a checkpoint
+    that is whole. Instead of a damaged one, which is named, the next best or newest is taken."""
     folder, which = Path(folder), str(which)
     if not folder.is_dir():
         near = Path("runs", folder)
@@ -119,19 +153,27 @@ def pick_checkpoint(folder, which="best"):
     if not found:
         raise ValueError(f"{folder} holds no checkpoint (step_NNNNNN.pt): "
                          f"python train.py --out={folder} writes some")
+    paths = [*reversed(found.values())]
     if which.isdecimal():
         if int(which) not in found:
             steps = ", ".join(map(str, found))
             raise ValueError(f"{folder} holds no checkpoint of step {which}, only of {steps}")
-        return found[int(which)]
-    check_known(which, ("best", "last", "the number of a step"), "checkpoint")
-    losses = {step: loss for step, loss in validation_losses(folder).items() if step in found}
-    return found[min(losses, key=losses.get) if which == "best" and losses else max(found)]
+        paths = [found[int(which)]]
+    else:
+        check_known(which, ("best", "last", "the number of a step"), "checkpoint")
+    path, wrong = first_whole(paths, by_loss=which == "best")
+    if path is None:
+        raise ValueError(f"{folder} has no checkpoint that is whole: {'; '.join(wrong)}")
+    for what in wrong:
+        warn(f"{what}; {path.name} is taken instead")
+    return path
 
 
 def load_run(folder, which="best", device="cpu", dtype=None):
-    """-> (the model of a run's checkpoint, in eval mode, its weights in dtype; its tokenizer)."""
-    path, words = pick_checkpoint(folder, which), Path(folder, "tokenizer.json")
+    """-> (the model of a run's checkpoint, in eval mode, its weights in dtype; its tokenizer).
+    which is what pick_checkpoint takes, or the path that it gave."""
+    path = which if isinstance(which, Path) else pick_checkpoint(folder, which)
+    words = Path(folder, "tokenizer.json")
     tokenizer = Tokenizer.load(words)
     model, _ = load_model(path, device)
     if tokenizer.n_vocab != model.config.vocab_size:
@@ -337,7 +379,7 @@ def main():
     folder, device = folder or newest_run(), pick_device(device)
     precision, dtype = pick_precision(precision, device)
     path = pick_checkpoint(folder, which)
-    model, tokenizer = load_run(folder, which, device, dtype)
+    model, tokenizer = load_run(folder, path, device, dtype)
     options["stop"] = [text.replace(r"\n", "\n") for text in options["stop"]]
     seed = options.pop("seed")
     seed = random.randrange(10**6) if seed is None else seed

@@ -69,6 +69,7 @@ PIECE = 1 << 22  # characters that one process splits at a time
 BLOCK = 1 << 14  # characters that are looked at together
 CACHE = 1 << 16  # chunks whose ids a tokenizer remembers, none longer than 32 characters
 FORMAT, VERSION = "byte-level BPE", 1
+LARGEST_JSON = 1 << 28  # bytes; a vocabulary of a million tokens is smaller
 WRONG = (KeyError, TypeError, ValueError, AttributeError, IndexError)  # what a wrong file may raise
 HF_SPLIT = dict(type="Split", behavior="Isolated", invert=False)  # Hugging Face's names
 HF_BYTES = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True)
@@ -127,6 +128,16 @@ def share_cores():
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 
+def sync_folder(folder):
+    """Let a new name in a folder outlive a power cut, where the system can be asked to."""
+    with contextlib.suppress(OSError):  # Windows opens no folders, some file systems sync none
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+
+
 @contextlib.contextmanager
 def replacing(path):
     """Open a binary file that appears at `path` complete or not at all: temporary name, rename."""
@@ -141,6 +152,7 @@ def replacing(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+        sync_folder(path.parent)
     except OSError as error:  # a full disk does not say which file it was
         error.filename = error.filename or str(path)
         raise
@@ -156,11 +168,32 @@ def write_json(path, values):
 
 
 def read_json(path):
-    """The values in a tokenizer's JSON file; ValueError for a file that holds something else."""
+    """The values in a JSON file; ValueError for a file that holds something else."""
+    if os.path.getsize(path) > LARGEST_JSON:
+        raise ValueError(f"{path} has {os.path.getsize(path):,} bytes, at most {LARGEST_JSON:,} of "
+                         "JSON are read")
     try:
         return json.loads(Path(path).read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not a tokenizer: it is not JSON ({error!s:.99})") from None
+        raise ValueError(f"{path} is damaged or not JSON ({error!s:.99})") from None
+
+
+def seal(values):
+    """A dict with its own sha256 in it: read_sealed() sees whether a bit of it has changed."""
+    text = json.dumps(values, sort_keys=True)
+    return values | {"sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def read_sealed(path):
+    """The dict that write_json(path, seal(values)) wrote; ValueError if it is not as it was."""
+    values = read_json(path)
+    if not isinstance(values, dict) or "sha256" not in values:
+        raise ValueError(f"{path} has no sha256: it is foreign, or an older version wrote it")
+    found = values.pop("sha256")
+    if seal(values)["sha256"] != found:
+        raise ValueError(f"{path} is damaged or was edited: its content has another sha256 than "
+                         "it says")
+    return values
 
 
 def on_all_cores(function, jobs):

@@ -8,30 +8,37 @@ Train a model: text or token shards in, a run folder with checkpoints out.
     torchrun --nproc_per_node=2 train.py --max_steps=500  # the same losses, on two processes
 
 With none of --max_steps, --epochs and --minutes a run ends after 2 epochs or 4 minutes, whichever
-comes first. Each option can also be changed when a run is resumed.
+comes first. When a run is resumed, all options can be changed but those of its model and its data.
+
+Ctrl-C or SIGTERM: it saves and ends, with exit code 130 or 143; the second Ctrl-C ends it at once.
 """
 
 import argparse
 import contextlib
 import ctypes
 import dataclasses
+import errno
+import hashlib
 import importlib.util
 import inspect
 import json
 import math
 import os
+import queue
 import re
 import signal
 import sys
+import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 
 from tqdm import tqdm
 
-from data import MixedLoader, TokenLoader, folder_name, prepare
-from tokenizer import Parser, Tokenizer, replacing, run_command, share_cores, write_json
+from data import MixedLoader, TokenLoader, check_shards, file_hash, folder_name, locked, prepare
+from tokenizer import (Parser, Tokenizer, read_sealed, replacing, run_command, seal, share_cores,
+                       write_json)
 
 if __name__ == "__main__":
     share_cores()
@@ -41,9 +48,9 @@ if not {"-h", "--help"} & set(sys.argv):  # torch takes two seconds to import; h
     from torch.nn.parallel import DistributedDataParallel
 
     from model import (GPT, SIZES, GPTConfig, check_ids, check_known, free_memory, load_model,
-                       save_model, training_memory)
-    from sample import (checkpoints, complete, has_fast_bf16, newest_run, pick_checkpoint,
-                        pick_device, pick_precision)
+                       pack, training_memory)
+    from sample import (MANIFEST, checkpoints, complete, first_whole, has_fast_bf16, newest_run,
+                        pick_checkpoint, pick_device, pick_precision)
     from sample import load_run as load_finished
 
 
@@ -103,11 +110,14 @@ class TrainConfig:
     beta1: float = 0.9              # AdamW's memory of gradients
     beta2: float = 0.95             # AdamW's memory of their squares
     grad_clip: float = 1.0          # longest gradient; 0: no limit
+    skip_spikes: float = 0.0        # leave out steps so many deviations above the median; 0: none
+    bad_steps: int = 10             # end after so many in a row with a loss that is no number
     find_lr: bool = False           # try ever higher rates, draw the losses, suggest one, and end
     # what is seen
     eval_every: int = 100           # steps between validations, each with a sample and a checkpoint
     eval_sequences: int = 64        # sequences in the fixed validation set
     sample_tokens: int = 48         # tokens shown at a validation
+    keep_last: int = 2              # how many of the last checkpoints stay, beside the best
     tensorboard: bool = False       # log to TensorBoard, too, in the run folder
     wandb: bool = False             # log to Weights & Biases, too
     # machine
@@ -122,10 +132,12 @@ class TrainConfig:
     def __post_init__(self):
         if not any(getattr(self, name) for name in LENGTHS):
             self.epochs, self.minutes = 2, 4
-        for name in ("batch_size", "micro_batch_size", "eval_every", "eval_sequences"):
+        for name in ("batch_size", "micro_batch_size", "eval_every", "eval_sequences",
+                     "keep_last", "bad_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in (*LENGTHS, "learning_rate", "min_lr", "warmup_steps", "grad_clip", "patience"):
+        for name in (*LENGTHS, "learning_rate", "min_lr", "warmup_steps", "grad_clip", "patience",
+                     "skip_spikes"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0, and finite")
         check_known(self.optimizer, RATES, "optimizer")
@@ -161,29 +173,42 @@ def parse_options(config_class):
     return vars(parser.parse_args())
 
 
+def read_config(path):
+    """The dict in the config.json of a run: model, train, data. ValueError if it is damaged."""
+    try:
+        saved = read_sealed(path)
+        if ({*saved} != {"model", "train", "data"} or {*map(type, saved.values())} != {dict}
+                or not saved["train"].keys() >= {*LENGTHS}):
+            raise ValueError("it has other keys")
+        return saved
+    except ValueError as error:
+        raise ValueError(f"{path} is not the config.json of a run: {error}") from None
+
+
 def complete_options(given):
     """The options typed, over those of the config.json that --config or --resume point to."""
     config = TrainConfig(**given)
     if config.resume:
-        folder = Path(config.out) if config.out else newest_run()
-        pick_checkpoint(folder, "last")  # where there is nothing to go on from, this says so
+        folder = run_folder(config)
         given = given | {"out": str(folder)}
         config.config = str(folder / "config.json")
     if not config.config:
         return config
+    saved = read_config(config.config)
+    options, data = saved["train"] | dict(out="", config="", resume=False), saved["data"]
+    if config.resume and Path(data.get("path", ""), "card.json").exists():
+        options["data"] = data["path"]  # the shards themselves, not made again from what may change
+    if given.keys() & set(LENGTHS):  # a new length takes the place of all former ones
+        options |= dict.fromkeys(LENGTHS, 0)
+    if given.get("optimizer", options["optimizer"]) != options["optimizer"]:
+        if config.resume:
+            raise ValueError(f"{given['out']} was trained with {options['optimizer']}, whose "
+                             "memory another optimizer cannot use: leave --optimizer out")
+        options["learning_rate"] = 0.0
     try:
-        saved = json.loads(Path(config.config).read_text(encoding="utf-8"))["train"]
-        saved.update(out="", config="", resume=False)
-        if given.keys() & set(LENGTHS):  # a new length takes the place of all former ones
-            saved |= dict.fromkeys(LENGTHS, 0)
-        if given.get("optimizer", saved["optimizer"]) != saved["optimizer"]:
-            if config.resume:
-                raise ValueError(f"{given['out']} was trained with {saved['optimizer']}, whose "
-                                 "memory another optimizer cannot use: leave --optimizer out")
-            saved["learning_rate"] = 0.0
-        return TrainConfig(**saved | given)
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{config.config} is not the config.json of a run ({error!r})") from None
+        return TrainConfig(**options | given)
+    except TypeError as error:
+        raise ValueError(f"{config.config} has options of another version: {error}") from None
 
 
 def shape_of(config, vocab_size):
@@ -242,7 +267,8 @@ def keep_freed_memory(low_memory=False):
 
 @contextlib.contextmanager
 def stop_signals():
-    """Ctrl-C and SIGTERM become a request in the list that is yielded; the second acts at once."""
+    """Ctrl-C, SIGTERM and a terminal that closes become a request in the list that is yielded; the
+    second acts at once."""
     asked, before = [], {}
 
     def note(number, frame):
@@ -250,10 +276,12 @@ def stop_signals():
         signal.signal(number, before[number])
 
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(ValueError):  # only the main thread may handle signals
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows lacks the last
+            with contextlib.suppress(ValueError, TypeError):  # only a main thread handles signals
                 before[number] = signal.getsignal(number)
-                signal.signal(number, note)
+                if before[number] != signal.SIG_IGN:  # as nohup asks
+                    signal.signal(number, note)
         yield asked
     finally:
         for number, handler in before.items():
@@ -484,13 +512,15 @@ def seconds_per_step(run, config, micro, accumulate):
     return accumulate * (middle - start) + time.perf_counter() - middle
 
 
-def matmul_rate(device, dtype, size=1024):
-    """FLOP/s of a large matrix product: what this device can do at most."""
+def matmul_rate(device, dtype, size=256):
+    """FLOP/s of a large matrix product, one of 5 ms or more: what this device can do at most."""
     x, seconds = torch.ones(size, size, device=device, dtype=dtype), []
     for _ in range(4):
         start = time.perf_counter()
         (x @ x)[0, 0].item()
         seconds.append(time.perf_counter() - start)
+    if min(seconds) < 0.005 and size < 8192:
+        return matmul_rate(device, dtype, 2 * size)
     return 2 * size**3 / min(seconds)
 
 
@@ -544,10 +574,16 @@ def read_log(folder):
     return rows
 
 
-def free_folder(folder):
-    """The folder, or if it already holds a run the same name with the first number free."""
-    folder, n = Path(folder), 2
-    first = folder
+def run_folder(config, shards=None):
+    """Where the run is or will be: --out; without it the newest run to resume, or a new folder,
+    named as the shards are, with a number if that name is taken."""
+    if config.resume:
+        folder = Path(config.out) if config.out else newest_run()
+        return folder if checkpoints(folder) else pick_checkpoint(folder)  # which says what is missing
+    if config.out:
+        return Path(config.out)
+    first, n = Path("runs") / shards.name, 2
+    folder = first
     while (folder / "config.json").exists():
         folder, n = first.with_name(f"{first.name}-{n}"), n + 1
     return folder
@@ -555,47 +591,171 @@ def free_folder(folder):
 
 @dataclass
 class Run:
-    """A run under way: all that a checkpoint holds, and the folder it is in."""
+    """A run under way: all that a checkpoint holds, and the folder it is in. Random numbers need no
+    place here: batches, dropout and samples depend on the seed and the step alone."""
     folder: Path
     model: "GPT"
     optimizer: "torch.optim.Optimizer"
     scaler: "torch.amp.GradScaler"
-    step: int = 0               # optimizer steps taken
+    step: int = 0               # optimizer steps, those left out included
     sequences: int = 0          # sequences read, over all processes: where the loader stands
     elapsed: float = 0.0        # seconds trained, over all sessions
     best_step: int = 0          # the step with the lowest validation loss so far
     best_loss: float = math.inf
+    val_loss: float | None = None  # measured at this very step
+    skipped: int = 0            # steps left out
+    bad: int = 0                # those of them with a number gone bad, in a row until now
+    recent: list = field(default_factory=list)  # the last [loss, length of the gradient] pairs
 
 
-PROGRESS = ("step", "sequences", "elapsed", "best_step", "best_loss")
+PROGRESS = {"step": int, "sequences": int, "elapsed": float, "best_step": int, "best_loss": float,
+            "val_loss": (float, type(None)), "skipped": int, "bad": int, "recent": list}
 
 
-def save_run(run):
-    """Write a checkpoint, then remove those that are neither the newest nor the best."""
-    state = {name: getattr(run, name) for name in PROGRESS}
-    state |= dict(optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict())
-    save_model(run.model, run.folder / f"step_{run.step:06d}.pt", **state)
-    for step, path in checkpoints(run.folder).items():
-        if step not in (run.step, run.best_step):
-            path.unlink()
+def copy_to_memory(value):
+    """Tensors in dicts and lists, and what else is there, in main memory and for oneself."""
+    if torch.is_tensor(value):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: copy_to_memory(part) for key, part in value.items()}
+    return [copy_to_memory(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+def snapshot(run):
+    """The dict that a checkpoint of this moment holds; training may go on meanwhile."""
+    progress = {name: getattr(run, name) for name in PROGRESS}
+    return copy_to_memory(pack(run.model, **progress, optimizer=run.optimizer.state_dict(),
+                               scaler=run.scaler.state_dict()))
+
+
+class Hashing:
+    """A file to write to that knows the sha256 of all that went through it."""
+
+    def __init__(self, file):
+        self.file, self.sha256 = file, hashlib.sha256()
+
+    def write(self, data):
+        self.sha256.update(data)
+        return self.file.write(data)
+
+    def flush(self):
+        self.file.flush()
+
+
+def save_run(folder, state, keep=2):
+    """Write a snapshot as step_NNNNNN.pt, read it back, and only if it is as it was meant write its
+    manifest and remove older ones: all but the last `keep` and the one with the best validation."""
+    path = Path(folder, f"step_{state['step']:06d}.pt")
+    with replacing(path) as file:
+        hashing = Hashing(file)
+        torch.save(state, hashing)
+    digest = hashing.sha256.hexdigest()
+    if file_hash(path) != digest:
+        raise OSError(f"{path} is not on the disk as it was written")
+    write_json(path.with_suffix(".json"), seal(dict(
+        format=MANIFEST, step=state["step"], val_loss=state["val_loss"], digest=digest)))
+    found = checkpoints(folder)
+    best, _ = first_whole(reversed(found.values()), by_loss=True)
+    for old in list(found.values())[:-keep]:
+        if old != best:
+            old.unlink()
+            old.with_suffix(".json").unlink(missing_ok=True)
+
+
+class Saver:
+    """Saves behind the back of training, which only waits until all is copied to memory. What could
+    not be saved is said once, and the next save tries again: no full disk ends a run."""
+
+    def __init__(self, folder, keep, say):
+        self.folder, self.keep, self.say, self.trouble = folder, keep, say, None
+        self.waiting = queue.Queue(1)
+        self.thread = threading.Thread(target=self.work, daemon=True)
+        self.thread.start()
+
+    def save(self, run):
+        try:
+            state = snapshot(run)
+        except (RuntimeError, MemoryError) as error:  # no room for the copy
+            return self.note(error)
+        with contextlib.suppress(queue.Empty):  # a slow disk: one that still waits gives way
+            self.waiting.get_nowait()
+        self.waiting.put(state)
+
+    def work(self):
+        for state in iter(self.waiting.get, None):
+            try:
+                save_run(self.folder, state, self.keep)
+                draw_loss(self.folder)
+                self.note(None)
+            except (OSError, RuntimeError) as error:  # torch's word for a disk that is full
+                self.note(error)
+            state = None  # a checkpoint's worth of memory
+
+    def note(self, trouble):
+        if trouble and not self.trouble:
+            self.say(f"warning: {self.folder} could not be saved ({first_line(trouble)}); training "
+                     "goes on, the next save tries again")
+        if self.trouble and not trouble:
+            self.say(f"{self.folder} could be saved again")
+        self.trouble = trouble
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        """Wait for what is being saved; OSError if the last of it could not be."""
+        if kind is KeyboardInterrupt:  # in a hurry; what is half written has no name yet
+            return
+        self.waiting.put(None)
+        self.thread.join()
+        if self.trouble and kind is None:
+            raise OSError(f"the end of the run could not be saved in {self.folder}, only what its "
+                          f"last checkpoint holds is there ({first_line(self.trouble)})")
+
+
+def first_line(error):
+    return (str(error).splitlines() or [repr(error)])[0]
 
 
 def load_run(folder, config, device):
-    """The Run in a folder as its newest checkpoint left it."""
-    model, state = load_model(pick_checkpoint(folder, "last"), device)
+    """The Run in a folder as its newest whole checkpoint left it."""
+    path = pick_checkpoint(folder, "last")
+    model, state = load_model(path, device)
     run = new_run(folder, model, config, device)
     groups = [{name: group[name] for name in ("lr", "capturable", "weight_decay", "betas")}
               for group in run.optimizer.param_groups]  # which are this machine's to choose
-    run.optimizer.load_state_dict(state["optimizer"])
+    try:
+        run.optimizer.load_state_dict(state["optimizer"])
+        check_memory(run.optimizer)
+        run.scaler.load_state_dict(state["scaler"])
+        for name, kind in PROGRESS.items():
+            if not isinstance(state[name], kind):
+                raise TypeError(f"{name} is {state[name]!r:.40}")
+            setattr(run, name, state[name])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
+        raise ValueError(f"{path} is no checkpoint of a run: {error!r:.99}") from None
     for group, own in zip(run.optimizer.param_groups, groups):
         group.update(own)
-    run.scaler.load_state_dict(state["scaler"])
-    for name in PROGRESS:
-        setattr(run, name, state[name])
-    rows = [json.dumps(row) for row in read_log(folder) if row["step"] <= run.step]
-    with replacing(folder / "log.jsonl") as file:  # what came after the checkpoint happens again
-        file.write("".join(row + "\n" for row in rows).encode())
     return run
+
+
+def check_memory(optimizer):
+    """TypeError if what an optimizer remembers of a weight has not the weight's shape."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            for name, value in optimizer.state.get(p, {}).items():
+                if not torch.is_tensor(value) or value.shape not in (p.shape, ()):
+                    raise TypeError(f"the optimizer's {name} does not fit a weight {(*p.shape,)}")
+
+
+def cut_log(run):
+    """Leave out of the log what came after the checkpoint, as it happens again, and what an
+    interrupted save has left in the folder."""
+    rows = [json.dumps(row) for row in read_log(run.folder) if row["step"] <= run.step]
+    with replacing(run.folder / "log.jsonl") as file:
+        file.write("".join(row + "\n" for row in rows).encode())
+    for part in run.folder.glob("*.part"):
+        part.unlink()
 
 
 def new_run(folder, model, config, device):
@@ -687,19 +847,47 @@ def cut_short(ids, progress, curriculum):
     return ids.reshape(ids.size(0) * parts, -1)
 
 
-def open_run(config, model_config, shards, tokenizer, device):
+def fingerprints(config, shards):
+    """{folder: fingerprint} of the run's shards and those of --mix. ValueError if one is damaged."""
+    mixed = [part.partition("=")[0] for part in config.mix.split(",") if part]
+    return {str(folder): check_shards(folder)["fingerprint"] for folder in (shards, *mixed)}
+
+
+def check_resume(run, config, model_config, tokenizer, corpora, say):
+    """ValueError with all differences, if model, tokenizer or corpus are not those of the run until
+    now; what else is different is said, and goes."""
+    saved = read_config(run.folder / "config.json")
+    try:
+        before = TrainConfig(**saved["train"])
+        known = [*saved["data"]["fingerprints"].values()]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{run.folder} is of another version: {error}") from None
+    old = run.model.config if model_config else shape_of(before, run.model.config.vocab_size)
+    new = model_config or shape_of(config, run.model.config.vocab_size)
+    wrong = [f"{name}={value} (it has {getattr(old, name)})" for name, value in asdict(new).items()
+             if value != getattr(old, name)]
+    if Tokenizer.load(run.folder / "tokenizer.json").hash() != tokenizer.hash():
+        wrong.append("another tokenizer")
+    if [*corpora.values()] != known:
+        wrong.append(f"another corpus, {' and '.join(corpora)}")
+    if wrong:
+        raise ValueError(f"{run.folder} cannot go on with {'; '.join(wrong)}: start a new run, or "
+                         "leave these options out")
+    names = [f.name for f in dataclasses.fields(config) if f.name not in ("data", "out", "resume")]
+    changed = [f"{name}={getattr(config, name)} (was {getattr(before, name)})" for name in names
+               if getattr(config, name) != getattr(before, name)]
+    if changed:
+        say(f"goes on at step {run.step} with {', '.join(changed)}")
+
+
+def open_run(config, shape, shards, device):
     """A new Run in a folder of its own, or with --resume the one that is there."""
+    folder = run_folder(config, shards)
     if config.resume:
-        run = load_run(Path(config.out) if config.out else newest_run(), config, device)
-        if Tokenizer.load(run.folder / "tokenizer.json").hash() != tokenizer.hash():
-            raise ValueError(f"{run.folder} was trained with another tokenizer than {shards} has: "
-                             f"let --data name the text or the shards of that run")
-        return run
-    folder = Path(config.out) if config.out else free_folder(Path("runs") / shards.name)
+        return load_run(folder, config, device)
     if (folder / "config.json").exists():
         raise ValueError(f"{folder} already holds a run: add --resume, or choose another --out")
-    model = GPT(model_config or shape_of(config, tokenizer.n_vocab))
-    return new_run(folder, model.to(device), config, device)
+    return new_run(folder, GPT(shape).to(device), config, device)
 
 
 def split_batch(config, world_size):
@@ -711,16 +899,60 @@ def split_batch(config, world_size):
     return micro, config.batch_size // (micro * world_size)
 
 
-def check_finite(run, xs, ys, loss, norm, rate, log):
-    """Before an update: ValueError, and a last row in the log that names the place, if the loss is
-    not finite, or the gradient outside fp16, whose scaler takes care of it."""
-    if math.isfinite(loss) and (math.isfinite(norm) or run.scaler.is_enabled()):
-        return
-    bad = first_bad(run.model, xs, ys)
-    log(dict(step=run.step + 1, loss=None, lr=rate, bad=bad))
-    raise ValueError(f"the loss or its gradient is not finite at step {run.step + 1}, first in "
-                     f"{bad}: go on from the last checkpoint with --resume and a --learning_rate "
-                     f"below {rate:.1e}; python -m chapters.doctor {run.folder} says more")
+def is_spike(recent, values, deviations):
+    """Whether one of values lies so many robust deviations above the median of those before it;
+    recent holds rows of them. Medians, as a few wild values move neither of the two."""
+    for value, past in zip(values, zip(*recent)):
+        middle = median(past)
+        spread = 1.4826 * median(abs(x - middle) for x in past)  # a normal's standard deviation
+        if value > middle + deviations * max(spread, abs(middle) / 100):
+            return True
+    return False
+
+
+def judge(run, loss, norm, deviations):
+    """-> why a step is to be left out, in words, or "". To be asked once a step, with the same answer
+    on all processes. Only finite numbers enter the statistics of spikes."""
+    scale = run.scaler.get_scale() if run.scaler.is_enabled() else 0
+    if math.isfinite(loss) and not math.isfinite(norm) and scale >= 1:
+        return "fp16 overflow"  # the scaler halves what the loss is multiplied with
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        run.bad += 1
+        return "not finite"
+    run.bad = 0
+    spike = deviations and len(run.recent) >= 20 and is_spike(run.recent, (loss, norm), deviations)
+    run.recent = [*run.recent, [loss, norm]][-100:]
+    return "spike" if spike else ""
+
+
+def skip(run, why, xs, ys, batch_size):
+    """Leave a step out: gradients are dropped; weights and the optimizer's memory stay. -> what the
+    log says of it: why, which sequences of the loader they were, and where numbers went bad."""
+    run.scaler.update()
+    run.optimizer.zero_grad()
+    run.skipped += 1
+    said = dict(skipped=why, sequences=[run.sequences - batch_size, run.sequences - 1])
+    if why == "not finite":
+        said["bad"] = first_bad(run.model, xs, ys)
+        run.optimizer.zero_grad()
+    return said
+
+
+def is_sound(model):
+    """Whether all weights are finite; others are not worth a checkpoint."""
+    return all(p.isfinite().all() for p in model.parameters())
+
+
+def give_up(run, row, saver):
+    """ValueError after too many bad steps in a row, with the run saved as it was before them."""
+    bad, where = run.bad, "the weights are bad, too, so no newer checkpoint is written"
+    if is_sound(run.model):
+        run.bad, where = 0, "the weights from before them are saved"
+        if saver is not None:
+            saver.save(run)
+    raise ValueError(f"the loss or its gradient is not finite at step {run.step}, {bad} in a row, "
+                     f"first in {row['bad']}; {where}: go on with --resume and a --learning_rate "
+                     f"below {row['lr']:.1e}; python -m chapters.doctor {run.folder} says more")
 
 
 def is_patient_no_more(run, config):
@@ -750,6 +982,9 @@ def find_rate(run, config, batches, accumulate, say, n_steps=60, lowest=1e-4, hi
 
 def check_graph(config, device, world_size, kernels):
     """ValueError where a step cannot be recorded as a CUDA graph."""
+    if config.cuda_graph and config.skip_spikes:
+        raise ValueError("--cuda_graph takes its steps as a whole: it can leave out none, so leave "
+                         "out --skip_spikes")
     if config.cuda_graph and (not device.startswith("cuda") or world_size > 1
                               or config.precision == "fp16" or kernels not in ("torch", "cuda")):
         raise ValueError("--cuda_graph works on one GPU in fp32 or bf16 with torch or cuda "
@@ -786,6 +1021,27 @@ def memory_warning(needed, free):
             "smaller --micro_batch_size or --size, or --recompute")
 
 
+@contextlib.contextmanager
+def memory_explained(shape, micro, config, dtype, device):
+    """Where memory runs out: a ValueError that says what used how much, and what to change."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        said = str(error).lower()
+        if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "out of memory" in said
+                or "can't allocate memory" in said):
+            raise
+        with torch.device("meta"):
+            model = GPT(shape)
+        model.use("fused" if config.kernels == "auto" else config.kernels, dtype, config.recompute)
+        parts = training_memory(model, micro, config.optimizer, device)
+        uses = ", ".join(f"{name} {n / 1e9:.2f}" for name, n in parts.items())
+        raise ValueError(
+            f"out of memory: a step of {micro} sequences of {shape.block_size} tokens on {device} "
+            f"needs about {sum(parts.values()) / 1e9:.2f} GB ({uses}): take a smaller "
+            "--micro_batch_size, or --recompute") from None
+
+
 def announce(config, model, n_tokens, n_steps, seconds, how):
     """The lines before the run: how large, how much, how long, on what; and what is odd about it.
     seconds are those of a step."""
@@ -813,6 +1069,10 @@ def sample_lines(model, tokenizer, n_tokens, seed):
 
 
 def progress_line(row, left):
+    if "skipped" in row:
+        where = f", first in {row['bad']}" if "bad" in row else ""
+        return (f"step {row['step']:5d} | left out: {row['skipped']}{where}, loss {row['loss']}, "
+                f"norm {row['grad_norm']}, sequences {row['sequences'][0]} to {row['sequences'][1]}")
     validation = f" | validation {row['val_loss']:.4f}" if "val_loss" in row else ""
     memory = f" | {row['memory'] / 1e9:.1f} GB" if row["memory"] else ""
     return (f"step {row['step']:5d} | loss {row['loss']:.4f}{validation} | lr {row['lr']:.1e} | "
@@ -822,13 +1082,13 @@ def progress_line(row, left):
 
 def summarize(run, card, began, how, stopped):
     """What train() returns: where the run is, how far it came, how good and how fast it was."""
-    rows = read_log(run.folder)
-    rates = sorted(row["tokens_per_second"] for row in rows)
+    rows = [row for row in read_log(run.folder) if row["loss"] is not None]
     val_loss = rows[-1].get("val_loss")
     bits = val_loss and val_loss / math.log(2) * card["val"]["tokens"] / card["val"]["bytes"]
     return dict(folder=str(run.folder), step=run.step, loss=rows[-1]["loss"], val_loss=val_loss,
-                bits_per_byte=bits, tokens_per_second=rates[len(rates) // 2],
-                seconds=time.perf_counter() - began, how=how, stopped=stopped)
+                bits_per_byte=bits, tokens_per_second=median(r["tokens_per_second"] for r in rows),
+                seconds=time.perf_counter() - began, how=how, stopped=stopped,
+                skipped=run.skipped)
 
 
 TRACKERS = ("tensorboard", "wandb")  # packages that a flag of their name asks for
@@ -840,15 +1100,43 @@ def check_trackers(config):
             raise ValueError(f"--{name} needs a package that is not installed: pip install {name}")
 
 
+def append(path, data):
+    """Add bytes to the end of a file, all of them or none."""
+    with open(path, "ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        try:
+            if file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(size)
+            raise
+
+
+class Log:
+    """log.jsonl, a JSON object a line. Rows that a full disk refuses wait for the next one."""
+
+    def __init__(self, path, say):
+        self.path, self.say, self.waiting = path, say, []
+
+    def __call__(self, row):
+        finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value
+                  for name, value in row.items()}  # JSON has no word for the others
+        self.waiting.append(json.dumps(finite) + "\n")
+        try:
+            append(self.path, "".join(self.waiting).encode())
+            self.waiting = []
+        except OSError as error:
+            if len(self.waiting) == 1:
+                self.say(f"warning: {self.path} cannot be written ({error.strerror}); training goes "
+                         "on, the rows wait for room")
+
+
 @contextlib.contextmanager
-def open_logs(config, folder, is_main):
+def open_logs(config, folder, is_main, say):
     """Yields a function that writes a row, a dict, to log.jsonl and to what else was asked for."""
-    writers = []
+    writers = [Log(folder / "log.jsonl", say)] if is_main else []
     with contextlib.ExitStack() as stack:
-        if is_main:
-            path = folder / "log.jsonl"
-            log = stack.enter_context(open(path, "a", buffering=1, encoding="utf-8"))
-            writers.append(lambda row: log.write(json.dumps(row) + "\n"))
         if is_main and config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
             board = stack.enter_context(SummaryWriter(folder))
@@ -876,7 +1164,8 @@ def suspicion(run, row):
 def train(config, model_config=None, say=tqdm.write):
     """Train as config says, the model too unless model_config does; say takes the lines to show.
     -> a summary of the run: folder, step, loss and val_loss (nats per token), bits_per_byte,
-    tokens_per_second, seconds, how, stopped; None on all ranks but 0, and with find_lr."""
+    tokens_per_second, seconds, how, stopped (by which signal, or 0), skipped (steps left out); None
+    on all ranks but 0, and with find_lr."""
     began = time.perf_counter()
     keep_freed_memory(config.low_memory)
     check_trackers(config)
@@ -885,48 +1174,60 @@ def train(config, model_config=None, say=tqdm.write):
     if model_config is None:
         shape_of(config, config.vocab_size)  # a wrong option is refused before the data is made
     shards = find_shards(config, rank, say)
-    card = json.loads((shards / "card.json").read_text(encoding="utf-8"))
+    card = read_sealed(shards / "card.json")
     tokenizer = Tokenizer.load(shards / "tokenizer.json")
+    shape = model_config or shape_of(config, tokenizer.n_vocab)
+    micro, accumulate = split_batch(config, world_size)
+    T = shape.block_size
+    if config.curriculum and T % 8:
+        raise ValueError(f"curriculum cuts sequences into 8: block_size={T} is no multiple of it")
 
     torch.manual_seed(config.seed)
     precision, dtype = pick_precision(config.precision, device)
     why, config = (reason(config.precision, precision, device),
                    dataclasses.replace(config, precision=precision))
-    run = open_run(config, model_config, shards, tokenizer, device)
-    kernels = run.model.use(config.kernels, dtype, config.recompute)
-    how = f"{device}, {precision}, {kernels} kernels"
-    check_graph(config, device, world_size, kernels)
-    micro, accumulate = split_batch(config, world_size)
-    T = run.model.config.block_size
-    if config.curriculum and T % 8:
-        raise ValueError(f"curriculum cuts sequences into 8: block_size={T} is no multiple of it")
-    batches = open_batches(config, shards, tokenizer, micro, T, rank, world_size,
-                           position=run.sequences // (micro * world_size))
-    if config.find_lr:
-        if world_size > 1:
-            raise ValueError(f"--find_lr works on one process, not on {world_size}")
-        return find_rate(run, config, batches, accumulate, say)
-    n_steps = last_step(config, batches.n_tokens, config.batch_size * T)
-    if is_main:
-        needed = sum(training_memory(run.model, micro, config.optimizer).values())
-        if warning := memory_warning(needed, free_memory(device)):
-            say(warning)
-        seconds = seconds_per_step(run, config, micro, accumulate)
-        how_and_why = f"{device}, {kernels} kernels, {why}"
-        for line in announce(config, run.model, batches.n_tokens, n_steps, seconds, how_and_why):
-            say(line)
-        tokenizer.save(run.folder / "tokenizer.json")
-        data = dict(path=str(shards), **card)
-        write_json(run.folder / "config.json",
-                   dict(model=asdict(run.model.config), train=asdict(config), data=data))
-    stopped = run_steps(run, config, batches, shards, tokenizer, n_steps,
-                        (rank, world_size, device), began, say)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(memory_explained(shape, micro, config, dtype, device))
+        if is_main and config.resume:
+            stack.enter_context(locked(run_folder(config, shards)))
+        run = open_run(config, shape, shards, device)
+        kernels = run.model.use(config.kernels, dtype, config.recompute)
+        how = f"{device}, {precision}, {kernels} kernels"
+        check_graph(config, device, world_size, kernels)
+        batches = open_batches(config, shards, tokenizer, micro, T, rank, world_size,
+                               position=run.sequences // (micro * world_size))
+        if config.find_lr:
+            if world_size > 1:
+                raise ValueError(f"--find_lr works on one process, not on {world_size}")
+            return find_rate(run, config, batches, accumulate, say)
+        n_steps = last_step(config, batches.n_tokens, config.batch_size * T)
+        if is_main:
+            corpora = fingerprints(config, shards)
+            if config.resume:
+                check_resume(run, config, model_config, tokenizer, corpora, say)
+                cut_log(run)
+            else:
+                stack.enter_context(locked(run.folder))
+            needed = sum(training_memory(run.model, micro, config.optimizer).values())
+            if warning := memory_warning(needed, free_memory(device)):
+                say(warning)
+            seconds = seconds_per_step(run, config, micro, accumulate)
+            how_and_why = f"{device}, {kernels} kernels, {why}"
+            for line in announce(config, run.model, batches.n_tokens, n_steps, seconds,
+                                 how_and_why):
+                say(line)
+            tokenizer.save(run.folder / "tokenizer.json")
+            data = dict(path=str(shards), fingerprints=corpora, **card)
+            write_json(run.folder / "config.json",
+                       seal(dict(model=asdict(run.model.config), train=asdict(config), data=data)))
+        stopped = run_steps(run, config, batches, shards, tokenizer, n_steps,
+                            (rank, world_size, device), began, say)
     return summarize(run, card, began, how, stopped) if is_main else None
 
 
 def run_steps(run, config, batches, shards, tokenizer, n_steps, place, began, say):
-    """The loop: rate, gradients, update, log; now and then validate, save, show. -> whether it was
-    asked to stop before its end. place is (rank, world_size, device)."""
+    """The loop: rate, gradients, update, log; now and then validate, save, show. -> the signal that
+    asked it to stop before its end, or 0. place is (rank, world_size, device)."""
     rank, world_size, device = place
     _, accumulate = split_batch(config, world_size)
     model, is_main = parallelize(run.model, world_size, device), rank == 0
@@ -946,7 +1247,9 @@ def run_steps(run, config, batches, shards, tokenizer, n_steps, place, began, sa
     ready, started_at, shown = time.perf_counter(), progress, 0.0
     bar = tqdm(total=1.0, initial=progress, disable=not (is_main and sys.stderr.isatty()),
                leave=False, bar_format="{percentage:3.0f}% {bar:20} {desc}")
-    with bar, stop_signals() as asked, open_logs(config, run.folder, is_main) as log:
+    saving = Saver(run.folder, config.keep_last, say) if is_main else contextlib.nullcontext()
+    with (bar, open_logs(config, run.folder, is_main, say) as log, stop_signals() as asked,
+          saving as saver):
         while progress < 1 and not stopping:
             start = time.perf_counter()
             torch.manual_seed(1_000_003 * run.step + config.seed + rank)  # dropout: of this step
@@ -958,42 +1261,47 @@ def run_steps(run, config, batches, shards, tokenizer, n_steps, place, began, sa
             loss, norm = (value.item() for value in
                           (graphed(xs, ys) if graphed else
                            gradients(run, model, xs, ys, config.grad_clip)))
-            check_finite(run, xs, ys, loss, norm, rate, log)
-            if not graphed:  # a graph's step includes it
+            run.step, run.sequences = run.step + 1, run.sequences + config.batch_size
+            run.elapsed = before + time.perf_counter() - began
+            loss, norm, progress, stopping = average([loss, norm, share_done(), len(asked)], device)
+            row = dict(step=run.step, loss=loss, lr=rate, grad_norm=norm)
+            if why := judge(run, loss, norm, config.skip_spikes):
+                row |= skip(run, why, xs, ys, config.batch_size)
+            elif not graphed:  # a graph's step includes it
                 update(run)
 
             now = time.perf_counter()
-            run.step, run.sequences = run.step + 1, run.sequences + config.batch_size
             run.elapsed = before + now - began
-            loss, progress, stopping = average([loss, share_done(), len(asked)], device)
             speed = tokens_per_step / (now - start)
-            row = dict(step=run.step, loss=loss, lr=rate, grad_norm=norm,
-                       tokens_per_second=round(speed), mfu=round(speed * flops / best_rate, 3),
-                       memory=peak_memory(device), elapsed=round(run.elapsed, 3))
+            row |= dict(tokens_per_second=round(speed), mfu=round(speed * flops / best_rate, 3),
+                        memory=peak_memory(device), elapsed=round(run.elapsed, 3))
             check = run.step % config.eval_every == 0 or progress == 1
+            run.val_loss = None
             if check:
                 row["val_loss"] = validation_loss(run.model, shards, config, rank, world_size)
+                run.val_loss = row["val_loss"] if math.isfinite(row["val_loss"]) else None
                 if row["val_loss"] < run.best_loss:
                     run.best_loss, run.best_step = row["val_loss"], run.step
                 if is_patient_no_more(run, config):
                     say(f"no lower validation loss since step {run.best_step}: --patience ends it")
                     progress = 1.0
+            log(row)
+            if run.bad and (run.bad >= config.bad_steps or graphed):
+                give_up(run, row, saver)
             if not is_main:
                 continue
-            log(row)
             left = (time.perf_counter() - ready) / (progress - started_at) * (1 - progress)
             bar.set_description_str(progress_line(row, left), refresh=False)
             bar.update(progress - bar.n)
-            if check or stopping or (bar.disable and now - shown > 10):
+            if check or stopping or why or (bar.disable and now - shown > 10):
                 say(progress_line(row, left))
                 shown = now
-            if check or stopping:
-                save_run(run)
-                draw_loss(run.folder)
-            if check and progress < 1:
+            if (check or stopping) and is_sound(run.model):
+                saver.save(run)
+            if check and progress < 1 and not why:
                 say(suspicion(run, row) or sample_lines(run.model, tokenizer, config.sample_tokens,
                                                         config.seed))
-    return bool(stopping)
+    return stopping and int(asked[0] if asked else signal.SIGTERM)
 
 
 def report(summary):
@@ -1021,7 +1329,7 @@ def main():
         dist.barrier()  # all leave together: who goes first takes the others' connections along
         dist.destroy_process_group()
     if summary and summary["stopped"]:
-        sys.exit(130)
+        sys.exit(128 + summary["stopped"])
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ It reads log.jsonl and config.json. Medians over several rows are compared, as a
 be odd; the bounds stand below with their reasons. Losses are nats per token.
 """
 
-import json
 import math
 from bisect import bisect_left
 from dataclasses import asdict, dataclass
@@ -18,7 +17,7 @@ from pathlib import Path
 from statistics import median
 
 from sample import newest_run
-from tokenizer import Parser, run_command
+from tokenizer import Parser, read_sealed, run_command
 from train import TrainConfig, read_log
 
 FEW = 20             # rows below which a curve has no shape yet
@@ -58,7 +57,7 @@ def read_run(folder):
             hint = f"did you mean {near}?" if near.is_dir() else "train.py writes one"
             raise ValueError(f"{folder} is no run, it has no {name}: {hint}")
     try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
+        config = read_sealed(folder / "config.json")
         config["train"] = asdict(TrainConfig()) | config["train"]
         config["model"]["vocab_size"], config["model"]["block_size"], config["data"]["train"]
         found = read_log(folder)

@@ -11,7 +11,6 @@ on random tokens. That of a GPU is reckoned from its peak, of which a run reache
 """
 
 import dataclasses
-import json
 import math
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from statistics import median
 from types import SimpleNamespace
 
 from data import folder_name
-from tokenizer import Parser, run_command, share_cores
+from tokenizer import Parser, read_sealed, run_command, share_cores
 
 if __name__ == "__main__":
     share_cores()
@@ -173,7 +172,7 @@ def find_card(config):
     given, made = Path(config.data), Path("shards") / folder_name(config.data)
     for folder in (given, made):
         if (folder / "card.json").exists():
-            card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+            card = read_sealed(folder / "card.json")
             if folder == given or card["vocab_size"] == config.vocab_size:
                 return card
     return None

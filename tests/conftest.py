@@ -26,6 +26,13 @@ def tiny(architecture="modern", seed=0, **options):
     return GPT(GPTConfig(architecture=architecture, **(shape | options))).eval()
 
 
+def keep(model, folder, step=1, val_loss=None, **state):
+    """Save a checkpoint of a run as train.py does."""
+    from model import pack
+    from train import save_run
+    save_run(folder, pack(model, step=step, val_loss=val_loss, **state), keep=100)
+
+
 def run(*words, cwd=ROOT, timeout=300, **options):
     """`python WORDS ...` as a user types it; the finished process with its output as text."""
     words = [str(ROOT / words[0]), *map(str, words[1:])]

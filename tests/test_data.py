@@ -262,7 +262,7 @@ def test_an_unfinished_or_damaged_folder_is_made_again(tmp_path, harm):
     harm(out)
     assert card_of(prepare(folder, out, 300, **quiet)) == before
     names = ["card.json", "tokenizer.json", "train_000000.bin", "val_000000.bin"]
-    assert sorted(path.name for path in out.iterdir()) == names
+    assert sorted(path.name for path in out.glob("[!.]*")) == names
 
 
 def test_a_failed_run_leaves_the_finished_folder_as_it_is(tmp_path):

@@ -7,11 +7,14 @@ import math
 import pytest
 import torch
 
+from conftest import keep
+
 from chapters import doctor
 from chapters.doctor import diagnose, read_run
 from data import prepare
-from model import load_model, save_model
+from model import load_model
 from sample import checkpoints
+from tokenizer import seal, write_json
 from train import TrainConfig, train
 
 slow = pytest.mark.slow
@@ -43,9 +46,9 @@ def begin_with(config, change, step=0):
     with torch.no_grad():
         change(model)
     path.unlink()
-    save_model(model, path.with_name(f"step_{step:06d}.pt"), step=step, sequences=0, elapsed=0.0,
-               best_step=0, best_loss=math.inf, optimizer=state["optimizer"],
-               scaler=state["scaler"])
+    for name in "format", "config", "model":
+        del state[name]
+    keep(model, config.out, **state | dict(step=step, sequences=0, best_step=0, best_loss=math.inf))
     return TrainConfig(**vars(config) | dict(resume=True))
 
 
@@ -185,7 +188,7 @@ def write_run(folder, lines):
     folder.mkdir()
     config = dict(model=dict(vocab_size=300, block_size=8), train=dict(max_steps=100),
                   data=dict(train=dict(tokens=10_000)))
-    (folder / "config.json").write_text(json.dumps(config), "utf-8")
+    write_json(folder / "config.json", seal(config))
     (folder / "log.jsonl").write_text("\n".join(lines), "utf-8")
     return folder
 

@@ -7,15 +7,14 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import run, tiny
+from conftest import keep, run, tiny
 
 import evaluate
 from data import read_split
 from evaluate import (bits_per_byte, bootstrap, continuation_rows, encode_pair, loglikelihood,
                       multiple_choice, perplexity, read_rows, surprisal, table, wilson, windows)
-from model import save_model
 from sample import complete
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, seal, write_json
 
 TEXT = "the cat sees a big red dog. the old bird likes the tree. a dog runs on under the sun. " * 9
 
@@ -33,9 +32,9 @@ def folder(tmp_path, model, shards, tokenizer):
     folder = tmp_path / "runs" / "words"
     folder.mkdir(parents=True)
     tokenizer.save(folder / "tokenizer.json")
-    save_model(model, folder / "step_000001.pt")
+    keep(model, folder)
     data = {"path": str(shards), "sources": [{"name": "words.txt"}]}
-    (folder / "config.json").write_text(json.dumps({"data": data}), encoding="utf-8")
+    write_json(folder / "config.json", seal({"data": data}))
     return folder
 
 
@@ -293,7 +292,7 @@ def test_a_wrong_input_ends_in_one_line(command, words, line):
 
 def test_a_held_out_text_that_is_gone_is_named_with_the_command_that_makes_it(command, folder):
     config = {"data": {"path": "shards/words", "sources": [{"name": "words.txt"}]}}
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    write_json(folder / "config.json", seal(config))
     _, notes = command()
     assert notes.replace("\\", "/") == (
         "error: the text held out from training is gone (shards/words): python data.py words.txt "
@@ -302,6 +301,6 @@ def test_a_held_out_text_that_is_gone_is_named_with_the_command_that_makes_it(co
 
 def test_shards_of_another_tokenizer_are_refused(command, folder):
     Tokenizer([(b"a", b"b")]).save(folder / "tokenizer.json")
-    save_model(tiny(vocab_size=263, block_size=64), folder / "step_000001.pt")
+    keep(tiny(vocab_size=263, block_size=64), folder)
     _, notes = command()
     assert "was written with another tokenizer than" in notes and notes.count("\n") == 1

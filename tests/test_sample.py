@@ -1,19 +1,17 @@
 """sample.py: filters keep what their definition says, the cache changes nothing, text is whole."""
 
-import json
 import os
 import shutil
 
 import pytest
 import torch
-from conftest import run, tiny
+from conftest import keep, run, tiny
 
 import sample
-from model import save_model
 from sample import (checkpoints, complete, distribution, generate, keep_min_p, keep_top_k,
                     keep_top_p, load_run, newest_run, penalize_repeats, pick, pick_checkpoint,
                     pick_device, pick_precision, release, stream)
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, seal, write_json
 
 both = pytest.mark.parametrize("architecture", ["gpt2", "modern"])
 SAMPLINGS = [dict(temperature=0), dict(temperature=1.5), dict(temperature=0.8, top_k=5),
@@ -26,13 +24,8 @@ def folder(tmp_path, model, shards):
     folder = tmp_path / "runs" / "words"
     folder.mkdir(parents=True)
     shutil.copy(shards / "tokenizer.json", folder)
-    rows = [dict(step=step, loss=1.0) for step in range(1, 31)]
-    for step, loss in (5, 1.5), (10, 2.0), (20, 1.8), (30, 1.9):  # step 5 is not kept
-        rows[step - 1]["val_loss"] = loss
-        if step > 5:
-            save_model(model, folder / f"step_{step:06d}.pt")
-    text = "\n".join(map(json.dumps, rows)) + '\n{"step": 31, "val_l'
-    (folder / "log.jsonl").write_text(text, encoding="utf-8")
+    for step, loss in (10, 2.0), (20, 1.8), (30, 1.9):
+        keep(model, folder, step, loss)
     return folder
 
 
@@ -241,8 +234,9 @@ def test_a_run_is_found_and_loaded_with_its_best_checkpoint(folder, model):
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight) and not loaded.training
 
 
-def test_without_a_log_the_last_checkpoint_is_the_best(folder):
-    (folder / "log.jsonl").unlink()
+def test_without_validations_the_last_checkpoint_is_the_best(folder, model):
+    for step in 10, 20, 30:
+        keep(model, folder, step)
     assert pick_checkpoint(folder, "best").name == "step_000030.pt"
 
 
@@ -262,7 +256,7 @@ def test_a_model_with_another_tokenizer_is_refused(folder):
 def test_a_model_whose_training_diverged_is_refused(folder, tokenizer):
     broken = tiny(vocab_size=tokenizer.n_vocab)
     broken.lm_head.weight.data[3] = float("nan")
-    save_model(broken, folder / "step_000020.pt")
+    keep(broken, folder, 20, 1.8)
     with pytest.raises(ValueError, match="diverged"):
         load_run(folder)
 
@@ -334,9 +328,25 @@ def test_an_empty_place_says_how_to_make_a_run(command, folder):
     assert command() == ("", "error: no run in runs/: python train.py makes one\n")
 
 
-@pytest.mark.parametrize("damage", [b"", b"something else", None])
-def test_a_damaged_checkpoint_ends_in_one_line(command, folder, damage):
-    path = folder / "step_000020.pt"
-    path.write_bytes(path.read_bytes()[:-5000] if damage is None else damage)
+@pytest.mark.parametrize("damage", [
+    lambda path: path.write_bytes(b""), lambda path: path.write_bytes(b"something else"),
+    lambda path: path.write_bytes(path.read_bytes()[:-5000]),
+    lambda path: path.write_bytes(path.read_bytes().replace(b"model", b"nodel", 1)),
+    lambda path: path.with_suffix(".json").unlink(),
+    lambda path: path.with_suffix(".json").write_text("{}"),
+    lambda path: write_json(path.with_suffix(".json"), seal({"format": "gpt-manifest-9"}))])
+def test_a_damaged_checkpoint_is_named_and_the_next_best_is_taken(command, folder, damage):
+    damage(folder / "step_000020.pt")
     text, notes = command()
-    assert text == "" and notes.count("\n") == 1 and "step_000020.pt is damaged" in notes
+    warning, figures = notes.splitlines()
+    assert text and "step_000020." in warning and "step_000030.pt is taken instead" in warning
+    assert "step_000030.pt: " in figures
+    text, notes = command("--checkpoint=20")
+    assert text == "" and notes.count("\n") == 1 and "step_000020." in notes
+
+
+def test_where_no_checkpoint_is_whole_one_line_names_them(command, folder):
+    for path in folder.glob("*.pt"):
+        path.write_bytes(b"")
+    text, notes = command()
+    assert text == "" and notes.count("\n") == 1 and "no checkpoint that is whole" in notes

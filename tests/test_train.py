@@ -268,8 +268,9 @@ def test_a_run_learns_and_leaves_a_self_contained_folder(shards, tmp_path):
     assert set(rows[-1]) == {
         "step", "loss", "val_loss", "lr", "grad_norm", "tokens_per_second", "mfu", "memory",
         "elapsed"}
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {
-        "config.json", "tokenizer.json", "step_000060.pt", "log.jsonl", "loss.png"}
+    assert {path.name for path in (tmp_path / "run").glob("[!.]*")} == {
+        "config.json", "tokenizer.json", "log.jsonl", "loss.png", "step_000030.pt",
+        "step_000030.json", "step_000060.pt", "step_000060.json"}
 
 
 @pytest.mark.parametrize("options", [
@@ -315,8 +316,9 @@ def test_low_memory_changes_no_weight(shards, tmp_path):
 
 
 def test_the_best_and_the_last_checkpoint_are_kept(shards, tmp_path):
-    config = configure(shards, tmp_path / "run", max_steps=12, eval_every=2, learning_rate=0.01)
-    train(config)
+    config = configure(shards, tmp_path / "run", max_steps=12, eval_every=2, learning_rate=0.3)
+    train(dataclasses.replace(config, max_steps=6))
+    train(dataclasses.replace(config, resume=True, keep_last=1))  # counted from disk
     losses = {row["step"]: row["val_loss"] for row in read_log(config.out) if "val_loss" in row}
     assert set(checkpoints(config.out)) == {12, min(losses, key=losses.get)}
 
@@ -366,7 +368,8 @@ def test_batches_are_mixed_from_several_shards(shards, tmp_path):
         assert (rows == next(alone)[0]).all()
 
 
-def test_a_package_that_is_missing_is_asked_for_before_all_work(shards, tmp_path):
+def test_a_package_that_is_missing_is_asked_for_before_all_work(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="--wandb needs a package that is not installed"):
         train(configure(shards, tmp_path / "run", wandb=True))
 
@@ -402,7 +405,7 @@ def test_resume_refuses_data_of_another_tokenizer(shards, tmp_path):
     train(config)
     text = shards.parent / "words.txt"
     other = prepare([text], tmp_path / "other", vocab_size=300, say=lambda text: None)
-    with pytest.raises(ValueError, match="trained with another tokenizer"):
+    with pytest.raises(ValueError, match="cannot go on with another tokenizer; another corpus"):
         train(dataclasses.replace(config, data=str(other), resume=True))
 
 
