@@ -19,7 +19,10 @@ import difflib
 import json
 import math
 import os
+import pickletools
+import re
 import sys
+import zipfile
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache, partial, reduce, wraps
 from pathlib import Path
@@ -57,6 +60,11 @@ SIZES = {
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, block_size=1024),   # 774M
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, block_size=1024),      # 1558M
 }
+
+
+KINDS = {int: (int, "a whole number below 2^31"), float: (int | float, "a number below 2^31"),
+         str: (str, "a word"), str | None: (str | None, "a word or None"),
+         bool | None: (bool | None, "True, False or None")}  # of a config's fields
 
 
 def check_known(name, known, what):
@@ -97,6 +105,12 @@ class GPTConfig:
     rope_theta: float = 10000.0
 
     def __post_init__(self):
+        for f in fields(self):
+            value, (kind, words) = getattr(self, f.name), KINDS[f.type]
+            is_number = f.type in (int, float)
+            if (not isinstance(value, kind) or is_number and isinstance(value, bool)
+                    or is_number and not abs(value) < 2**31):  # as nan is not, either
+                raise ValueError(f"{f.name}={value!r:.40} must be {words}")
         check_known(self.architecture, ARCHITECTURES, "architecture")
         row = dict(ARCHITECTURES[self.architecture])
         sharing = row.pop("sharing")
@@ -117,6 +131,8 @@ class GPTConfig:
             raise ValueError(f"n_head={self.n_head} is no multiple of n_kv_head={self.n_kv_head}")
         if self.position == "rope" and self.head_size % 2:
             raise ValueError(f"n_embd / n_head = {self.head_size} must be even: rope turns pairs")
+        if self.rope_theta <= 0:
+            raise ValueError(f"rope_theta={self.rope_theta} must be above 0")
         for name in ("dropout", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
@@ -1443,13 +1459,84 @@ def differences(wanted, found):
     return "; ".join(lines[:6]) + more
 
 
+# What a file of weights may name; torch.load itself knows more, and some of that takes all memory.
+LOADABLE = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2",
+            "torch._utils _rebuild_parameter",
+            *(f"torch {kind}Storage" for kind in "Double Float Half BFloat16 Long Int Short Char "
+              "Byte Bool".split())}
+MOST_VALUES, DEEPEST = 10**6, 20  # in a file's dicts and lists
+
+
+def values_in(state):
+    """Yield all values in dicts, lists and tuples; ValueError where they are too many or too deep,
+    as they also are in a list that holds itself."""
+    waiting, n = [(state, 0)], 0
+    while waiting:
+        value, depth = waiting.pop()
+        n += 1
+        if n > MOST_VALUES or depth > DEEPEST:
+            raise ValueError(f"more than {MOST_VALUES:,} values, or deeper than {DEEPEST}")
+        if isinstance(value, (dict, list, tuple)):
+            parts = [*value, *value.values()] if isinstance(value, dict) else value
+            waiting += [(part, depth + 1) for part in parts]
+        yield value
+
+
+def load_plain(path, device="cpu"):
+    """What torch.save(..., path) wrote: plain values and tensors. No code runs, a small file takes
+    little memory, and it raises OSError and ValueError alone."""
+    try:
+        size = os.path.getsize(path)
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            if (any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+                    or sum(entry.file_size for entry in entries) > size):
+                raise ValueError("its parts are compressed")
+            for entry in entries:
+                if entry.filename.endswith("data.pkl"):
+                    check_pickle(archive.read(entry))
+        state = torch.load(path, map_location=device, weights_only=True)
+        tensors = [value for value in values_in(state) if torch.is_tensor(value)]
+        if not all(w.is_contiguous() for w in tensors) or sum(w.nbytes for w in tensors) > 2 * size:
+            raise ValueError("it does not hold all numbers of its tensors")  # a head may share its
+        return state
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file can make torch and its unpickler raise anything
+        raise ValueError(f"{path} is damaged or not a checkpoint ({first_line(error):.80})"
+                         ) from error
+
+
+def check_pickle(data):
+    """ValueError if a pickle names what is not LOADABLE: nothing of it is run for that."""
+    for code, value, _ in pickletools.genops(data):
+        if code.name in ("GLOBAL", "INST", "STACK_GLOBAL") and value not in LOADABLE:
+            raise ValueError(f"it names {value!r:.40}")
+
+
+def first_line(error):
+    return (str(error).splitlines() or [repr(error)])[0]
+
+
 def with_weights(config, weights, path):
     """A model of that shape with these weights; ValueError with the list where they do not fit."""
-    with torch.device("meta"):  # no memory, no random numbers: the weights are replaced at once
-        model = GPT(config)
+    for name, w in weights.items():
+        if not (torch.is_tensor(w) and w.is_floating_point()
+                and re.fullmatch(r"[\w.]{1,199}", str(name))):
+            raise ValueError(f"{path}: {name!r:.80} is no weight, a tensor of floats with a name")
+    if config.n_layer + config.n_encoder_layer > len(weights):  # each would take time and memory
+        raise ValueError(f"{path} does not hold the weights of its config: n_layer={config.n_layer}"
+                         f" with {len(weights)} weights")
+    try:
+        with torch.device("meta"):  # no memory, no random numbers: the weights are replaced at once
+            model = GPT(config)
+    except RuntimeError as error:  # more numbers than can be counted
+        raise ValueError(f"{path} does not hold the weights of its config: {first_line(error):.80}"
+                         ) from None
     wrong = differences(dict(model.named_parameters()), weights)
     if wrong:
         raise ValueError(f"{path} does not hold the weights of its config: {wrong}")
+    weights = {name: w.detach() for name, w in weights.items()}
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie()
     model.use()
@@ -1458,21 +1545,19 @@ def with_weights(config, weights, path):
 
 def load_model(path, device="cpu"):
     """-> (model on device, the whole dict that was saved). ValueError if damaged or foreign."""
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-        found = state["format"]
-    except OSError:
-        raise
-    except Exception as error:  # a damaged file can make torch and its unpickler raise anything
-        raise ValueError(f"{path} is damaged or not a checkpoint of this program") from error
+    state = load_plain(path, device)
+    found = state.get("format") if isinstance(state, dict) else None
+    if not isinstance(found, str):
+        raise ValueError(f"{path} is damaged or not a checkpoint of this program")
     if found != FORMAT:
-        raise ValueError(f"{path} has format {found!r}, this program reads {FORMAT!r}")
+        raise ValueError(f"{path} has format {found!r:.40}, this program reads {FORMAT!r}")
     known = {f.name for f in fields(GPTConfig)}
     try:
         config = GPTConfig(**{name: v for name, v in state["config"].items() if name in known})
         weights = dict(state["model"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged: its config makes no model ({error!r})") from None
+        raise ValueError(f"{path} is damaged: its config makes no model ({error!r:.200})"
+                         ) from None
     return with_weights(config, weights, path), state
 
 
@@ -1495,19 +1580,23 @@ def read_safetensors(path):
     try:
         header = json.loads(data[8:start])
         header.pop("__metadata__", None)
-        tensors = {}
+        tensors, total = {}, 0
         for name, row in header.items():
             dtype, shape = SAFETENSORS[row["dtype"]], row["shape"]
             begin, end = row["data_offsets"]
+            if not (len(shape) < 9 and all(isinstance(n, int) and n >= 0 for n in [begin, *shape])):
+                raise ValueError(f"{name} has a shape or a place that is none")
             size = math.prod(shape) * dtype.itemsize
-            if not (0 <= begin <= end <= len(data) - start and end - begin == size
-                    and all(isinstance(n, int) and n >= 0 for n in [begin, *shape])):
-                raise ValueError(f"{name} lies outside the file, or its shape is none")
+            total += size
+            if not (begin <= end <= len(data) - start and end - begin == size):
+                raise ValueError(f"{name} lies outside the file")
             tensor = torch.empty(0, dtype=dtype) if size == 0 else torch.frombuffer(
                 data, dtype=dtype, count=math.prod(shape), offset=start + begin)
             tensors[name] = tensor.reshape(shape)
+        if total != len(data) - start:  # tensors that share bytes, or are named twice
+            raise ValueError("its bytes are not those of its tensors, one after the other")
         return tensors
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{path} is damaged or not in the safetensors format ({error!r:.80})"
                          ) from None
 
@@ -1517,24 +1606,28 @@ def load_gpt2(folder):
     pytorch_model.bin, of any of GPT-2's sizes. Its vocabulary: Tokenizer.from_gpt2."""
     folder = Path(folder)
     try:
-        c = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        c = json.loads((folder / "config.json").read_bytes())
         config = GPTConfig("gpt2", c["vocab_size"], c.get("n_positions", c.get("n_ctx")),
                            c["n_layer"], c["n_head"], n_embd=c["n_embd"])
         if c.get("activation_function", "gelu_new") != "gelu_new" or c.get("n_inner"):
             raise ValueError("only GPT-2's own activation gelu_new and n_inner null are known")
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder}/config.json is not GPT-2's ({error!r})") from None
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{folder}/config.json is not GPT-2's ({error!r:.200})") from None
     safe = folder / "model.safetensors"
     if safe.exists():
         found = read_safetensors(safe)
     else:
         safe = folder / "pytorch_model.bin"
-        try:
-            found = torch.load(safe, map_location="cpu", weights_only=True)
-        except OSError:
-            raise
-        except Exception as error:  # see load_model
-            raise ValueError(f"{safe} is damaged or not a file of weights alone") from error
+        found = load_plain(safe)
+    try:
+        return with_weights(config, gpt2_weights(found), safe)
+    except (AttributeError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{safe} holds other things than GPT-2's weights ({error!r:.80})"
+                         ) from None
+
+
+def gpt2_weights(found):
+    """Hugging Face's names and tensors of GPT-2 -> ours."""
     weights = {}
     for name, w in found.items():
         name = name.removeprefix("transformer.")
@@ -1550,4 +1643,4 @@ def load_gpt2(folder):
             parts = {name.replace("c_attn", f"{x}_proj"): part
                      for x, part in zip("qkv", w.chunk(3))}
         weights |= {name: part.contiguous() for name, part in parts.items()}
-    return with_weights(config, weights, safe)
+    return weights
