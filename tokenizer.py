@@ -52,6 +52,12 @@ PLAIN = {  # tiktoken writes two of them with possessive quantifiers, which many
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s": GPT2_SPLIT,
     (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
      r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"): CL100K_SPLIT}
+# A pattern that comes in a file may have these parts alone. Others, such as a repeated group in a
+# repeated group, could fill all memory while they are compiled.
+SIMPLE_SPLIT = re.compile(r"""(?:\(\?(?:i?:|<?[=!])|\)\??|\||     # (?: (?i: (?! ... ) )? |
+    (?:\\[pP]\{\w+\}|\\[bdDsSwWnrt]|\\[^\w\s]|                    # \p{L} \s \.
+       \[(?:\\.|[^]\\])+\]|[^][(){}|\\*+?])                       # [^\s\p{L}], plain characters
+    (?:[*+?]|\{\d{1,3}(?:,\d{0,3})?\})?[+?]?)*""", re.VERBOSE)  # once or repeated
 SPECIAL_TOKENS = ["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|end|>"]
 
 # A chat is a document: <|endoftext|>, then for each message <|role|>text<|end|>, with nothing
@@ -67,10 +73,13 @@ CHAT_TEMPLATE = (
 
 PIECE = 1 << 22  # characters that one process splits at a time
 BLOCK = 1 << 14  # characters that are looked at together
+PATIENCE = 10  # seconds of work for a split, and one more for each 10,000 characters: 100 would do
+LARGEST_ID = 1 << 22  # a tokenizer lists what it has up to its last id
 CACHE = 1 << 16  # chunks whose ids a tokenizer remembers, none longer than 32 characters
 FORMAT, VERSION = "byte-level BPE", 1
 LARGEST_JSON = 1 << 28  # bytes; a vocabulary of a million tokens is smaller
-WRONG = (KeyError, TypeError, ValueError, AttributeError, IndexError)  # what a wrong file may raise
+WRONG = (KeyError, TypeError, ValueError, AttributeError, IndexError,
+         RecursionError)  # what a wrong file may raise
 HF_SPLIT = dict(type="Split", behavior="Isolated", invert=False)  # Hugging Face's names
 HF_BYTES = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True)
 
@@ -115,8 +124,9 @@ def run_command(main):
     except OSError as error:
         name = f": {error.filename}" if error.filename else ""
         sys.exit(f"error: {error.strerror or error}{name}")
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    except ValueError as error:  # what a file says may be quoted: it is not to steer a terminal
+        text = "".join(char if char.isprintable() else " " for char in str(error))
+        sys.exit(f"error: {text}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -244,11 +254,18 @@ def compile_split(pattern):
     """The split pattern, compiled; ValueError for one that is wrong."""
     try:
         compiled = regex.compile(pattern)
-    except regex.error as error:
-        raise ValueError(f"split pattern {pattern!r} does not compile: {error}") from None
+    except (regex.error, RecursionError) as error:
+        raise ValueError(f"split pattern {pattern!r:.400} does not compile: {error}") from None
     if compiled.groups:
         raise ValueError(f"split pattern {pattern!r} has a capturing group: write (?:...)")
     return compiled
+
+
+def check_split(pattern):
+    """ValueError unless a pattern that comes in a file is of SIMPLE_SPLIT."""
+    if len(pattern) > 1000 or not SIMPLE_SPLIT.fullmatch(pattern):
+        raise ValueError(f"split pattern {pattern!r:.99} is not made of single characters, each "
+                         "repeated or not, in groups that are not repeated")
 
 
 def compile_special(special_tokens):
@@ -278,12 +295,25 @@ def split(text, compiled):
     """The chunks of a text: split("we've 2", compile_split(GPT2_SPLIT)) == ["we", "'ve", " 2"]."""
     if compiled.pattern in SPLITS.values() and text.isascii():
         return ascii_split(compiled.pattern).findall(text)
-    chunks = compiled.findall(text)
+    with in_time(compiled, text) as timeout:
+        chunks = compiled.findall(text, timeout=timeout)
     lost = len(text) - sum(map(len, chunks))
     if lost:
         raise ValueError(f"split pattern {compiled.pattern!r} loses {lost} of {len(text)} "
                          r"characters; let it match all, if need be by ending it with |[\s\S]")
     return chunks
+
+
+@contextlib.contextmanager
+def in_time(compiled, text):
+    """Yield how long a split of the text may take; ValueError if it takes longer, which patterns do
+    that try all ways to match."""
+    timeout = PATIENCE + len(text) / 10_000
+    try:
+        yield timeout
+    except TimeoutError:
+        raise ValueError(f"split pattern {compiled.pattern!r} takes more than {timeout:.0f} s for "
+                         f"{len(text):,} characters: take another") from None
 
 
 def count_chunks(texts, special_tokens, pattern):
@@ -551,7 +581,10 @@ def recover_merges(tokens, name):
     Earlier merges leave two parts of a token: these make it.
     """
     byte_order = b"".join(tokens[id] for id in range(256) if len(tokens.get(id, b"")) == 1)
-    byte_ids, merged, merges = invert(byte_order), {}, []
+    try:
+        byte_ids, merged, merges = invert(byte_order), {}, []
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
     for id in sorted(tokens)[256:]:
         parts = apply_merges(tokens[id].translate(byte_ids), merged)
         if len(parts) != 2 or id != 256 + len(merges):
@@ -645,9 +678,10 @@ class Tokenizer:
             special_tokens = {name: id for id, name in enumerate(special_tokens, len(ids))}
         self.special = dict(sorted(special_tokens.items(), key=lambda item: item[1]))
         for name, id in self.special.items():
-            if not isinstance(id, int) or id < len(ids) or id in self.tokens:
-                raise ValueError(f"special token {name!r} cannot have id {id!r:.40}: it must be a "
-                                 "free number after those of the bytes and merges")
+            if type(id) is not int or not len(ids) <= id < LARGEST_ID or id in self.tokens:
+                raise ValueError(f"special token {name!r:.80} cannot have id {id!r:.40}: it must "
+                                 "be a free number after those of the bytes and merges, below "
+                                 f"{LARGEST_ID:,}")
             self.tokens[id] = name.encode()
         self.n_vocab, self.eot = max(self.tokens) + 1, self.special.get("<|endoftext|>")
         self.chat_template = CHAT_TEMPLATE if {*SPECIAL_TOKENS} <= {*self.special} else None
@@ -690,14 +724,15 @@ class Tokenizer:
         """Yield the ids of texts, one text after the other; a text is encoded chunk by chunk."""
         for text in texts:
             text, end = well_formed(text), 0
-            for found in self.find_chunks.finditer(text):
-                chunk = found[0]
-                if found.start() != end:
-                    break
-                end = found.end()
-                if len(self.cache) > CACHE >> 4:
-                    self.cache.clear()  # to stay below a megabyte
-                yield from self.cache.get(chunk) or self.encode_chunk(chunk)
+            with in_time(self.find_chunks, text) as timeout:
+                for found in self.find_chunks.finditer(text, timeout=timeout):
+                    chunk = found[0]
+                    if found.start() != end:
+                        break
+                    end = found.end()
+                    if len(self.cache) > CACHE >> 4:
+                        self.cache.clear()  # to stay below a megabyte
+                    yield from self.cache.get(chunk) or self.encode_chunk(chunk)
             if end != len(text):
                 split(text, self.find_chunks)  # which says how much is lost
 
@@ -780,6 +815,7 @@ class Tokenizer:
         try:
             merges = [tuple(map(to_bytes, line.split(" "))) for line in state["merges"]]
             byte_order = to_bytes(state["bytes"])
+            check_split(state["pattern"])
             tokenizer = cls(merges, state["special_tokens"], state["pattern"], byte_order)
         except WRONG as error:
             raise ValueError(f"{path} is damaged ({error!r:.200}); train again") from None
@@ -892,6 +928,7 @@ class Tokenizer:
             first, model = state["pre_tokenizer"], state["model"]
             *before, last = first.get("pretokenizers", [first])
             pattern = before[0]["pattern"]["Regex"] if before else GPT2_SPLIT
+            check_split(pattern)
             isolate = [dict(HF_SPLIT, pattern={"Regex": pattern})] if before else []
             last = {**last, "trim_offsets": True}  # which concerns no id
             for found, known in ((state["normalizer"], None), (model["type"], "BPE"),
