@@ -94,7 +94,7 @@ def read_jsonl(file):
         try:
             if line.strip():
                 yield json.loads(line)["text"] + ""  # a TypeError for what is no str
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             raise ValueError(f'{file.name}, line {number}: no JSON object with a "text"') from None
 
 
@@ -334,12 +334,29 @@ def read_shard(path):
     return np.memmap(path, kind, "r", HEADER_BYTES, n_tokens)
 
 
+def read_card(folder):
+    """card.json of a folder of shards; ValueError if it is not as it was written."""
+    path = Path(folder, "card.json")
+    card = read_sealed(path)
+    try:
+        counts = [card[split][count] for split in ("train", "val") for count in ("tokens", "bytes")]
+        words = [card["fingerprint"], *card["digests"].values()]
+        if not (all(type(count) is int and count > 0 for count in counts)
+                and all(isinstance(word, str) for word in words)
+                and all(re.fullmatch(r"(train|val)_\d{6}\.bin", name) for name in card["digests"])):
+            raise ValueError("a fingerprint, count, name or digest is none")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is not the card of data.py ({error!r:.99}): run it again"
+                         ) from None
+    return card
+
+
 def check_shards(folder, splits=("train", "val")):
     """card.json of a folder of shards. ValueError if it, or a shard of these splits, is not as it
     was written: a model would learn from the damage without a word."""
-    card = read_sealed(Path(folder, "card.json"))
+    card = read_card(folder)
     paths = [path for split in splits for path in Path(folder).glob(f"{split}_??????.bin")]
-    listed = dict(card.get("digests") or {})
+    listed = card["digests"]
     for name in listed:
         if name.startswith(splits) and not Path(folder, name).exists():
             raise ValueError(f"{folder} lacks {name}: run data.py again")

@@ -199,7 +199,7 @@ def read_rows(path):
         if line.strip():
             try:
                 rows.append(json.loads(line.decode("utf-8-sig")))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number} is not JSON in UTF-8: {error}") from None
             if not is_row(rows[-1]):
                 raise ValueError(f"{path}, line {number} is not a row like {EXAMPLE_ROW}, with two "
@@ -278,7 +278,12 @@ TASKS = {"perplexity": score_text, "continuation": score_continuation, "rows": s
 def training_data(folder):
     """What the run's config.json says about its data: a dict, empty when there is none."""
     path = Path(folder, "config.json")
-    return read_sealed(path).get("data") or {} if path.exists() else {}
+    data = read_sealed(path).get("data") or {} if path.exists() else {}
+    try:  # a TypeError for what is no str
+        data.get("path", "") + "".join(source["name"] for source in data.get("sources", ()))
+    except (AttributeError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} does not say what a run was trained on ({error!r:.80})") from None
+    return data
 
 
 def held_out(folder, tokenizer, data, max_tokens):

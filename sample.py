@@ -107,6 +107,11 @@ def read_manifest(path):
     if manifest.get("format") != MANIFEST:
         raise ValueError(f"{note} has format {manifest.get('format')!r:.40}, this program reads "
                          f"{MANIFEST!r}")
+    step, val_loss, digest = (manifest.get(name) for name in ("step", "val_loss", "digest"))
+    if not (type(step) is int and isinstance(digest, str)
+            and (val_loss is None or type(val_loss) in (int, float) and abs(val_loss) < math.inf)):
+        raise ValueError(f"{note} is not the manifest of a checkpoint: {step=!r:.40} "
+                         f"{val_loss=!r:.40} {digest=!r:.80}")
     return manifest
 
 
@@ -179,7 +184,7 @@ def load_run(folder, which="best", device="cpu", dtype=None):
     if tokenizer.n_vocab != model.config.vocab_size:
         raise ValueError(f"{words} has {tokenizer.n_vocab} tokens, the model {path.name} has "
                          f"{model.config.vocab_size}: put the tokenizer.json of its training there")
-    if not torch.isfinite(model.lm_head.weight.sum()):
+    if not all(p.isfinite().all() for p in model.parameters()):
         raise ValueError(f"{path} holds weights that are not numbers, its training diverged: "
                          "take an earlier checkpoint")
     return model.to(dtype or torch.float32).eval(), tokenizer

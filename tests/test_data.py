@@ -476,4 +476,4 @@ def test_a_wrong_input_ends_in_one_line(tmp_path, words, code, message):
     done = run("data.py", *words, cwd=tmp_path)
     assert done.returncode == code
     assert done.stderr.count("\n") == 1 and message in done.stderr
-    assert not list(tmp_path.glob("shards/*/*"))
+    assert not list(tmp_path.glob("shards/*/[!.]*"))
