@@ -36,7 +36,8 @@ from statistics import median
 
 from tqdm import tqdm
 
-from data import MixedLoader, TokenLoader, check_shards, file_hash, folder_name, locked, prepare
+from data import (MixedLoader, TokenLoader, check_shards, file_hash, folder_name, locked, prepare,
+                  read_card)
 from tokenizer import (Parser, Tokenizer, read_sealed, replacing, run_command, seal, share_cores,
                        write_json)
 
@@ -50,7 +51,7 @@ if not {"-h", "--help"} & set(sys.argv):  # torch takes two seconds to import; h
     from model import (GPT, SIZES, GPTConfig, check_ids, check_known, free_memory, load_model,
                        pack, training_memory)
     from sample import (MANIFEST, checkpoints, complete, first_whole, has_fast_bf16, newest_run,
-                        pick_checkpoint, pick_device, pick_precision)
+                        pick_checkpoint, pick_device, pick_precision, read_manifest, warn)
     from sample import load_run as load_finished
 
 
@@ -180,6 +181,11 @@ def read_config(path):
         if ({*saved} != {"model", "train", "data"} or {*map(type, saved.values())} != {dict}
                 or not saved["train"].keys() >= {*LENGTHS}):
             raise ValueError("it has other keys")
+        kinds = {f.name: f.type for f in dataclasses.fields(TrainConfig)}
+        for name, value in [*saved["train"].items(), ("data", saved["data"].get("path", ""))]:
+            kind = kinds.get(name, object)  # an option of another version is refused later
+            if not isinstance(value, (int, float) if kind is float else kind):
+                raise ValueError(f"{name}={value!r:.40} is no {kind.__name__}")
         return saved
     except ValueError as error:
         raise ValueError(f"{path} is not the config.json of a run: {error}") from None
@@ -565,13 +571,27 @@ def first_bad(model, xs, ys):
 # The run folder: config.json, tokenizer.json, step_NNNNNN.pt, log.jsonl, loss.png.
 
 
+def is_number(value):
+    return type(value) in (int, float) and abs(value) < math.inf
+
+
 def read_log(folder):
-    """log.jsonl as a list of dicts, one a step; a last line that was cut off is left out."""
+    """log.jsonl as a list of dicts, one a step, each with a step and a loss, which is None where it
+    was no number. Lines that are no such row, as one that was cut off, are left out."""
     path, rows = Path(folder) / "log.jsonl", []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(line, parse_constant=lambda word: None)  # NaN, for one
+            if (isinstance(row, dict) and type(row.get("step")) is int and "loss" in row
+                    and all(row.get(name) is None or is_number(row[name]) for name in MEASURED)):
+                rows.append(row)
     return rows
+
+
+def log_until(folder, step):
+    """The log up to a step, as bytes."""
+    rows = [row for row in read_log(folder) if row["step"] <= step]
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
 def run_folder(config, shards=None):
@@ -608,6 +628,7 @@ class Run:
     recent: list = field(default_factory=list)  # the last [loss, length of the gradient] pairs
 
 
+MEASURED = ("loss", "lr", "grad_norm", "val_loss", "elapsed", "tokens_per_second")  # in a log
 PROGRESS = {"step": int, "sequences": int, "elapsed": float, "best_step": int, "best_loss": float,
             "val_loss": (float, type(None)), "skipped": int, "bad": int, "recent": list}
 
@@ -652,8 +673,9 @@ def save_run(folder, state, keep=2):
     digest = hashing.sha256.hexdigest()
     if file_hash(path) != digest:
         raise OSError(f"{path} is not on the disk as it was written")
+    log = hashlib.sha256(log_until(folder, state["step"])).hexdigest()
     write_json(path.with_suffix(".json"), seal(dict(
-        format=MANIFEST, step=state["step"], val_loss=state["val_loss"], digest=digest)))
+        format=MANIFEST, step=state["step"], val_loss=state["val_loss"], digest=digest, log=log)))
     found = checkpoints(folder)
     best, _ = first_whole(reversed(found.values()), by_loss=True)
     for old in list(found.values())[:-keep]:
@@ -668,6 +690,8 @@ class Saver:
 
     def __init__(self, folder, keep, say):
         self.folder, self.keep, self.say, self.trouble = folder, keep, say, None
+        self.papers = {path: path.read_bytes() for path in
+                       (folder / "config.json", folder / "tokenizer.json")}
         self.waiting = queue.Queue(1)
         self.thread = threading.Thread(target=self.work, daemon=True)
         self.thread.start()
@@ -684,10 +708,14 @@ class Saver:
     def work(self):
         for state in iter(self.waiting.get, None):
             try:
+                for path, content in self.papers.items():
+                    if not path.exists():  # the folder was moved or removed under our feet
+                        with replacing(path) as file:
+                            file.write(content)
                 save_run(self.folder, state, self.keep)
                 draw_loss(self.folder)
                 self.note(None)
-            except (OSError, RuntimeError) as error:  # torch's word for a disk that is full
+            except Exception as error:  # whatever it is, training must not wait for this thread
                 self.note(error)
             state = None  # a checkpoint's worth of memory
 
@@ -722,38 +750,53 @@ def load_run(folder, config, device):
     path = pick_checkpoint(folder, "last")
     model, state = load_model(path, device)
     run = new_run(folder, model, config, device)
-    groups = [{name: group[name] for name in ("lr", "capturable", "weight_decay", "betas")}
-              for group in run.optimizer.param_groups]  # which are this machine's to choose
     try:
-        run.optimizer.load_state_dict(state["optimizer"])
-        check_memory(run.optimizer)
-        run.scaler.load_state_dict(state["scaler"])
         for name, kind in PROGRESS.items():
-            if not isinstance(state[name], kind):
-                raise TypeError(f"{name} is {state[name]!r:.40}")
-            setattr(run, name, state[name])
+            value = state[name]
+            if not isinstance(value, kind) or isinstance(value, (int, float)) and not value >= 0:
+                raise TypeError(f"{name} is {value!r:.40}")
+            setattr(run, name, value)
+        if not all(len(pair) == 2 and all(map(is_number, pair)) for pair in run.recent):
+            raise TypeError("recent is not made of pairs of numbers")
+        check_memory(run.optimizer, state["optimizer"])
+        groups = run.optimizer.state_dict()["param_groups"]  # rates and the like are config's
+        run.optimizer.load_state_dict(dict(state=state["optimizer"]["state"], param_groups=groups))
+        if not all(is_number(value) and value >= 0 for value in state["scaler"].values()):
+            raise TypeError(f"the scaler holds {state['scaler']!r:.60}")
+        run.scaler.load_state_dict(run.scaler.state_dict() | state["scaler"])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
         raise ValueError(f"{path} is no checkpoint of a run: {error!r:.99}") from None
-    for group, own in zip(run.optimizer.param_groups, groups):
-        group.update(own)
     return run
 
 
-def check_memory(optimizer):
-    """TypeError if what an optimizer remembers of a weight has not the weight's shape."""
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            for name, value in optimizer.state.get(p, {}).items():
-                if not torch.is_tensor(value) or value.shape not in (p.shape, ()):
-                    raise TypeError(f"the optimizer's {name} does not fit a weight {(*p.shape,)}")
+def check_memory(optimizer, saved):
+    """TypeError unless a saved dict holds what this optimizer remembers of each weight: tensors of
+    the weight's shape, and how often it was updated; or nothing of any, before the first update."""
+    own = optimizer.state_dict()["param_groups"]
+    if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in own]:
+        raise TypeError("the optimizer's weights are others")
+    weights = {i: (p, group["muon"]) for group, ids in zip(optimizer.param_groups, own)
+               for i, p in zip(ids["params"], group["params"])}
+    if saved["state"] and saved["state"].keys() != weights.keys():
+        raise TypeError("the optimizer does not know all weights")
+    for i, state in saved["state"].items():
+        p, muon = weights[i]
+        shapes = dict(step=(), momentum=p.shape) if muon else dict(step=(), exp_avg=p.shape,
+                                                                   exp_avg_sq=p.shape)
+        if {name: value.shape for name, value in state.items()} != shapes:
+            raise TypeError(f"what the optimizer remembers does not fit a weight {(*p.shape,)}")
 
 
 def cut_log(run):
     """Leave out of the log what came after the checkpoint, as it happens again, and what an
     interrupted save has left in the folder."""
-    rows = [json.dumps(row) for row in read_log(run.folder) if row["step"] <= run.step]
-    with replacing(run.folder / "log.jsonl") as file:
-        file.write("".join(row + "\n" for row in rows).encode())
+    path, rows = run.folder / "log.jsonl", log_until(run.folder, run.step)
+    known = run.step and read_manifest(run.folder / f"step_{run.step:06d}.pt").get("log")
+    if known and hashlib.sha256(rows).hexdigest() != known:
+        warn(f"{path} is damaged or was edited: up to step {run.step} it is not what it was when "
+             "that step was saved; the run itself goes on unharmed")
+    with replacing(path) as file:
+        file.write(rows)
     for part in run.folder.glob("*.part"):
         part.unlink()
 
@@ -767,6 +810,8 @@ def draw_loss(folder):
     """loss.png from log.jsonl: the loss of each step, its running mean, the validation losses."""
     from matplotlib.figure import Figure  # not pyplot: a notebook that trains goes on showing plots
     rows = [row for row in read_log(folder) if row["loss"] is not None]
+    if not rows:
+        return
     steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
     measured = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
     smooth, mean = [], losses[0]
@@ -885,7 +930,7 @@ def open_run(config, shape, shards, device):
     folder = run_folder(config, shards)
     if config.resume:
         return load_run(folder, config, device)
-    if (folder / "config.json").exists():
+    if checkpoints(folder):
         raise ValueError(f"{folder} already holds a run: add --resume, or choose another --out")
     return new_run(folder, GPT(shape).to(device), config, device)
 
@@ -1174,7 +1219,7 @@ def train(config, model_config=None, say=tqdm.write):
     if model_config is None:
         shape_of(config, config.vocab_size)  # a wrong option is refused before the data is made
     shards = find_shards(config, rank, say)
-    card = read_sealed(shards / "card.json")
+    card = read_card(shards)
     tokenizer = Tokenizer.load(shards / "tokenizer.json")
     shape = model_config or shape_of(config, tokenizer.n_vocab)
     micro, accumulate = split_batch(config, world_size)
@@ -1205,9 +1250,9 @@ def train(config, model_config=None, say=tqdm.write):
             corpora = fingerprints(config, shards)
             if config.resume:
                 check_resume(run, config, model_config, tokenizer, corpora, say)
-                cut_log(run)
             else:
                 stack.enter_context(locked(run.folder))
+            cut_log(run)
             needed = sum(training_memory(run.model, micro, config.optimizer).values())
             if warning := memory_warning(needed, free_memory(device)):
                 say(warning)
