@@ -1621,7 +1621,7 @@ def load_gpt2(folder):
         found = load_plain(safe)
     try:
         return with_weights(config, gpt2_weights(found), safe)
-    except (AttributeError, TypeError, RuntimeError) as error:
+    except (AttributeError, TypeError, RuntimeError, IndexError) as error:
         raise ValueError(f"{safe} holds other things than GPT-2's weights ({error!r:.80})"
                          ) from None
 
@@ -1637,7 +1637,8 @@ def gpt2_weights(found):
         name = "transformer." + name.replace("ln_f.", "final_norm.")
         for theirs, ours in HF_NAMES.items():
             name = name.replace(f".{theirs}.", f".{ours}.")
-        w = w.T.float() if name.endswith("_proj.weight") or ".c_attn.weight" in name else w.float()
+        turned = name.endswith("_proj.weight") or ".c_attn.weight" in name
+        w = (w.transpose(-2, -1) if turned else w).float()
         parts = {name: w}  # Conv1D keeps its matrix transposed, and q, k and v in one
         if ".c_attn." in name:
             parts = {name.replace("c_attn", f"{x}_proj"): part

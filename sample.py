@@ -108,8 +108,8 @@ def read_manifest(path):
         raise ValueError(f"{note} has format {manifest.get('format')!r:.40}, this program reads "
                          f"{MANIFEST!r}")
     step, val_loss, digest = (manifest.get(name) for name in ("step", "val_loss", "digest"))
-    if not (type(step) is int and isinstance(digest, str)
-            and (val_loss is None or type(val_loss) in (int, float) and abs(val_loss) < math.inf)):
+    if not (type(step) is int and note.stem == f"step_{step:06d}" and isinstance(digest, str)
+            and (val_loss is None or type(val_loss) in (int, float) and abs(val_loss) < 1e300)):
         raise ValueError(f"{note} is not the manifest of a checkpoint: {step=!r:.40} "
                          f"{val_loss=!r:.40} {digest=!r:.80}")
     return manifest

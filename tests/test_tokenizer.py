@@ -11,6 +11,7 @@ import unicodedata
 from collections import Counter
 
 import jinja2
+import jinja2.sandbox
 import pytest
 import regex
 import tiktoken
@@ -446,11 +447,12 @@ def test_a_tokenizer_without_the_tokens_of_chats_says_so(trained):
 def test_the_template_of_hugging_face_renders_the_same(trained, tmp_path, n):
     trained.save(tmp_path / "t.json")
     template = json.loads((tmp_path / "t.json").read_text(encoding="utf-8"))["chat_template"]
-    shown = jinja2.Template(template).render(messages=CHAT[:n], add_generation_prompt=n == 2)
+    render = jinja2.sandbox.SandboxedEnvironment().from_string(template).render
+    shown = render(messages=CHAT[:n], add_generation_prompt=n == 2)
     ids = trained.render_prompt(CHAT[:n]) if n == 2 else trained.render_chat(CHAT)[0]
     assert shown == trained.decode(ids)
     with pytest.raises(jinja2.UndefinedError, match="raise_exception"):
-        jinja2.Template(template).render(messages=[turn("user", "a<|end|>b")])
+        render(messages=[turn("user", "a<|end|>b")])
 
 
 # -----------------------------------------------------------------------------
