@@ -537,3 +537,143 @@ def test_a_line_that_is_no_question_is_refused(tmp_path, line):
     assert "rows.jsonl, line 1" in refused(read_rows, tmp_path / "rows.jsonl")
     if line.strip("\x85\u2028"):
         assert "rows.jsonl, line 1" in refused(list, read_documents(tmp_path / "rows.jsonl"))
+
+
+# -----------------------------------------------------------------------------
+# Chance: bits flip, files end early, bytes come in between.
+
+
+def damaged(data, random):
+    """A file's content with one random damage."""
+    i, n = random.randrange(len(data)), random.randrange(1, 9)
+    flipped = bytearray(data)
+    flipped[i] ^= 1 << random.randrange(8)
+    return bytes(random.choice((flipped, flipped, flipped, data[:i], data[:i] + data[i + n:],
+                                data[:i] + random.randbytes(n) + data[i:])))
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory, tokenizer, shards):
+    """A folder with a sound file of each kind."""
+    folder = tmp_path_factory.mktemp("sound")
+    for path in shards.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    keep(tiny(), folder, val_loss=2.5)
+    small = Tokenizer(tokenizer.merges[:20])
+    small.save(folder / "tokenizer.json")
+    small.to_huggingface(folder / "huggingface")
+    small.to_rank_file(folder / "small.tiktoken")
+    vocab = read_json(folder / "huggingface" / "tokenizer.json")["model"]
+    (folder / "vocab.json").write_text(json.dumps(vocab["vocab"]))
+    (folder / "merges.txt").write_text("\n".join(vocab["merges"]), "utf-8")
+    data = dict(path="shards/x", sources=[dict(name="x")])
+    write_json(folder / "config.json", seal(dict(model={}, train=asdict(TrainConfig()), data=data)))
+    rows = [dict(step=step, loss=5.5 - step / 9, val_loss=5.5) for step in range(9)]
+    (folder / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    row = dict(context="2 + 2 =", choices=["3", "4"], answer=1, text="2 + 2")
+    (folder / "rows.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row))
+    header = json.dumps(dict(a=json.loads(entry()), b=json.loads(entry(16, 32, (4,)))))
+    (folder / "x.safetensors").write_bytes(safetensors(header[1:-1], body=bytes(32)))
+    return folder
+
+
+SEALED = {  # file: what reads it and gives plain values; whatever happens to it is noticed
+    "tokenizer.json": lambda path: Tokenizer.load(path).definition(), "config.json": read_config,
+    "card.json": lambda path: read_card(path.parent),
+    "step_000001.json": lambda path: str(pick_checkpoint(path.parent, "last").stat()),
+    "step_000001.pt": lambda path: {name: w.tolist() for name, w in load_model(
+        pick_checkpoint(path.parent, "last"))[0].named_parameters()},
+    "train_000000.bin": lambda path: check_shards(path.parent),
+    "val_000000.bin": lambda path: check_shards(path.parent)}
+FOREIGN = {  # what reads files that know no sha256 of themselves
+    "huggingface/tokenizer.json": Tokenizer.from_huggingface, "x.safetensors": read_safetensors,
+    "small.tiktoken": Tokenizer.from_rank_file, "rows.jsonl": read_rows,
+    "vocab.json": lambda path: Tokenizer.from_gpt2(path, path.with_name("merges.txt")),
+    "merges.txt": lambda path: Tokenizer.from_gpt2(path.with_name("vocab.json"), path),
+    "log.jsonl": lambda path: train.draw_loss(path.parent), "step_000001.pt": load_model,
+    "train_000000.bin": read_shard}
+ROUNDS = pytest.mark.parametrize("rounds", [15, pytest.param(1000, marks=slow)])
+
+
+@ROUNDS
+@pytest.mark.parametrize("name", SEALED)
+def test_no_damage_of_a_file_of_ours_is_silent(tmp_path, sound, name, rounds):
+    shutil.copytree(sound, tmp_path / "x")
+    path, random = tmp_path / "x" / name, Random(0)
+    before, data = SEALED[name](path), path.read_bytes()
+    for _ in range(rounds):
+        path.write_bytes(damaged(data, random))
+        try:
+            assert SEALED[name](path) == before
+        except (ValueError, OSError) as error:
+            assert name.split(".")[0] in str(error) and "\n" not in str(error)
+
+
+@ROUNDS
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_damaged_file_is_read_or_refused_in_one_line(tmp_path, sound, name, rounds):
+    shutil.copytree(sound, tmp_path / "x")
+    path, random = tmp_path / "x" / name, Random(0)
+    FOREIGN[name](path)
+    data = path.read_bytes()
+    for _ in range(rounds if name != "log.jsonl" else rounds // 15):  # which draws a picture
+        path.write_bytes(damaged(data, random))
+        try:
+            FOREIGN[name](path)
+        except (ValueError, OSError) as error:
+            assert len(str(error).splitlines()) == 1
+
+
+# -----------------------------------------------------------------------------
+# Whole commands on a folder in which one bit has changed.
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, shards):
+    """A folder with a run of four steps and the shards it was trained on."""
+    place = tmp_path_factory.mktemp("place")
+    shutil.copytree(shards, place / "words")
+    train.train(TrainConfig(
+        data=str(place / "words"), out=str(place / "run"), n_layer=2, n_head=2, n_embd=32,
+        block_size=32, max_steps=4, batch_size=4, micro_batch_size=4, eval_every=2,
+        eval_sequences=4, sample_tokens=4, precision="fp32", device="cpu"), say=lambda text: None)
+    return place
+
+
+def sampled(call, run):
+    """-> (what the command gave, its lines beside that)"""
+    return call(sample, run, "--seed=1", "--max_new_tokens=9", "--device=cpu")
+
+
+def evaluated(call, run):
+    text, notes = call(evaluate, run, "--max_tokens=500", "--n_questions=9", "--device=cpu")
+    return "\n".join(text.splitlines()[1:]), notes
+
+
+def went_on(call, run):
+    text, notes = call(train, "--resume", f"--out={run}", "--max_steps=6")
+    log = [(row["step"], row["loss"], row.get("val_loss")) for row in read_log(run)]
+    model, _ = load_model(pick_checkpoint(run, "last", warn=lambda text: None))
+    return (log, [w.tolist() for w in model.parameters()]), text + notes
+
+
+@pytest.mark.parametrize("command, rounds", [
+    (sampled, 1), pytest.param(sampled, 20, marks=slow), pytest.param(evaluated, 8, marks=slow),
+    pytest.param(went_on, 8, marks=slow)])
+def test_a_flipped_bit_changes_nothing_or_is_said(tmp_path, place, call, command, rounds):
+    shutil.copytree(place, tmp_path / "backup")
+    expected, _ = command(call, place / "run")
+    random, names = Random(rounds), [path.relative_to(tmp_path / "backup") for path in
+                                     sorted(tmp_path.glob("backup/*/*")) if path.stat().st_size]
+    assert len(names) >= 12
+    for name in names * rounds:
+        shutil.rmtree(place / "run")
+        shutil.copytree(tmp_path / "backup", place, dirs_exist_ok=True)
+        flipped = bytearray((place / name).read_bytes())
+        flipped[random.randrange(len(flipped))] ^= 1 << random.randrange(8)
+        (place / name).write_bytes(flipped)
+        found, notes = command(call, place / "run")
+        said = [line for line in notes.splitlines() if line.startswith(("warning: ", "error: "))]
+        assert said or found == expected, name
+        assert not said or name.stem.split(".")[0] in said[0], (name, said)
+    shutil.copytree(tmp_path / "backup", place, dirs_exist_ok=True)
