@@ -706,6 +706,7 @@ class Saver:
         self.waiting.put(state)
 
     def work(self):
+        drawn = -math.inf
         for state in iter(self.waiting.get, None):
             try:
                 for path, content in self.papers.items():
@@ -713,7 +714,9 @@ class Saver:
                         with replacing(path) as file:
                             file.write(content)
                 save_run(self.folder, state, self.keep)
-                draw_loss(self.folder)
+                if time.perf_counter() - drawn > 10:  # a picture costs more than a small checkpoint
+                    draw_loss(self.folder)
+                    drawn = time.perf_counter()
                 self.note(None)
             except Exception as error:  # whatever it is, training must not wait for this thread
                 self.note(error)
@@ -736,6 +739,8 @@ class Saver:
             return
         self.waiting.put(None)
         self.thread.join()
+        with contextlib.suppress(OSError):
+            draw_loss(self.folder)
         if self.trouble and kind is None:
             raise OSError(f"the end of the run could not be saved in {self.folder}, only what its "
                           f"last checkpoint holds is there ({first_line(self.trouble)})")
@@ -813,7 +818,7 @@ def draw_loss(folder):
     if not rows:
         return
     steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
-    measured = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
+    measured = [(row["step"], row["val_loss"]) for row in rows if row.get("val_loss")]
     smooth, mean = [], losses[0]
     for n, loss in enumerate(losses):
         mean += (loss - mean) / min(n + 1, 20)
@@ -1341,9 +1346,10 @@ def run_steps(run, config, batches, shards, tokenizer, n_steps, place, began, sa
             if check or stopping or why or (bar.disable and now - shown > 10):
                 say(progress_line(row, left))
                 shown = now
-            if (check or stopping) and is_sound(run.model):
+            sound = (check or stopping) and is_sound(run.model)
+            if sound:
                 saver.save(run)
-            if check and progress < 1 and not why:
+            if sound and check and progress < 1 and not why:
                 say(suspicion(run, row) or sample_lines(run.model, tokenizer, config.sample_tokens,
                                                         config.seed))
     return stopping and int(asked[0] if asked else signal.SIGTERM)

@@ -2,12 +2,10 @@
 
 import dataclasses
 import math
-import os
 import re
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -439,25 +437,6 @@ def test_help_is_the_dataclass_in_groups():
         assert f"--{f.name} " in shown.stdout or f"--{f.name}," in shown.stdout
     for group in ("data and output:", "model:", "length and batch:", "optimizer:", "machine:"):
         assert group in shown.stdout
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(os.name == "nt", reason="Windows cannot send Ctrl-C to a single process")
-def test_ctrl_c_saves_and_says_how_to_go_on(shards, tmp_path):
-    words = command(shards, tmp_path / "run", "--max_steps=100000")
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *words], cwd=tmp_path,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while len(read_log(tmp_path / "run")) < 10:
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    shown, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and "python train.py --resume --out=" in shown
-    step = max(checkpoints(tmp_path / "run"))
-    assert read_log(tmp_path / "run")[-1]["step"] == step
-    options = f"--out={tmp_path / 'run'}", f"--max_steps={step + 3}"
-    assert run("train.py", "--resume", *options, cwd=tmp_path).returncode == 0
-    assert read_log(tmp_path / "run")[-1]["step"] == step + 3
 
 
 @pytest.mark.parametrize("options, words", [
