@@ -11,6 +11,7 @@ be odd; the bounds stand below with their reasons. Losses are nats per token.
 
 import math
 from bisect import bisect_left
+from collections import Counter
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -145,8 +146,9 @@ def validations(rows):
 
 
 def not_finite(rows, config):
-    """The loss is no number, or infinite."""
-    bad = next((row for row in rows if not math.isfinite(row["loss"])), None)
+    """The loss is no number, or infinite, and nothing better followed."""
+    sound = max((row["step"] for row in rows if math.isfinite(row["loss"])), default=-1)
+    bad = next((row for row in rows if row["step"] > sound), None)
     if bad is None:
         return None
     before = [row for row in rows if row["step"] < bad["step"]][-WINDOW:]
@@ -159,6 +161,20 @@ def not_finite(rows, config):
         change += ", and --grad_clip=1"
     return Finding("not a number", f"step {bad['step']} loss is not finite{first}; before it "
                    f"{seen or 'nothing'}", change + "; a checkpoint from before is still good")
+
+
+def left_out(rows, config):
+    """Steps whose numbers went bad were left out, and the run went on."""
+    bad = [row for row in rows if row.get("skipped") == "not finite"]
+    if not bad:
+        return None
+    places = Counter(row.get("bad") for row in bad).most_common(1)
+    return Finding("steps left out", f"{len(bad)} of {len(rows)} steps had no finite loss or "
+                   f"gradient, most often first in {places[0][0]}; the last was {bad[-1]['step']}, "
+                   f"sequences {bad[-1].get('sequences')}",
+                   "a few do no harm, as they changed no weight; look at their text "
+                   "(data.TokenLoader.block), and if they become more, at a tenth of the "
+                   "--learning_rate")
 
 
 def bad_start(rows, config):
@@ -326,7 +342,7 @@ def diagnose(rows, config):
         return [finding for finding in (broken, *starts) if finding]
     cause = next(filter(None, (illness(numbers, config) for illness in CAUSES)), None)
     found = [cause] if cause else [illness(numbers, config) for illness in CURVES]
-    found += [illness(numbers, config) for illness in ALWAYS]
+    found += [left_out(rows, config), *(illness(numbers, config) for illness in ALWAYS)]
     return [finding for finding in found if finding]
 
 

@@ -204,6 +204,9 @@ ROW = '{"step": %d, "loss": %f, "lr": 0.02, "grad_norm": 1.0, "mfu": null, "memo
     ([ROW % (1, 5.7), '{"step": 2, "loss": null, "lr": 0.02, "bad": "lm_head"}'], "in lm_head"),
     (['{"step": 1, "loss": NaN, "grad_norm": NaN}'], "step 1 loss is not finite"),
     ([ROW % (step, 5.7 - step / 20) for step in range(1, 40)] + ['{"step": 40, "lo'], "healthy"),
+    ([ROW % (step, 5.7 - step / 20) for step in range(1, 40)] +
+     ['{"step": 41, "loss": null, "skipped": "not finite", "bad": "lm_head"}', ROW % (42, 3.6)],
+     "1 of 41 steps had no finite loss or gradient, most often first in lm_head"),
 ])
 def test_any_log_gets_an_answer(tmp_path, call, lines, words):
     shown = "".join(call(doctor, write_run(tmp_path / "run", lines)))
