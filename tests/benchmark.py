@@ -2,7 +2,7 @@
 The figures of this project, measured here and now: medians, and ratios against the machine itself.
 
     python tests/benchmark.py                # all
-    python tests/benchmark.py training bpe   # some of: training attention sampling bpe
+    python tests/benchmark.py training bpe   # some of: training attention sampling saving bpe
     python tests/benchmark.py bpe100         # BPE training on 100 MB of installed packages
     python tests/benchmark.py --nanogpt=DIR  # training steps beside nanoGPT's, from a checkout
     python tests/benchmark.py learning --nanogpt=DIR [--text=FILE]  # time to a loss, beside its own
@@ -37,7 +37,7 @@ from model import GPT, GPTConfig, Linear, fused_attention, plain_attention, tile
 from sample import generate, has_fast_bf16, pick_device, pick_precision
 from tokenizer import GPT2_SPLIT, SPECIAL_TOKENS, Tokenizer, train_fast
 from train import (GraphedStep, TrainConfig, keep_freed_memory, new_run, peak_memory, read_log,
-                   shape_of, take_step, train)
+                   save_run, shape_of, snapshot, take_step, train)
 
 
 def median_seconds(function, times=7):
@@ -280,6 +280,23 @@ def sampling():
         show(f"sampling, {device}, cache={cache}", f"{200 / seconds:,.0f} tokens/s")
 
 
+def saving():
+    """How long a save holds up training, beside how long its writing takes."""
+    device = pick_device()
+    for config in TrainConfig(), TrainConfig(architecture="gpt2", size="gpt2"):
+        model = GPT(shape_of(config, 4096)).to(device)
+        run = new_run("", model, config, device)
+        ids = torch.zeros(1, 8, dtype=torch.long, device=device)
+        take_step(run, model, [ids], [ids], 1.0)  # now the optimizer remembers something
+        state = snapshot(run)
+        with tempfile.TemporaryDirectory() as folder:
+            holds = median_seconds(lambda: snapshot(run), 3)
+            writes = median_seconds(lambda: save_run(folder, state), 3)
+            size = sum(path.stat().st_size for path in Path(folder).iterdir())
+        show(f"a checkpoint of {size / 1e6:,.0f} MB", f"training waits {1000 * holds:,.0f} ms, "
+             f"while writing and checking take {1000 * writes:,.0f} ms")
+
+
 def hugging_face(texts, vocab_size):
     """Train the byte-level BPE of Hugging Face's tokenizers on texts."""
     from tokenizers import models, pre_tokenizers, trainers
@@ -377,6 +394,6 @@ if __name__ == "__main__":
         nanogpt(Path(flags["nanogpt"]).resolve())
     else:
         keep_freed_memory()
-        for part in (training, attention, sampling, bpe, bpe100):
-            if part.__name__ in (wanted or ["training", "attention", "sampling", "bpe"]):
+        for part in (training, attention, sampling, saving, bpe, bpe100):
+            if part.__name__ in (wanted or ["training", "attention", "sampling", "saving", "bpe"]):
                 part()
