@@ -286,6 +286,9 @@ def generate(model, ids, max_new_tokens=200, cache=True, first=None, **options):
         with torch.inference_mode():
             logits, _ = model(unseen, cache=memory, last_only=True)      # (B, 1, V)
         logits = logits[:, -1].float()                                   # (B, V)
+        if not logits.isfinite().all():
+            raise ValueError("the model's logits are not finite: take another checkpoint, or with "
+                             "--precision=fp16 another precision")
         if first is not None:
             logits, first = logits.masked_fill(~first, -torch.inf), None
         chosen = pick(logits, seen=ids, **options)                       # (B,)

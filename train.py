@@ -174,6 +174,21 @@ def parse_options(config_class):
     return vars(parser.parse_args())
 
 
+def is_number(value):
+    """Whether a value that was read from a file can be computed with."""
+    return type(value) in (int, float) and abs(value) < 1e100
+
+
+def check_options(options, path=""):
+    """ValueError if a dict of options, or the path of shards, holds values of the wrong kind."""
+    kinds = {f.name: f.type for f in dataclasses.fields(TrainConfig)}
+    for name, value in [*options.items(), ("data", path)]:
+        kind = kinds.get(name, object)  # an option of another version is refused later
+        if (not isinstance(value, (int, float) if kind is float else kind)
+                or kind in (int, float) and not is_number(value)):
+            raise ValueError(f"{name}={value!r:.40} is no {kind.__name__}")
+
+
 def read_config(path):
     """The dict in the config.json of a run: model, train, data. ValueError if it is damaged."""
     try:
@@ -181,11 +196,7 @@ def read_config(path):
         if ({*saved} != {"model", "train", "data"} or {*map(type, saved.values())} != {dict}
                 or not saved["train"].keys() >= {*LENGTHS}):
             raise ValueError("it has other keys")
-        kinds = {f.name: f.type for f in dataclasses.fields(TrainConfig)}
-        for name, value in [*saved["train"].items(), ("data", saved["data"].get("path", ""))]:
-            kind = kinds.get(name, object)  # an option of another version is refused later
-            if not isinstance(value, (int, float) if kind is float else kind):
-                raise ValueError(f"{name}={value!r:.40} is no {kind.__name__}")
+        check_options(saved["train"], saved["data"].get("path", ""))
         return saved
     except ValueError as error:
         raise ValueError(f"{path} is not the config.json of a run: {error}") from None
@@ -569,10 +580,6 @@ def first_bad(model, xs, ys):
 
 # -----------------------------------------------------------------------------
 # The run folder: config.json, tokenizer.json, step_NNNNNN.pt, log.jsonl, loss.png.
-
-
-def is_number(value):
-    return type(value) in (int, float) and abs(value) < 1e300
 
 
 def read_log(folder):

@@ -19,7 +19,7 @@ from statistics import median
 
 from sample import newest_run
 from tokenizer import Parser, read_sealed, run_command
-from train import TrainConfig, read_log
+from train import TrainConfig, check_options, is_number, read_log
 
 FEW = 20             # rows below which a curve has no shape yet
 WINDOW = 5           # rows of a median: what lasts for three of them is no odd batch
@@ -59,13 +59,17 @@ def read_run(folder):
             raise ValueError(f"{folder} is no run, it has no {name}: {hint}")
     try:
         config = read_sealed(folder / "config.json")
+        check_options(config["train"])
         config["train"] = asdict(TrainConfig()) | config["train"]
-        config["model"]["vocab_size"], config["model"]["block_size"], config["data"]["train"]
+        sizes = (config["model"]["vocab_size"], config["model"]["block_size"],
+                 config["data"]["train"]["tokens"])
+        if not all(is_number(size) and size > 0 for size in sizes):
+            raise ValueError("a size is no number above 0")
         found = read_log(folder)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{folder} holds no config.json and log.jsonl of train.py: {error!r:.80}"
                          ) from None
-    rows = {row["step"]: dict(row) for row in found if isinstance(row, dict) and "step" in row}
+    rows = {row["step"]: dict(row) for row in found}
     for row in rows.values():
         for name in ("loss", "lr", "grad_norm", "elapsed", "val_loss"):
             row[name] = math.nan if row.get(name) is None else row[name]

@@ -7,7 +7,6 @@ import math
 import shutil
 import zipfile
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -24,8 +23,8 @@ from data import check_shards, file_hash, read_card, read_documents, read_shard,
 from evaluate import read_rows
 from model import GPTConfig, load_gpt2, load_model, load_plain, pack, read_safetensors, save_model
 from sample import pick_checkpoint, read_manifest
-from tokenizer import Tokenizer, read_json, read_sealed, run_command, seal, write_json
-from train import TrainConfig, new_run, read_config, read_log, save_run, snapshot, take_step
+from tokenizer import Tokenizer, read_json, read_sealed, seal, write_json
+from train import TrainConfig, new_run, read_config, read_log, snapshot, take_step
 
 slow = pytest.mark.slow
 
@@ -201,6 +200,12 @@ def test_a_weight_with_a_gradient_or_of_half_the_bits_is_a_weight(tmp_path):
         torch.save(state, tmp_path / "model.pt")
         model, _ = load_model(tmp_path / "model.pt")
         assert all(p.is_leaf and p.isfinite().all() for p in model.parameters())
+
+
+def test_weights_that_are_too_large_end_a_sample_in_one_line(tokenizer):
+    model = tiny(vocab_size=tokenizer.n_vocab)
+    torch.nn.init.constant_(model.lm_head.weight, 3e38)
+    assert "not finite" in refused(sample.complete, model, tokenizer)
 
 
 def test_many_weights_that_share_their_bytes_are_refused(tmp_path):
@@ -460,7 +465,7 @@ def paths_in(value, path=()):
 
 
 def with_value(value, path, new):
-    return value | {path[0]: with_value(value[path[0]], path[1:], new)} if path else new
+    return value | {path[0]: with_value(value.get(path[0]), path[1:], new)} if path else new
 
 
 WRONG_JSON = [None, 7, -1, 2.5, True, "x", "../../x", [], [[]], {}, {"a": {}}, math.nan, 10**400,
@@ -512,6 +517,17 @@ def test_a_sealed_config_of_a_run_with_anything_else_in_it_is_refused(tmp_path):
                 continue  # of the right kind
             write_json(tmp_path / "config.json", seal(changed))
             assert "config.json" in refused(read_config, tmp_path / "config.json")
+
+
+def test_a_sealed_config_with_anything_else_in_it_leaves_the_doctor_calm(tmp_path, sound, call):
+    (tmp_path / "log.jsonl").write_bytes((sound / "log.jsonl").read_bytes())
+    config = dict(model=dict(vocab_size=64, block_size=8), train={},
+                  data=dict(train=dict(tokens=9)))
+    options = dict.fromkeys(("batch_size", "max_steps", "grad_clip", "precision"), 1)
+    for path in paths_in(config | dict(train=options)):
+        for wrong in WRONG_JSON:
+            write_json(tmp_path / "config.json", seal(with_value(config, path, wrong)))
+            assert "".join(call(doctor, tmp_path)).startswith((f"{tmp_path}: ", "error: "))
 
 
 LINES = ["", "{", "7", "[]", "null", '"x"', "{}", '{"step": 1}', '{"loss": 1}', "[" * 10**5,
