@@ -354,11 +354,13 @@ def torch_attention(q, k, v, causal=True, window=0, mask=None, segments=None, dr
     """plain_attention by torch's own kernel: on a GPU the fastest there is without a compiler. With
     dropout it draws other weights to drop."""
     T, S = q.size(2), k.size(2)
-    simple = causal and T == S and not (window and window < S) and mask is segments is None
+    simple = not (window and window < S) and mask is segments is None
+    simple = simple and (not causal or T in (1, S))  # a single query is the last, and sees all
     seen = None if simple else allowed(T, S, slice(0, T), slice(0, S), q.device, causal, window,
                                        mask, segments)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout,
-                                          is_causal=simple, enable_gqa=q.size(1) != k.size(1))
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=seen, dropout_p=dropout, is_causal=simple and causal and T > 1,
+        enable_gqa=q.size(1) != k.size(1))
 
 
 # -----------------------------------------------------------------------------
@@ -621,12 +623,25 @@ ACTIVATIONS = {
 }
 
 
+def linear(x, weight, bias=None):
+    """x (..., C) times weight (F, C), plus bias (F,), in x's dtype -> (..., F). To write a few rows
+    a CPU spends its time reading weights: on the left of the product they are read in order."""
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    rows = x.numel() // x.size(-1)
+    if (torch.is_grad_enabled() or not 1 < rows <= 16 or x.device.type != "cpu"
+            or x.dtype != torch.float32):
+        return F.linear(x, weight, bias)
+    y = weight @ x.reshape(rows, -1).T                                   # (F, rows)
+    y = y if bias is None else y + bias[:, None]
+    return y.T.reshape(*x.shape[:-1], -1)
+
+
 def plain_bend(x, gate, weight, bias, activation):
     """The activation of x (..., F), or x times the activation of its gate (..., F) if that is not
     None; then the linear layer weight (C, F), bias (C,) or None -> (..., C)."""
     bend, _ = ACTIVATIONS[activation]
     x = bend(x) if gate is None else x * bend(gate)
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return linear(x, weight, bias)
 
 
 class FusedBend(torch.autograd.Function):
@@ -987,8 +1002,7 @@ class Linear(nn.Linear):
     """A linear layer that computes in the dtype of what comes in; its weights keep their own."""
 
     def forward(self, x):
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        return linear(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -1031,6 +1045,10 @@ class KVCache:
         self.k[:, :, self.length:end], self.v[:, :, self.length:end] = k, v
         self.length = end
         return self.k[:, :, :end], self.v[:, :, :end]
+
+    def choose(self, rows):
+        """Go on with these rows, given by their numbers, which may repeat."""
+        self.k, self.v = self.k[rows], self.v[rows]
 
 
 class Attention(nn.Module):
