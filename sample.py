@@ -106,7 +106,8 @@ def read_manifest(path):
     val_loss and digest (sha256). ValueError if it is missing or damaged."""
     note = Path(path).with_suffix(".json")
     if not note.exists():
-        raise ValueError(f"{path} was not written to its end: {note.name} is missing")
+        raise ValueError(f"{path} was not written to its end, or by an older version: "
+                         f"{note.name} is missing")
     manifest = read_sealed(note)
     if manifest.get("format") != MANIFEST:
         raise ValueError(f"{note} has format {manifest.get('format')!r:.40}, this program reads "

@@ -1143,7 +1143,7 @@ def summarize(run, card, began, how, stopped):
     val_loss = rows[-1].get("val_loss")
     bits = val_loss and val_loss / math.log(2) * card["val"]["tokens"] / card["val"]["bytes"]
     return dict(folder=str(run.folder), step=run.step, loss=rows[-1]["loss"], val_loss=val_loss,
-                bits_per_byte=bits, tokens_per_second=median(r["tokens_per_second"] for r in rows),
+                bits_per_byte=bits, tokens_per_second=round(median(r["tokens_per_second"] for r in rows)),
                 seconds=time.perf_counter() - began, how=how, stopped=stopped,
                 skipped=run.skipped)
 

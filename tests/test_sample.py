@@ -1,5 +1,6 @@
 """sample.py: filters keep what their definition says, the cache changes nothing, text is whole."""
 
+import io
 import os
 import shutil
 
@@ -460,11 +461,55 @@ def test_a_full_context_is_said(command):
      "overflow=slide"),
     (["--max_new_tokens=0"], "error: max_new_tokens=0 must be at least 1"),
     (["--top_p=3"], "error: top_p=3.0 must be above 0 and at most 1; 1 keeps all tokens"),
+    (["--overflow=slid"], "error: unknown overflow 'slid': did you mean slide?"),
+    (["--show=logprob"], "error: unknown show 'logprob': did you mean logprobs?"),
+    (["--typical_p=3"], "error: typical_p=3.0 must be above 0 and at most 1, which keeps all"),
+    (["--beams=0"], "error: n_beams=0 must be at least 1, which takes the likeliest token"),
+    (["--ban="], "error: a banned text is empty: leave it out, or give it characters"),
+    (["--logit_bias=the"], "error: logit_bias=the must be a single token and a number, such as "
+     "' the=-2'; '' makes 0 tokens"),
+    (["--file=none.txt"], "error: No such file or directory: none.txt"),
+    (["--n_samples=0"], "error: n_samples=0 must be at least 1"),
     (["--stop="], "error: a stop string is empty: leave it out, or give it characters"),
     (["--device=tpu"], "error: unknown device 'tpu': did you mean cpu?")])
 def test_a_wrong_input_ends_in_one_line(command, words, line):
     text, notes = command(*words)
     assert (text, notes.replace("\\", "/")) == ("", line + "\n")
+
+
+def test_a_token_is_shown_with_its_log_probability(command):
+    text, _ = command("--prompt=the", "--show=logprobs", "--max_new_tokens=5", "--temperature=0")
+    prompt, *lines, end = text.split("\n")
+    assert (prompt, end) == ("the", "") and len([line for line in lines if line]) <= 5
+    assert all(float(line.split()[0]) <= 0 and line.endswith("'") for line in lines if line)
+
+
+def test_prompts_come_from_a_line_a_file_or_the_keyboard(command, tmp_path, monkeypatch):
+    (tmp_path / "prompts").write_text("the cat\nthe dog\n")
+    options = "--seed=3", "--max_new_tokens=6"
+    alone, _ = command("--prompt=the cat\nthe dog\n", *options)
+    assert command(f"--file={tmp_path / 'prompts'}", *options)[0] == alone
+    monkeypatch.setattr("sys.stdin", io.StringIO("the cat\nthe dog\n"))
+    assert command("--file=-", *options)[0] == alone
+    text, notes = command(f"--prompts={tmp_path / 'prompts'}", *options)
+    assert text.startswith("--- 1 of 2\nthe cat") and "--- 2 of 2\nthe dog" in text
+
+
+def test_a_talk_answers_line_by_line(command, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n\nwhat?\n"))
+    text, notes = command("--chat", "--max_new_tokens=5", "--seed=1")
+    assert text.count("\n") >= 2 and "error" not in notes
+
+
+def test_the_likeliest_text_is_found_by_beams(command):
+    text, notes = command("--prompt=the", "--beams=3", "--max_new_tokens=6")
+    assert text.startswith("the") and "by 3 beams" in notes
+
+
+def test_a_banned_text_is_not_written(command, tokenizer):
+    words = "--prompt=the", "--temperature=5", "--seed=1", "--max_new_tokens=40"
+    assert " cat" in command(*words, "--logit_bias= cat=9")[0]
+    assert " cat" not in command(*words, "--logit_bias= cat=9", "--ban= cat")[0]
 
 
 def test_an_empty_place_says_how_to_make_a_run(command, folder):
