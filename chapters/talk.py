@@ -15,17 +15,16 @@ import urllib.error
 import urllib.request
 from urllib.parse import urlsplit
 
-if not {"-h", "--help"} & set(sys.argv):  # torch takes two seconds to import; help need not wait
-    import torch
+from evaluate import score_ends
+from sample import Chat, complete, load_run, pick_device, warn
 
-    from evaluate import score_ends
+if not {"-h", "--help"} & set(sys.argv):  # torch takes two seconds to import; help need not wait
     from model import check_known
-    from sample import generate, load_run, pick_device, release, warn
 
 PAUSES = (1, 4, 16)        # seconds before a request is made again; after the last it has failed
 LONGEST_PAUSE = 60         # seconds, for a server that asks for more
 LARGEST_REPLY = 1 << 24    # bytes
-CHAT_SIGN = 0.05           # chance of <|end|> after an answer; a base model has never met it
+CHAT_SIGN = 0.01           # chance of <|end|> after an answer; a base model has never met it
 
 # -----------------------------------------------------------------------------
 # A server, or a run. Messages are dicts with a role and a content.
@@ -114,10 +113,12 @@ class Run:
 
     short = True
 
-    def __init__(self, folder, template="auto", base="question", device="cpu", seed=0, **options):
+    def __init__(self, folder, template="auto", base="question", device="cpu", seed=0,
+                 max_new_tokens=200, temperature=0.7):
         check_known(template, ("auto", "chat", "question", "text"), "template")
         self.model, self.tokenizer = load_run(folder, device=device)
-        self.template, self.seed, self.options = template, seed, options
+        self.template, self.seed = template, seed
+        self.options = dict(max_new_tokens=max_new_tokens, temperature=temperature)
         if template == "auto":
             self.template = "chat" if self.knows_chats() else base
 
@@ -130,43 +131,35 @@ class Run:
         score, _ = score_ends(self.model, [(ids[-self.model.config.block_size:], 1)])[0]
         return score.exp().item() > CHAT_SIGN
 
-    def render(self, messages):
-        """The ids of a prompt."""
-        if self.template == "chat":
-            return self.tokenizer.render_prompt(messages)
-        text = messages[-1]["content"]
-        if self.template == "question":
-            names = dict(user="Question", assistant="Answer")
-            text = "\n".join(f"{names[m['role']]}: {m['content']}" for m in messages) + "\nAnswer:"
-        return self.tokenizer.encode(text) or [self.tokenizer.eot]
-
-    def fit(self, messages):
-        """The ids of the latest whole turns that leave room for an answer."""
-        block_size = self.model.config.block_size
-        limit = max(block_size - self.options["max_tokens"], block_size // 2)
-        while len(self.render(messages)) > limit and len(messages) > 2:
-            messages = messages[2:]
-        return self.render(messages)
+    def plain(self, messages):
+        """A prompt without special tokens."""
+        if self.template == "text":
+            return messages[-1]["content"]
+        names = dict(user="Question", assistant="Answer")
+        return "\n".join(f"{names[m['role']]}: {m['content']}" for m in messages) + "\nAnswer:"
 
     def answer(self, messages):
-        stop = ["\nQuestion:"] if self.template == "question" else []
-        generator = torch.Generator(self.model.device)
-        generator.manual_seed(self.seed + len(messages))  # or turns would repeat each other's luck
-        ids = torch.tensor([self.fit(messages)], device=self.model.device)    # (1, T)
-        chosen, text, ends = [], "", self.tokenizer.special.values()
-        for token in generate(self.model, ids, self.options["max_tokens"], generator=generator,
-                              temperature=self.options["temperature"]):
-            if token.item() in ends:
-                break
-            chosen.append(token.item())
-            text, _, stopped = release(self.tokenizer.decode(chosen), stop, last=True)
-            if stopped:
-                break
-        return text if self.template == "text" else text.strip()
+        # the turns differ in their seed, or each would repeat the luck of the last one
+        options = self.options | dict(seed=self.seed + len(messages))
+        if self.template == "chat":
+            chat = Chat(self.model, self.tokenizer, **options)
+            chat.turns = messages[:-1]
+            return chat.reply(messages[-1]["content"]).strip()
+        if self.template == "text":
+            return complete(self.model, self.tokenizer, self.plain(messages), **options)
+        block_size = self.model.config.block_size
+        limit = block_size - min(options["max_new_tokens"], block_size // 4)
+        while len(self.tokenizer.encode(self.plain(messages))) > limit and len(messages) > 2:
+            messages = messages[2:]
+        return complete(self.model, self.tokenizer, self.plain(messages), stop=["\nQuestion:"],
+                        **options).strip()
 
     def judge(self, text, choices):
         """The likeliest of [[choices]]; "" if the text is longer than the model's context."""
-        ids = self.render([dict(role="user", content=text)]) + self.tokenizer.encode(" [[")
+        messages = [dict(role="user", content=text)]
+        ids = (self.tokenizer.render_prompt(messages) if self.template == "chat"
+               else self.tokenizer.encode(self.plain(messages)))
+        ids += self.tokenizer.encode(" [[")
         ends = [self.tokenizer.encode(choice + "]]") for choice in choices]
         if len(ids) + max(map(len, ends)) > self.model.config.block_size:
             return ""
@@ -190,13 +183,12 @@ def parse_keys(words):
     return keys
 
 
-def open_model(name, keys=None, timeout=60, **options):
-    """A run folder or URL -> a Run or a Server; options: max_tokens, temperature, seed, and of a
-    Run template, base and device."""
-    if name.startswith(("http://", "https://")):
-        return Server(name, keys, timeout, **{option: value for option, value in options.items()
-                                              if option in ("max_tokens", "temperature", "seed")})
-    return Run(name, **options)
+def open_model(name, keys=None, timeout=60, max_tokens=200, **options):
+    """A run folder or URL -> a Run or a Server; options are temperature, seed, and those of Run."""
+    if not name.startswith(("http://", "https://")):
+        return Run(name, max_new_tokens=max_tokens, **options)
+    sent = {option: options[option] for option in ("temperature", "seed") if option in options}
+    return Server(name, keys, timeout, max_tokens=max_tokens, **sent)
 
 
 def converse(model, texts):
