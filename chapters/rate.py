@@ -33,7 +33,7 @@ if __name__ == "__main__":
     share_cores()
 
 from chapters.dialogue import percent, share
-from chapters.judge import QUESTIONS, read_jsonl, read_questions, win_rate
+from chapters.judge import is_question, read_jsonl, read_questions, win_rate
 from chapters.talk import Run, add_contestants, open_all
 from evaluate import held_out
 from sample import warn
@@ -336,8 +336,8 @@ def read_prompts(path):
     if Path(path).suffix != ".jsonl":
         prompts = Path(path).read_text("utf-8-sig", "replace").splitlines()
     else:
-        prompts = [row.get("prompt") or (row.get("turns") or [""])[0]
-                   if isinstance(row, dict) else None for _, row in read_jsonl(path)]
+        prompts = [row["turns"][0] if is_question(row) else
+                   isinstance(row, dict) and row.get("prompt") for _, row in read_jsonl(path)]
     if not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError(f"{path}: each row must be like {{\"prompt\": \"What is 1 + 1?\"}}")
     prompts = [prompt for prompt in prompts if prompt.strip()]
@@ -365,7 +365,7 @@ def pick_prompts(options, models):
     model = models[options.contestants[0]]
     if all(isinstance(model, Run) and model.template == "text" for model in models.values()):
         return beginnings(options.contestants[0], model.tokenizer, options.n_prompts)
-    return [question["turns"][0] for question in read_questions(QUESTIONS)]
+    return [question["turns"][0] for question in read_questions()]
 
 
 def parse_options():
