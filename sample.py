@@ -33,6 +33,7 @@ if not {"-h", "--help"} & set(sys.argv):  # torch takes two seconds to import; h
 
 DEVICES = ("cuda", "mps", "cpu")
 MANIFEST = "gpt-manifest-1"
+COLD = 1e-6  # temperatures below are 0: a division by them would overflow
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 # -----------------------------------------------------------------------------
@@ -295,11 +296,11 @@ def keep_min_p(logits, min_p):
     return logits.masked_fill(probabilities < limit, -torch.inf)
 
 
-def distribution(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, typical_p=None,
-                 repetition_penalty=None, frequency_penalty=None, presence_penalty=None,
-                 no_repeat_ngram=None, banned=(), bias=None, seen=None, n_prompt=0):
-    """The probabilities (B, V) that the next token is drawn with; what is None is left out.
-    temperature 0 gives all to the likeliest. seen (B, S) are the ids so far, -1 for none, of which
+def adjust(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, typical_p=None,
+           repetition_penalty=None, frequency_penalty=None, presence_penalty=None,
+           no_repeat_ngram=None, banned=(), bias=None, seen=None, n_prompt=0):
+    """The logits (B, V) whose softmax the next token is drawn from; what is None is left out, and
+    with temperature 0 only the highest counts. seen (B, S) are the ids so far, -1 for none, of which
     the first n_prompt, a number or (B, 1), were not written but given; bias (V,) is added to the
     logits; none of the sequences in banned, lists of ids, is ever completed."""
     if not temperature >= 0:
@@ -313,13 +314,21 @@ def distribution(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, ty
     if no_repeat_ngram is not None:
         logits = ban_repeated_ngrams(logits, seen, no_repeat_ngram)
     logits = ban_sequences(logits if bias is None else logits + bias, seen, banned)
-    if temperature < 1e-6:  # the limit; a division would overflow
-        return torch.zeros_like(logits).scatter(-1, logits.argmax(dim=-1, keepdim=True), 1)
+    if temperature < COLD:
+        return logits
     logits = logits / temperature
     for keep, limit in ((keep_top_k, top_k), (keep_top_p, top_p), (keep_min_p, min_p),
                         (keep_typical, typical_p)):
         if limit is not None:
             logits = keep(logits, limit)
+    return logits
+
+
+def distribution(logits, **options):
+    """The probabilities (B, V) that pick draws with; temperature 0 gives all to the likeliest."""
+    logits = adjust(logits, **options)
+    if options.get("temperature", 1.0) < COLD:
+        return torch.zeros_like(logits).scatter(-1, logits.argmax(dim=-1, keepdim=True), 1)
     return logits.softmax(dim=-1)
 
 
@@ -336,8 +345,9 @@ def draw(chances, generator=None):
 
 def pick(logits, generator=None, **options):
     """An id for each row of logits (B, V), drawn from distribution(logits, **options) -> (B,)."""
-    chances = distribution(logits, **options)
-    return chances.argmax(dim=-1) if options.get("temperature") == 0 else draw(chances, generator)
+    if options.get("temperature", 1.0) < COLD:
+        return adjust(logits, **options).argmax(dim=-1)
+    return draw(distribution(logits, **options), generator)
 
 
 # -----------------------------------------------------------------------------
@@ -383,7 +393,7 @@ def steps(model, ids, n_tokens, cache=True, first=None, n_prompt=None, **options
         with torch.inference_mode():
             logits, _ = model(unseen.clamp(min=0), cache=memory, segments=segments, last_only=True)
         logits = logits[:, -1].float()                                   # (B, V)
-        if not logits.isfinite().all():
+        if not logits.sum().isfinite():
             raise ValueError("the logits are not finite: weights are damaged, or fp16 overflowed")
         allowed = logits if first is None else logits.masked_fill(~first, -torch.inf)
         chosen, first = pick(allowed, seen=ids, n_prompt=n_prompt, **options), None      # (B,)

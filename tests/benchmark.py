@@ -3,6 +3,7 @@ The figures of this project, measured here and now: medians, and ratios against 
 
     python tests/benchmark.py                # all
     python tests/benchmark.py training bpe   # some of: training attention sampling saving bpe
+    python tests/benchmark.py decoding       # GPT-2's shape against the weights' way through memory
     python tests/benchmark.py bpe100         # BPE training on 100 MB of installed packages
     python tests/benchmark.py --nanogpt=DIR  # training steps beside nanoGPT's, from a checkout
     python tests/benchmark.py learning --nanogpt=DIR [--text=FILE]  # time to a loss, beside its own
@@ -31,9 +32,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch
+import torch.nn.functional as F
 
 from data import find_files, prepare, read_documents
-from model import GPT, GPTConfig, Linear, fused_attention, plain_attention, tiles, torch_attention
+from model import (GPT, SIZES, GPTConfig, Linear, fused_attention, plain_attention, tiles,
+                   torch_attention)
 from sample import generate, has_fast_bf16, pick_device, pick_precision
 from tokenizer import GPT2_SPLIT, SPECIAL_TOKENS, Tokenizer, train_fast
 from train import (GraphedStep, TrainConfig, keep_freed_memory, new_run, peak_memory, read_log,
@@ -280,6 +283,61 @@ def sampling():
         show(f"sampling, {device}, cache={cache}", f"{200 / seconds:,.0f} tokens/s")
 
 
+def decoding():
+    """Tokens per second of GPT-2's shape, beside the rate at which this machine streams its weights
+    through products with a vector, both in turns; and where transformers is installed, beside it."""
+    device = pick_device()
+    for precision in dict.fromkeys(["fp32", "bf16"]):
+        dtype, base = pick_precision(precision, device)[1], None
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(architecture="gpt2", **SIZES["gpt2"])).eval().to(device, dtype)
+        model.use("torch" if device == "cpu" else "auto")
+        for B, T in (1, 1), (1, 512), (8, 1):
+            ids = torch.zeros(B, T, dtype=torch.long, device=device)
+            rate, limit = in_turns(generate(model, ids, 42, temperature=0), streaming(model))
+            base = base or rate
+            more = f", {B * rate / base:.1f}x of one sequence" if B > 1 else ""
+            show(f"decoding, GPT-2, {device} {precision}, {B} x {T} tokens of context",
+                 f"{B * rate:,.1f} tokens/s; its weights stream at {limit:,.1f} a second, "
+                 f"{rate / limit:.0%}{more}")
+        if importlib.util.find_spec("transformers"):
+            from transformers import GPT2Config, GPT2LMHeadModel
+            theirs = GPT2LMHeadModel(GPT2Config()).eval().to(device, dtype)
+            for T in 1, 512:
+                ids = torch.zeros(1, T, dtype=torch.long, device=device)
+                seconds = [median_seconds(lambda: theirs.generate(
+                    ids, max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0), 3)
+                    for n in (2, 26)]
+                show(f"the same by transformers, {T} tokens of context",
+                     f"{24 / (seconds[1] - seconds[0]):,.1f} tokens/s")
+
+
+def streaming(model):
+    """A function that reads all weights of a model's products once, as a single token does."""
+    weights = [layer.weight.detach() for layer in model.modules() if isinstance(layer, Linear)]
+    ones = [torch.ones(1, w.size(1), device=w.device, dtype=w.dtype) for w in weights]
+
+    def once():
+        with torch.inference_mode():
+            for x, w in zip(ones, weights):
+                y = F.linear(x, w)
+        y[0, 0].item()
+    return once
+
+
+def in_turns(steps, other, times=40):
+    """How often a second a step is taken, and the other called, each by its median."""
+    next(steps)
+    other()
+    seconds = [[], []]
+    for _ in range(times):
+        for own, function in zip(seconds, (lambda: next(steps)[0].item(), other)):
+            start = time.perf_counter()
+            function()
+            own.append(time.perf_counter() - start)
+    return [1 / statistics.median(own) for own in seconds]
+
+
 def saving():
     """How long a save holds up training, beside how long its writing takes."""
     device = pick_device()
@@ -394,6 +452,6 @@ if __name__ == "__main__":
         nanogpt(Path(flags["nanogpt"]).resolve())
     else:
         keep_freed_memory()
-        for part in (training, attention, sampling, saving, bpe, bpe100):
+        for part in (training, attention, sampling, decoding, saving, bpe, bpe100):
             if part.__name__ in (wanted or ["training", "attention", "sampling", "saving", "bpe"]):
                 part()
