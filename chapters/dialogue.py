@@ -81,10 +81,12 @@ def n_grams(words, n):
 
 def repetition(replies, n=4):
     """For each reply the share of its n-grams that it has said before itself, and the share that
-    earlier replies had: repetition(["a b a b", "a b"], 2) == [(1 / 3, 0), (0, 1)]."""
+    earlier replies had: repetition(["a b a b", "a b"], 2) == [(1 / 3, 0), (0, 1)]. A shorter reply
+    counts as one."""
     shares, before = [], set()
     for reply in replies:
-        grams = n_grams(words_of(reply), n)
+        words = words_of(reply)
+        grams = n_grams(words, min(n, len(words)))
         count = max(1, len(grams))
         shares.append((1 - len(set(grams)) / count if grams else 0,
                        sum(gram in before for gram in grams) / count))
@@ -155,8 +157,8 @@ def draw_dialogues(summaries, path):
     recall = ", ".join(f"{s['recall']['value']:.0%}" for s in summaries.values())
     axes[0].set(title=f"Recalled of what was told: {recall}", ylim=(-0.05, 1.05),
                 xlabel="turns since it was told", ylabel="recalled, 95% interval")
-    axes[1].set(title="Words said before", ylim=(-0.05, 1.05), xlabel="turn",
-                ylabel="share of 4-grams\n— in earlier replies, ··· in this one")
+    axes[1].set(title="Said before: in earlier replies (line), in the same reply (dots)",
+                ylim=(-0.05, 1.05), xlabel="turn", ylabel="share of 4-grams")
     axes[2].set(title="Length of the replies", ylim=(0, None), xlabel="turn", ylabel="words")
     for ax in axes:
         ax.grid(alpha=0.3)

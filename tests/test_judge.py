@@ -363,6 +363,7 @@ def test_naming_all_colours_is_no_recall(reply, right):
 def test_repetition_counts_what_was_said_before():
     assert repetition(["a b a b", "a b"], 2) == [(pytest.approx(1 / 3), 0), (0, 1)]
     assert repetition(["a b c d e", "", "f g h i"]) == [(0, 0), (0, 0), (0, 0)]
+    assert repetition(["Yes.", "Yes."]) == [(0, 0), (0, 1)]
 
 
 # -----------------------------------------------------------------------------
