@@ -608,7 +608,7 @@ FOREIGN = {  # what reads files that know no sha256 of themselves
     "merges.txt": lambda path: Tokenizer.from_gpt2(path.with_name("vocab.json"), path),
     "log.jsonl": lambda path: train.draw_loss(path.parent), "step_000001.pt": load_model,
     "train_000000.bin": read_shard}
-ROUNDS = pytest.mark.parametrize("rounds", [15, pytest.param(1000, marks=slow)])
+ROUNDS = pytest.mark.parametrize("rounds", [15, pytest.param(200, marks=slow)])
 
 
 @ROUNDS
