@@ -495,8 +495,8 @@ def norm_backward(d_unit, unit, scale):
 
 
 def as_type(x, dtype):
-    """x, or None, in a dtype: asking costs a fifth of a .to() that changes nothing, and a token that
-    is written asks a hundred times."""
+    """x, or None, in a dtype: asking costs a fifth of a .to() that changes nothing, and to write a
+    token takes a hundred of them."""
     return x if x is None or x.dtype == dtype else x.to(dtype)
 
 

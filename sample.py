@@ -300,9 +300,9 @@ def adjust(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, typical_
            repetition_penalty=None, frequency_penalty=None, presence_penalty=None,
            no_repeat_ngram=None, banned=(), bias=None, seen=None, n_prompt=0):
     """The logits (B, V) whose softmax the next token is drawn from; what is None is left out, and
-    with temperature 0 only the highest counts. seen (B, S) are the ids so far, -1 for none, of which
-    the first n_prompt, a number or (B, 1), were not written but given; bias (V,) is added to the
-    logits; none of the sequences in banned, lists of ids, is ever completed."""
+    with temperature 0 only the highest counts. seen (B, S) are the ids so far, -1 for none; the
+    first n_prompt of them, a number or (B, 1), were not written but given. bias (V,) is added to
+    the logits; none of the sequences in banned, lists of ids, is ever completed."""
     if not temperature >= 0:
         raise ValueError(f"temperature={temperature} must be at least 0, which takes the likeliest")
     if repetition_penalty is not None:
@@ -469,8 +469,8 @@ def write(model, tokenizer, prompts, max_new_tokens=200, stop=(), seed=None, ove
     text and are not in it. Other options are those of steps."""
     if not all(stop):
         raise ValueError("a stop string is empty: leave it out, or give it characters")
-    rows = {i: Row(model, tokenizer, prompt, max_new_tokens, stop, None if seed is None else seed + i,
-                   overflow) for i, prompt in enumerate(prompts)}
+    rows = {i: Row(model, tokenizer, prompt, max_new_tokens, stop,
+                   None if seed is None else seed + i, overflow) for i, prompt in enumerate(prompts)}
     while rows:  # once, unless short prompts have room for more tokens than the longest
         longest = max(len(row.ids) for row in rows.values())
         ids = torch.tensor([[-1] * (longest - len(row.ids)) + row.ids for row in rows.values()])
@@ -565,7 +565,7 @@ class Chat:
         self.turns = []  # of messages, the user's and the assistant's in turn
 
     def prompt(self):
-        """The ids of what is remembered. At least a quarter of the context is left for the reply."""
+        """The ids of what is remembered; room for the reply, up to a quarter of all, is left."""
         block_size = self.model.config.block_size
         limit = block_size - min(self.options["max_new_tokens"], block_size // 4)
         while True:
@@ -573,8 +573,8 @@ class Chat:
             if len(ids) <= limit:
                 return ids
             if len(self.turns) == 1:
-                raise ValueError(f"this message makes {len(ids)} tokens with what must stay; at most "
-                                 f"{limit} leave room for a reply (block_size={block_size})")
+                raise ValueError(f"this message makes {len(ids)} tokens with what must stay; at "
+                                 f"most {limit} leave room for a reply (block_size={block_size})")
             self.turns = self.turns[2:]
 
     def stream(self, message, **options):
@@ -612,7 +612,7 @@ def parse_options():
     add("--system", default="", help="with --chat: what the assistant is told first")
     add("--max_new_tokens", type=int, default=200, help="longest continuation (default 200)")
     add("--overflow", default="stop",
-        help="stop | slide: where the context is full, end, or forget its older half (default stop)")
+        help="stop | slide: where the context is full, end or forget its older half (default stop)")
     add("--stop", action="append", default=[],
         help=r"end before this text; \n means a new line; may be given several times")
     add("--n_samples", type=int, default=1, help="how many continuations (default 1)")
@@ -762,8 +762,9 @@ def main():
     model, tokenizer = load_run(folder, path, device, dtype)
     seed = random.randrange(10**6) if options.seed is None else options.seed
     how = {name: getattr(options, name) for name in (
-        "max_new_tokens", "overflow", "cache", "temperature", "top_k", "top_p", "min_p", "typical_p",
-        "repetition_penalty", "frequency_penalty", "presence_penalty", "no_repeat_ngram")}
+        "max_new_tokens", "overflow", "cache", "temperature", "top_k", "top_p", "min_p",
+        "typical_p", "repetition_penalty", "frequency_penalty", "presence_penalty",
+        "no_repeat_ngram")}
     how |= dict(seed=seed, stop=[text.replace(r"\n", "\n") for text in options.stop],
                 banned=[ids for word in options.ban for ids in spelled(tokenizer, word)])
     if options.logit_bias:

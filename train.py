@@ -606,7 +606,7 @@ def run_folder(config, shards=None):
     named as the shards are, with a number if that name is taken."""
     if config.resume:
         folder = Path(config.out) if config.out else newest_run()
-        return folder if checkpoints(folder) else pick_checkpoint(folder)  # which says what is missing
+        return folder if checkpoints(folder) else pick_checkpoint(folder)  # says what is missing
     if config.out:
         return Path(config.out)
     first, n = Path("runs") / shards.name, 2
@@ -905,7 +905,7 @@ def cut_short(ids, progress, curriculum):
 
 
 def fingerprints(config, shards):
-    """{folder: fingerprint} of the run's shards and those of --mix. ValueError if one is damaged."""
+    """{folder: fingerprint} of the run's shards and of --mix. ValueError if one is damaged."""
     mixed = [part.partition("=")[0] for part in config.mix.split(",") if part]
     return {str(folder): check_shards(folder)["fingerprint"] for folder in (shards, *mixed)}
 
@@ -968,8 +968,8 @@ def is_spike(recent, values, deviations):
 
 
 def judge(run, loss, norm, deviations):
-    """-> why a step is to be left out, in words, or "". To be asked once a step, with the same answer
-    on all processes. Only finite numbers enter the statistics of spikes."""
+    """-> why a step is to be left out, in words, or "". To be asked once a step, with the same
+    answer on all processes. Only finite numbers enter the statistics of spikes."""
     scale = run.scaler.get_scale() if run.scaler.is_enabled() else 0
     if math.isfinite(loss) and not math.isfinite(norm) and scale >= 1:
         return "fp16 overflow"  # the scaler halves what the loss is multiplied with
@@ -1128,8 +1128,9 @@ def sample_lines(model, tokenizer, n_tokens, seed):
 def progress_line(row, left):
     if "skipped" in row:
         where = f", first in {row['bad']}" if "bad" in row else ""
+        first, last = row["sequences"]
         return (f"step {row['step']:5d} | left out: {row['skipped']}{where}, loss {row['loss']}, "
-                f"norm {row['grad_norm']}, sequences {row['sequences'][0]} to {row['sequences'][1]}")
+                f"norm {row['grad_norm']}, sequences {first} to {last}")
     validation = f" | validation {row['val_loss']:.4f}" if "val_loss" in row else ""
     memory = f" | {row['memory'] / 1e9:.1f} GB" if row["memory"] else ""
     return (f"step {row['step']:5d} | loss {row['loss']:.4f}{validation} | lr {row['lr']:.1e} | "
@@ -1141,9 +1142,10 @@ def summarize(run, card, began, how, stopped):
     """What train() returns: where the run is, how far it came, how good and how fast it was."""
     rows = [row for row in read_log(run.folder) if row["loss"] is not None]
     val_loss = rows[-1].get("val_loss")
+    speed = round(median(row["tokens_per_second"] for row in rows))
     bits = val_loss and val_loss / math.log(2) * card["val"]["tokens"] / card["val"]["bytes"]
     return dict(folder=str(run.folder), step=run.step, loss=rows[-1]["loss"], val_loss=val_loss,
-                bits_per_byte=bits, tokens_per_second=round(median(r["tokens_per_second"] for r in rows)),
+                bits_per_byte=bits, tokens_per_second=speed,
                 seconds=time.perf_counter() - began, how=how, stopped=stopped,
                 skipped=run.skipped)
 
@@ -1185,8 +1187,8 @@ class Log:
             self.waiting = []
         except OSError as error:
             if len(self.waiting) == 1:
-                self.say(f"warning: {self.path} cannot be written ({error.strerror}); training goes "
-                         "on, the rows wait for room")
+                self.say(f"warning: {self.path} cannot be written ({error.strerror}); training "
+                         "goes on, the rows wait for room")
 
 
 @contextlib.contextmanager

@@ -285,7 +285,7 @@ def sampling():
 
 def decoding():
     """Tokens per second of GPT-2's shape, beside the rate at which this machine streams its weights
-    through products with a vector, both in turns; and where transformers is installed, beside it."""
+    through products with a vector, both in turns; where transformers is installed, beside it."""
     device = pick_device()
     for precision in dict.fromkeys(["fp32", "bf16"]):
         dtype, base = pick_precision(precision, device)[1], None

@@ -40,6 +40,16 @@ def run(*words, cwd=ROOT, timeout=300, **options):
                           encoding="utf-8", timeout=timeout, stdin=subprocess.DEVNULL, **options)
 
 
+def mistake(main, monkeypatch, capsys, *words):
+    """Call a command's main() as a user typed it, who made a mistake -> (exit code, its lines)."""
+    from tokenizer import run_command
+    monkeypatch.setattr("sys.argv", ["command.py", *map(str, words)])
+    with pytest.raises(SystemExit) as end:
+        run_command(main)
+    said = end.value.code if isinstance(end.value.code, str) else capsys.readouterr().err
+    return 1 if isinstance(end.value.code, str) else end.value.code, said.splitlines()
+
+
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory):
     """A folder of shards made from 60 kB of simple sentences, with a tokenizer of 320 tokens."""

@@ -194,6 +194,7 @@ def test_what_no_kernel_covers_falls_through_to_the_fused_twin(monkeypatch):
 
 
 @needs_nvcc
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", CUDA_NUMBERS)
 def test_the_kernels_compile_for_ampere_and_hopper(tmp_path, dtype):
     source = tmp_path / "model.cu"

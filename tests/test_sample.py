@@ -9,8 +9,8 @@ import torch
 from conftest import keep, run, tiny
 
 import sample
-from sample import (Chat, beam_search, checkpoints, complete, complete_batch, distribution, generate,
-                    keep_min_p, keep_top_k, keep_top_p, keep_typical, load_run, newest_run,
+from sample import (Chat, beam_search, checkpoints, complete, complete_batch, distribution,
+                    generate, keep_min_p, keep_top_k, keep_top_p, keep_typical, load_run, newest_run,
                     penalize_repeats, pick, pick_checkpoint, pick_device, pick_precision, release,
                     steps, stream)
 from tokenizer import Tokenizer, seal, write_json
@@ -94,15 +94,17 @@ def test_a_penalty_divides_positive_and_multiplies_negative_logits_of_what_was_s
 
 def test_penalties_of_openai_count_what_was_written_and_not_the_prompt():
     logits, seen = torch.zeros(1, 5), torch.tensor([[0, 1, 2, 2, 3]])
-    chances = distribution(logits, frequency_penalty=0.5, presence_penalty=1.0, seen=seen, n_prompt=2)
+    chances = distribution(logits, frequency_penalty=0.5, presence_penalty=1.0, seen=seen,
+                           n_prompt=2)
     expected = torch.tensor([[0.0, 0.0, -2.0, -1.5, 0.0]]).softmax(dim=-1)
     torch.testing.assert_close(chances, expected)
 
 
 def test_no_run_of_n_tokens_is_written_twice():
     for n in 1, 2, 3:
-        ids = [chosen.item() for chosen in generate(tiny(block_size=64), torch.ones(1, 1).long(), 60,
-                                                    temperature=0, no_repeat_ngram=n)][:60]
+        written = generate(tiny(block_size=64), torch.ones(1, 1).long(), 60, temperature=0,
+                           no_repeat_ngram=n)
+        ids = [chosen.item() for chosen in written]
         runs = list(zip(*([1, *ids][i:] for i in range(n))))
         assert len(runs) == len(set(runs))
 
@@ -110,8 +112,9 @@ def test_no_run_of_n_tokens_is_written_twice():
 def test_a_banned_sequence_is_never_completed():
     model, banned = tiny(block_size=64), [[5], [1, 2], [2, 3, 4]]
     for seed in range(5):
-        ids = [chosen.item() for chosen in generate(model, torch.ones(1, 1).long(), 60, banned=banned,
-                                                    temperature=5.0, generator=seeded(seed))]
+        written = generate(model, torch.ones(1, 1).long(), 60, banned=banned, temperature=5.0,
+                           generator=seeded(seed))
+        ids = [chosen.item() for chosen in written]
         text = " ".join(map(str, ["", 1, *ids, ""]))
         assert not any(" " + " ".join(map(str, run)) + " " in text for run in banned)
 
@@ -119,7 +122,8 @@ def test_a_banned_sequence_is_never_completed():
 @pytest.mark.parametrize("name, options, arguments", [
     ("RepetitionPenaltyLogitsProcessor", dict(repetition_penalty=1.3), (1.3,)),
     ("NoRepeatNGramLogitsProcessor", dict(no_repeat_ngram=2), (2,)),
-    ("TypicalLogitsWarper", dict(typical_p=0.7), (0.7,)), ("MinPLogitsWarper", dict(min_p=0.1), (0.1,)),
+    ("TypicalLogitsWarper", dict(typical_p=0.7), (0.7,)),
+    ("MinPLogitsWarper", dict(min_p=0.1), (0.1,)),
     ("TopPLogitsWarper", dict(top_p=0.8), (0.8,)), ("TopKLogitsWarper", dict(top_k=7), (7,))])
 def test_each_step_does_what_hugging_faces_does(name, options, arguments):
     library = pytest.importorskip("transformers.generation.logits_process",
@@ -131,7 +135,8 @@ def test_each_step_does_what_hugging_faces_does(name, options, arguments):
 
 def test_typical_keeps_those_whose_surprise_is_nearest_to_the_entropy():
     p = torch.tensor([[0.4, 0.3, 0.2, 0.1]])  # entropy 1.28; surprises 0.92, 1.20, 1.61, 2.30
-    assert kept(keep_typical(p.log(), 0.3)) == [{1}] and kept(keep_typical(p.log(), 0.6)) == [{0, 1, 2}]
+    assert kept(keep_typical(p.log(), 0.3)) == [{1}]
+    assert kept(keep_typical(p.log(), 0.6)) == [{0, 1, 2}]
 
 
 @pytest.mark.parametrize("options", SAMPLINGS[:4])
@@ -251,7 +256,8 @@ def test_one_beam_is_greedy_and_more_beams_are_no_worse():
 
 def test_a_beam_ends_with_an_end_and_a_penalty_of_length_prefers_long_texts():
     model, ids = tiny(vocab_size=8), torch.tensor([[1]])
-    lengths = [len(beam_search(model, ids, 4, 10, penalty, ends=[3])[0][0]) for penalty in (0.0, 5.0)]
+    lengths = [len(beam_search(model, ids, 4, 10, penalty, ends=[3])[0][0])
+               for penalty in (0.0, 5.0)]
     assert lengths[0] < lengths[1]
     for text, _ in beam_search(model, ids, 4, 10, ends=[3]):
         assert 3 not in text[:-1] and (len(text) == 10 or text[-1] == 3)
@@ -332,7 +338,7 @@ def test_many_prompts_together_get_the_texts_that_they_get_alone(model, tokenize
 
 def test_the_log_probability_of_a_piece_is_the_models_own(model, tokenizer):
     ids = tokenizer.encode("the")
-    for piece in stream(model, tokenizer, "the", seed=0, temperature=2.0, top_k=50, max_new_tokens=9):
+    for piece in stream(model, tokenizer, "the", seed=0, temperature=2.0, max_new_tokens=9):
         said = model(torch.tensor([ids]))[0][0, -1].log_softmax(dim=-1)[piece.token]
         assert piece.logprob == pytest.approx(said.item(), abs=1e-4)
         ids.append(piece.token)

@@ -153,7 +153,8 @@ def test_the_last_ones_and_the_best_stay_and_others_go(tmp_path):
 
 def test_a_checkpoint_that_the_disk_got_wrong_removes_no_other(tmp_path):
     save_run(tmp_path, snapshot(a_run(tmp_path, 1)), keep=1)
-    with instead("file_hash", lambda inner, n, path: "0"), pytest.raises(OSError, match="as it was"):
+    wrong = instead("file_hash", lambda inner, n, path: "0")
+    with wrong, pytest.raises(OSError, match="as it was"):
         save_run(tmp_path, snapshot(a_run(tmp_path, 2)), keep=1)
     path, wrong = first_whole(reversed(checkpoints(tmp_path).values()))
     assert path.name == "step_000001.pt" and "step_000002.pt was not written to its end" in wrong[0]
@@ -562,7 +563,8 @@ def test_a_step_with_a_bad_number_changes_no_weight_and_is_in_the_log(shards, tm
 def test_too_many_bad_steps_in_a_row_end_the_run_saved_as_before_them(shards, tmp_path):
     config = configure(shards, tmp_path / "run", max_steps=50, bad_steps=3)
     act, seen = spoil({3, 6, 7, 8}, with_nan)
-    with instead("gradients", act), pytest.raises(ValueError, match="3 in a row, .* chapters.doctor"):
+    words = "3 in a row, .* chapters.doctor"
+    with instead("gradients", act), pytest.raises(ValueError, match=words):
         train(config, **QUIET)
     assert same(weights(config.out), {name: seen[6][name] for name in weights(config.out)})
     assert train(dataclasses.replace(config, resume=True), **QUIET)["step"] == 50
@@ -643,7 +645,7 @@ def test_memory_that_runs_out_is_explained_in_one_line(shards, tmp_path):
                        kernels="plain")
     in_process(starve, config).join(120)
     said = Path(config.out, "said").read_text()
-    assert said.startswith("out of memory: a step of 4096 sequences of 32 tokens on cpu needs about")
+    assert said.startswith("out of memory: a step of 4096 sequences of 32 tokens on cpu needs ")
     assert "weights" in said and "activations" in said and "\n" not in said
     assert "--micro_batch_size" in said and "--recompute" in said
 
@@ -682,5 +684,6 @@ def test_resume_says_which_options_changed(shards, tmp_path):
 def test_a_checkpoint_of_another_version_is_refused_by_name(tmp_path, version):
     state = snapshot(a_run(tmp_path)) | {"format": version}
     save_run(tmp_path, state)
-    with pytest.raises(ValueError, match=f"format {version!r}, this program reads 'gpt-checkpoint-2'"):
+    words = f"format {version!r}, this program reads 'gpt-checkpoint-2'"
+    with pytest.raises(ValueError, match=words):
         load_run(tmp_path, TrainConfig(precision="fp32"), "cpu")

@@ -9,15 +9,15 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, run, tiny
+from conftest import ROOT, mistake, run, tiny
 
 from data import MixedLoader, TokenLoader
 from model import load_model
 from sample import checkpoints
 from train import (RATES, SCHEDULES, GraphedStep, Muon, TrainConfig, announce, build_optimizer,
-                   complete_options, cut_short, draw_loss, fast_orthogonal,
-                   first_bad, last_step, learning_rate, memory_warning, new_run, plain_orthogonal,
-                   read_log, reason, seconds_per_step, suspicion, take_step, to_device, train)
+                   complete_options, cut_short, draw_loss, fast_orthogonal, first_bad, last_step,
+                   learning_rate, main, memory_warning, new_run, plain_orthogonal, read_log, reason,
+                   seconds_per_step, suspicion, take_step, to_device, train)
 
 SHAPE = dict(n_layer=2, n_head=2, n_embd=32, block_size=32)
 
@@ -306,6 +306,7 @@ def stop_after(steps, config):
     assert max(checkpoints(config.out)) == steps
 
 
+@pytest.mark.slow
 def test_low_memory_changes_no_weight(shards, tmp_path):
     for name, low_memory in (("kept", False), ("handed_back", True)):
         words = command(shards, tmp_path / name, *["--low_memory"] * low_memory)
@@ -475,7 +476,7 @@ def test_an_impossible_run_is_refused_and_leaves_nothing(shards, tmp_path, optio
     ("--data=nowhere.txt", 1, "nowhere.txt"),
     ("--resume", 1, "no run in runs/: python train.py makes one"),
 ])
-def test_a_users_mistake_ends_in_one_line(tmp_path, option, code, words):
-    done = run("train.py", option, cwd=tmp_path)
-    assert done.returncode == code and words in done.stderr, done.stderr
-    assert len(done.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
+def test_a_users_mistake_ends_in_one_line(tmp_path, monkeypatch, capsys, option, code, words):
+    monkeypatch.chdir(tmp_path)
+    found, (line,) = mistake(main, monkeypatch, capsys, option)
+    assert found == code and words in line and not list(tmp_path.iterdir())
