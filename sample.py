@@ -469,8 +469,10 @@ def write(model, tokenizer, prompts, max_new_tokens=200, stop=(), seed=None, ove
     text and are not in it. Other options are those of steps."""
     if not all(stop):
         raise ValueError("a stop string is empty: leave it out, or give it characters")
-    rows = {i: Row(model, tokenizer, prompt, max_new_tokens, stop,
-                   None if seed is None else seed + i, overflow) for i, prompt in enumerate(prompts)}
+    rows = {}
+    for i, prompt in enumerate(prompts):
+        own_seed = None if seed is None else seed + i
+        rows[i] = Row(model, tokenizer, prompt, max_new_tokens, stop, own_seed, overflow)
     while rows:  # once, unless short prompts have room for more tokens than the longest
         longest = max(len(row.ids) for row in rows.values())
         ids = torch.tensor([[-1] * (longest - len(row.ids)) + row.ids for row in rows.values()])

@@ -48,8 +48,8 @@ if not {"-h", "--help"} & set(sys.argv):  # torch takes two seconds to import; h
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
-    from model import (GPT, SIZES, GPTConfig, check_ids, check_known, free_memory, load_model,
-                       pack, training_memory)
+    from model import (GPT, SIZES, GPTConfig, check_ids, check_known, first_line, free_memory,
+                       load_model, pack, training_memory)
     from sample import (MANIFEST, checkpoints, complete, first_whole, has_fast_bf16, newest_run,
                         pick_checkpoint, pick_device, pick_precision, read_manifest, warn)
     from sample import load_run as load_finished
@@ -751,10 +751,6 @@ class Saver:
         if self.trouble and kind is None:
             raise OSError(f"the end of the run could not be saved in {self.folder}, only what its "
                           f"last checkpoint holds is there ({first_line(self.trouble)})")
-
-
-def first_line(error):
-    return (str(error).splitlines() or [repr(error)])[0]
 
 
 def load_run(folder, config, device):

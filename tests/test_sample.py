@@ -10,8 +10,8 @@ from conftest import keep, run, tiny
 
 import sample
 from sample import (Chat, beam_search, checkpoints, complete, complete_batch, distribution,
-                    generate, keep_min_p, keep_top_k, keep_top_p, keep_typical, load_run, newest_run,
-                    penalize_repeats, pick, pick_checkpoint, pick_device, pick_precision, release,
+                    generate, keep_min_p, keep_top_k, keep_top_p, keep_typical, load_run,
+                    newest_run, penalize_repeats, pick, pick_checkpoint, pick_device, pick_precision, release,
                     steps, stream)
 from tokenizer import Tokenizer, seal, write_json
 
