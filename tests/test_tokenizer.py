@@ -237,6 +237,7 @@ def test_twice_as_long_a_chunk_takes_twice_as_long_to_encode(name):
     assert min(seconds[1::2]) < 3 * 8 * min(seconds[::2])  # were it quadratic: 8 * 8
 
 
+@pytest.mark.slow
 def test_encoding_lazily_holds_less_than_a_megabyte_beside_the_text(trained):
     rng = random.Random(0)
     words = [random_text(rng, COMMON, 9) + rng.choice(OLD) for _ in range(30_000)]
@@ -268,6 +269,7 @@ def test_a_token_encodes_to_itself(trained):
                for id, text in texts if text not in trained.special)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", ["a", " ", "abcdefghijklmnopq"])
 def test_a_chunk_of_a_million_characters_is_encoded_as_in_tiktoken(unit):
     tokenizer = Tokenizer.train(unit * 50, 280)

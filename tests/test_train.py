@@ -272,10 +272,12 @@ def test_a_run_learns_and_leaves_a_self_contained_folder(shards, tmp_path):
 
 
 @pytest.mark.parametrize("options", [
-    dict(dropout=0.2), dict(precision="bf16"), dict(precision="fp16", dropout=0.1),
-    dict(micro_batch_size=2, curriculum=0.9), dict(optimizer="adamw", schedule="cosine"),
-    dict(architecture="gpt2", kernels="plain", dropout=0.1),
-    dict(recompute=True, dropout=0.1, window=8, softcap=10.0, z_loss=1e-4, label_smoothing=0.1)])
+    dict(precision="fp16", dropout=0.1), dict(optimizer="adamw", schedule="cosine"),
+    *(pytest.param(options, marks=pytest.mark.slow) for options in [
+        dict(dropout=0.2), dict(precision="bf16"), dict(micro_batch_size=2, curriculum=0.9),
+        dict(architecture="gpt2", kernels="plain", dropout=0.1),
+        dict(recompute=True, dropout=0.1, window=8, softcap=10.0, z_loss=1e-4,
+             label_smoothing=0.1)])])
 def test_a_resumed_run_equals_one_that_never_stopped(shards, tmp_path, options):
     whole = configure(shards, tmp_path / "whole", **options)
     train(whole)
