@@ -370,7 +370,7 @@ def difference(metric, a, b):
 
 def ask_arc(row):
     texts, labels = row["choices"]["text"], row["choices"]["label"]
-    return dict(context=f"Question: {row['question']}\nAnswer:", choices=texts,
+    return dict(context="Question: " + row["question"] + "\nAnswer:", choices=texts,
                 answer=labels.index(row["answerKey"]))
 
 
@@ -415,8 +415,8 @@ A: The 1992 Olympics were held in Barcelona, Spain.
 
 def ask_truthfulqa(row, targets="mc1_targets"):
     choices, labels = row[targets]["choices"], row[targets]["labels"]
-    return dict(context=f"{TRUTHFULQA}Q: {row['question']}\nA:", choices=choices, labels=labels,
-                answer=labels.index(1))
+    return dict(context=TRUTHFULQA + "Q: " + row["question"] + "\nA:", choices=choices,
+                labels=labels, answer=labels.index(1))
 
 
 def ask_truthfulqa_mc2(row):
@@ -424,8 +424,8 @@ def ask_truthfulqa_mc2(row):
 
 
 def ask_piqa(row):
-    return dict(context=f"Question: {row['goal']}\nAnswer:", choices=[row["sol1"], row["sol2"]],
-                answer=row["label"])
+    return dict(context="Question: " + row["goal"] + "\nAnswer:",
+                choices=[row["sol1"], row["sol2"]], answer=row["label"])
 
 
 def ask_winogrande(row):
@@ -441,12 +441,12 @@ def ask_lambada(row):
 
 def ask_boolq(row):
     answer = row["label"] if "label" in row else row["answer"]
-    return dict(context=f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:",
+    return dict(context=row["passage"] + "\nQuestion: " + row["question"] + "?\nAnswer:",
                 choices=["no", "yes"], answer=int(answer))
 
 
 def ask_gsm8k(row):
-    return dict(context=f"Question: {row['question']}\nAnswer:", target=row["answer"])
+    return dict(context="Question: " + row["question"] + "\nAnswer:", target=row["answer"])
 
 
 def ask_humaneval(row):
@@ -538,6 +538,9 @@ def writing_rows(texts, n_rows=200, seed=0):
     """Texts to go on with: 40 words, and the 20 that follow."""
     rng, texts = random.Random(seed), [text.split() for text in texts]
     places = [(words, i) for words in texts for i in range(40, len(words) - 20, 20)]
+    if not places:
+        raise ValueError("the held-out text is too short to write on after 40 words: leave writing "
+                         "out of --tasks")
     return [dict(context=" ".join(words[i - 40:i]), target=" ".join(words[i:i + 20]))
             for words, i in rng.sample(places, min(n_rows, len(places)))]
 
@@ -562,15 +565,15 @@ def fact_rows(texts, n_rows=200, seed=0):
             for word in rng.sample(sorted(facts), min(n_rows, len(facts)))]
 
 
-def by_rule(draw):
+def by_rule(draw, n_words):
     """The source of a task whose rows are drawn by a rule, draw(rng, words), from common words."""
     def rows(texts, n_rows=200, seed=0):
         found = Counter(word for text in texts for word in re.findall(r"\b[a-z]{3,}\b", text))
-        words = sorted(sorted(found), key=found.get)[-300:]
-        if len(words) < 9:
-            raise ValueError("the held-out text has fewer than 9 words of three letters: of the "
-                             "small tasks, leave those of words out of --tasks")
-        rng = random.Random(seed)
+        words, rng = sorted(sorted(found), key=found.get)[-300:], random.Random(seed)
+        if len(words) < n_words:
+            name = draw.__name__.removeprefix("draw_")
+            raise ValueError(f"the held-out text has only {len(words)} words of three letters and "
+                             f"more, {name} needs {n_words}: leave {name} out of --tasks")
         return [draw(rng, words) for _ in range(n_rows)]
     return rows
 
@@ -788,10 +791,10 @@ TASKS = {
     "continuation": Task(("val", continuation_rows), ask_ready, judge_choices, ACC_NORM),
     "cloze": Task(("val", cloze_rows), dict, judge_choices, ("acc",)),
     "facts": Task(("train", fact_rows), dict, judge_choices, ("acc",)),
-    "planted": Task(("val", by_rule(draw_planted)), dict, judge_choices, ("acc",)),
-    "copying": Task(("val", by_rule(draw_copying)), dict, judge_choices, ("acc",)),
-    "brackets": Task(("val", by_rule(draw_brackets)), dict, judge_choices, ("acc",)),
-    "arithmetic": Task(("val", by_rule(draw_arithmetic)), dict, judge_choices, ("acc",)),
+    "planted": Task(("val", by_rule(draw_planted, 4)), dict, judge_choices, ("acc",)),
+    "copying": Task(("val", by_rule(draw_copying, 8)), dict, judge_choices, ("acc",)),
+    "brackets": Task(("val", by_rule(draw_brackets, 3)), dict, judge_choices, ("acc",)),
+    "arithmetic": Task(("val", by_rule(draw_arithmetic, 0)), dict, judge_choices, ("acc",)),
     "writing": Task(("val", writing_rows), dict, judge_writing, ("BLEU", "ROUGE-L", "F1")),
     # on Hugging Face: (data set, configuration, split, split of the examples)
     "arc_easy": Task(("allenai/ai2_arc", "ARC-Easy", "test", "train"), ask_arc, judge_choices,
@@ -837,7 +840,9 @@ def ask(name, row):
 
 def read_rows(path, name="rows"):
     """The rows of a .jsonl file; ValueError names the first line that is no row of the task."""
-    rows, kind = [], f"a row like {EXAMPLE_ROW}, with two or more choices and the answer's place"
+    rows, kind = [], f"a row of {name}"
+    if name == "rows":
+        kind = f"a row like {EXAMPLE_ROW}, with two or more choices and the answer's place"
     for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
         if line.strip():
             try:
@@ -845,8 +850,8 @@ def read_rows(path, name="rows"):
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number} is not JSON in UTF-8: {error}") from None
             if ask(name, rows[-1]) is None:
-                raise ValueError(f"{path}, line {number} is not {kind if name == 'rows' else name}"
-                                 f": {line.decode('utf-8-sig')[:60]}")
+                raise ValueError(f"{path}, line {number} is not {kind}: "
+                                 f"{line.decode('utf-8-sig')[:60]}")
     if not rows:
         raise ValueError(f"{path} holds no rows; one a line is read, such as {EXAMPLE_ROW}")
     return rows
