@@ -280,6 +280,8 @@ def keep_freed_memory(low_memory=False):
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         if low_memory:
             os.environ["THP_MEM_ALLOC_ENABLE"] = "1"
+            torch.empty(1)  # now torch has read it, and programs that we start do not
+            del os.environ["THP_MEM_ALLOC_ENABLE"]
 
 
 @contextlib.contextmanager
