@@ -579,10 +579,12 @@ def by_rule(draw, n_words):
 
 
 def draw_arithmetic(rng, words):
-    """Sums, three of them solved: 3 + 4 = 7."""
+    """Sums, three of them solved: 3 + 4 = 7. Four numbers in a row to choose from, the right one
+    anywhere among them, so that a taste for some numbers gets no more and no less than chance."""
     *shown, (a, b) = [(rng.randrange(1, 50), rng.randrange(1, 50)) for _ in range(4)]
     lines = "".join(f"{x} + {y} = {x + y}\n" for x, y in shown)
-    wrong = [str(a + b + step) for step in (-10, -2, -1, 1, 2, 10) if a + b + step > 0]
+    place = rng.randrange(min(4, a + b))  # how many wrong ones are smaller
+    wrong = [str(a + b + i) for i in range(-place, 4 - place)]
     return choose(rng, f"{lines}{a} + {b} =", str(a + b), wrong)
 
 
@@ -1172,7 +1174,7 @@ def draw_panel(ax, kind, runs):
     names = [f"{row['task']}, {row['metric']}" for row in runs[0][1]]
     places = np.arange(len(names))
     chance = [math.nan if row["chance"] is None else row["chance"] for row in runs[0][1]]
-    ax.plot(chance, places, "d", color="#cc6633", markersize=7, label="guessing")
+    ax.plot(chance, places, "D", color="#bbbbbb", markersize=6, label="guessing")
     for i, (name, rows) in enumerate(runs):
         value, low, high = (np.array([row[part] for row in rows])
                             for part in ("value", "low", "high"))
@@ -1252,7 +1254,8 @@ def model_card(folder, model, report):
               if name in train}
     shape = {name: getattr(c, name) for name in ("n_layer", "n_head", "n_kv_head", "n_embd",
                                                  "block_size", "vocab_size")}
-    figures = [f"- {name}: {value}" for name, value in (shape | chosen | done).items()]
+    figures = [f"- {name}: {value:.4g}" if isinstance(value, float) else f"- {name}: {value}"
+               for name, value in (shape | chosen | done).items()]
     head, *rows = (f"| {' | '.join(line)} |" for line in cells(report["scores"]))
     scores = [head, "|" + "---|" * (head.count("|") - 1), *rows]
     return CARD.format(**report | dict(
