@@ -462,6 +462,8 @@ def ask_ready(row):
         return dict(context=query, choices=row["choices"], answer=row["gold"])
     if "continuation" in row:
         return dict(context=row["context"], choices=[row["continuation"]], answer=0)
+    if not all(choice.strip() for choice in row["choices"]):
+        raise ValueError("a choice is empty")
     spaced = isinstance(row["context"], str) and row["context"][-1:].isspace()
     return dict(row, between="" if spaced else " ")
 
@@ -475,8 +477,7 @@ def is_question(question):
         return isinstance(context, str)
     labels, answer = question.get("labels", choices), question["answer"]
     contexts = context if isinstance(context, list) else [context]
-    return (isinstance(choices, list) and all(isinstance(choice, str) and choice.strip()
-                                              for choice in choices)
+    return (isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)
             and all(isinstance(text, str) for text in contexts)
             and len(contexts) in (1, len(choices)) and len(labels) == len(choices)
             and ("labels" not in question or {*labels} == {0, 1})
@@ -697,8 +698,9 @@ def judge_choice(question, scored):
     chars, n_bytes = ([len(choice) for choice in choices] for choices in (
         question["choices"], [choice.encode() for choice in question["choices"]]))
     shares = np.exp(sums - np.logaddexp.reduce(sums))
-    right = {name: float((sums / lengths).argmax() == answer) for name, lengths in (
-        ("acc", 1), ("acc_norm", chars), ("acc_bytes", n_bytes))}
+    with np.errstate(divide="ignore"):  # a choice without characters is never taken
+        right = {name: float((sums / lengths).argmax() == answer) for name, lengths in (
+            ("acc", 1), ("acc_norm", chars), ("acc_bytes", n_bytes))}
     values = right | {"greedy": float(scored[answer][1]), "perplexity": -sums[answer],
                       "true mass": shares @ question.get("labels", sums * 0)}
     vectors = {name: [float(value), 1.0] for name, value in values.items()}
@@ -867,10 +869,11 @@ def download_rows(name, split, most=math.inf, folder=Path("shards", "downloads",
         path = folder / name / f"{split}-{len(rows):06d}.json"
         try:
             page = read_json(download(ROWS_URL + urlencode(where), path))
-            rows += [entry["row"] for entry in page["rows"]]
-            total = page["num_rows_total"] if page["rows"] else 0
-            if None in [ask(name, row) for row in rows]:
+            found = [entry["row"] for entry in page["rows"]]
+            total = page["num_rows_total"] if found else 0
+            if None in [ask(name, row) for row in found]:
                 raise ValueError(f"{path} holds other rows than those of {name}")
+            rows += found
         except (ValueError, KeyError, TypeError) as error:
             reason = str(error).replace("; start again to go on, or take stdlib", "")
             raise ValueError(f"no rows of {name} ({reason}): --tasks={name} --rows=FILE.jsonl "
