@@ -1334,6 +1334,10 @@ class GPT(nn.Module):
         check_ids(targets, self.config.n_classes, what="class", limit="n_classes")
         return None, F.cross_entropy(logits, targets)
 
+    def is_sound(self):
+        """Whether all weights are finite: others are worth neither a checkpoint nor a look."""
+        return all(p.isfinite().all() for p in self.parameters())
+
     def n_parameters(self):
         return sum(p.numel() for p in self.parameters())
 

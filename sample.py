@@ -190,7 +190,7 @@ def load_run(folder, which="best", device="cpu", dtype=None):
     if tokenizer.n_vocab != model.config.vocab_size:
         raise ValueError(f"{words} has {tokenizer.n_vocab} tokens, the model {path.name} has "
                          f"{model.config.vocab_size}: put the tokenizer.json of its training there")
-    if not all(p.isfinite().all() for p in model.parameters()):
+    if not model.is_sound():
         raise ValueError(f"{path} holds weights that are not numbers, its training diverged: "
                          "take an earlier checkpoint")
     model = model.to(dtype or torch.float32).eval()
@@ -425,6 +425,12 @@ def release(text, stop, last=False):
 Piece = namedtuple("Piece", "token text logprob")
 
 
+def ends_of(tokenizer):
+    """The ids that end a text or a reply."""
+    return {tokenizer.special[name] for name in ("<|endoftext|>", "<|end|>")
+            if name in tokenizer.special}
+
+
 class Row:
     """A text under way: its ids, its random numbers, and what of it may not be shown yet."""
 
@@ -437,7 +443,7 @@ class Row:
         self.left = room(model, len(prompt), max_new_tokens, overflow)
         self.generator, self.decoder = torch.Generator(), tokenizer.decoder()
         self.generator.manual_seed(random.getrandbits(63) if seed is None else seed % 2**63)
-        self.ends = {tokenizer.eot, tokenizer.special.get("<|end|>")}
+        self.ends = ends_of(tokenizer)
 
     def heals(self):
         """Whether the next token has to begin with the space that the prompt ended in."""
@@ -580,19 +586,21 @@ class Chat:
             self.turns = self.turns[2:]
 
     def stream(self, message, **options):
-        """Yield the Pieces of the reply to a message; a refused one is not remembered."""
-        before = self.turns
+        """Yield the Pieces of the reply to a message. A message that is refused is not remembered;
+        of a reply that nobody listens to any more, what was said is."""
+        before, text = self.turns, ""
         self.turns = [*before, dict(role="user", content=message)]
         try:
-            ids = self.prompt()
-        except ValueError:
+            for piece in stream(self.model, self.tokenizer, self.prompt(),
+                                **self.options | options):
+                text += piece.text
+                yield piece
+        except Exception:
             self.turns = before
             raise
-        text = ""
-        for piece in stream(self.model, self.tokenizer, ids, **self.options | options):
-            text += piece.text
-            yield piece
-        self.turns = [*self.turns, dict(role="assistant", content=text)]
+        finally:
+            if self.turns is not before:
+                self.turns = [*self.turns, dict(role="assistant", content=text)]
 
     def reply(self, message, **options):
         """The whole reply to a message."""
@@ -728,7 +736,7 @@ def show_batch(model, tokenizer, prompts, show, options):
 def show_beams(model, tokenizer, prompt, options):
     """Print the text with the best score; -> how many tokens it has."""
     ids = torch.tensor([tokenizer.encode(prompt) or [tokenizer.eot]], device=model.device)
-    ends = [tokenizer.eot, *(id for name, id in tokenizer.special.items() if name == "<|end|>")]
+    ends = ends_of(tokenizer)
     (text, score), *_ = beam_search(model, ids, options.beams, options.max_new_tokens,
                                     options.length_penalty, ends, options.cache)
     print(prompt + tokenizer.decode([id for id in text if id not in ends]))

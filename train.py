@@ -509,6 +509,15 @@ def validation_loss(model, shards, config, rank, world_size):
     return average([sum(losses) / n], model.device)[0]
 
 
+def validate(run, config, shards, rank, world_size):
+    """The validation loss of this step, remembered in the run, as is the best so far."""
+    loss = validation_loss(run.model, shards, config, rank, world_size)
+    run.val_loss = loss if math.isfinite(loss) else None
+    if loss < run.best_loss:
+        run.best_loss, run.best_step = loss, run.step
+    return loss
+
+
 def seconds_per_step(run, config, micro, accumulate):
     """What the log of the run says, or if there is none a short probe: two steps of which the
     second counts; at a rate of 0 they change no weight, and only a new optimizer takes part."""
@@ -723,13 +732,17 @@ class Saver:
                         with replacing(path) as file:
                             file.write(content)
                 save_run(self.folder, state, self.keep)
-                if time.perf_counter() - drawn > 10:  # a picture costs more than a small checkpoint
-                    draw_loss(self.folder)
-                    drawn = time.perf_counter()
                 self.note(None)
             except Exception as error:  # whatever it is, training must not wait for this thread
                 self.note(error)
             state = None  # a checkpoint's worth of memory
+            if time.perf_counter() - drawn > 10:  # a picture costs more than a small checkpoint
+                self.draw()
+                drawn = time.perf_counter()
+
+    def draw(self):
+        with contextlib.suppress(OSError):  # all that is in it is in the log
+            draw_loss(self.folder)
 
     def note(self, trouble):
         if trouble and not self.trouble:
@@ -748,8 +761,7 @@ class Saver:
             return
         self.waiting.put(None)
         self.thread.join()
-        with contextlib.suppress(OSError):
-            draw_loss(self.folder)
+        self.draw()
         if self.trouble and kind is None:
             raise OSError(f"the end of the run could not be saved in {self.folder}, only what its "
                           f"last checkpoint holds is there ({first_line(self.trouble)})")
@@ -993,15 +1005,10 @@ def skip(run, why, xs, ys, batch_size):
     return said
 
 
-def is_sound(model):
-    """Whether all weights are finite; others are not worth a checkpoint."""
-    return all(p.isfinite().all() for p in model.parameters())
-
-
 def give_up(run, row, saver):
     """ValueError after too many bad steps in a row, with the run saved as it was before them."""
     bad, where = run.bad, "the weights are bad, too, so no newer checkpoint is written"
-    if is_sound(run.model):
+    if run.model.is_sound():
         run.bad, where = 0, "the weights from before them are saved"
         if saver is not None:
             saver.save(run)
@@ -1335,10 +1342,7 @@ def run_steps(run, config, batches, shards, tokenizer, n_steps, place, began, sa
             check = run.step % config.eval_every == 0 or progress == 1
             run.val_loss = None
             if check:
-                row["val_loss"] = validation_loss(run.model, shards, config, rank, world_size)
-                run.val_loss = row["val_loss"] if math.isfinite(row["val_loss"]) else None
-                if row["val_loss"] < run.best_loss:
-                    run.best_loss, run.best_step = row["val_loss"], run.step
+                row["val_loss"] = validate(run, config, shards, rank, world_size)
                 if is_patient_no_more(run, config):
                     say(f"no lower validation loss since step {run.best_step}: --patience ends it")
                     progress = 1.0
@@ -1353,7 +1357,7 @@ def run_steps(run, config, batches, shards, tokenizer, n_steps, place, began, sa
             if check or stopping or why or (bar.disable and now - shown > 10):
                 say(progress_line(row, left))
                 shown = now
-            sound = (check or stopping) and is_sound(run.model)
+            sound = (check or stopping) and run.model.is_sound()
             if sound:
                 saver.save(run)
             if sound and check and progress < 1 and not why:
@@ -1366,7 +1370,7 @@ def report(summary):
     """The last lines of the command: a longer sample, the figures, and what to type next."""
     folder = summary["folder"]
     if summary["stopped"]:
-        print(f"stopped and saved at step {summary['step']}; "
+        print(f"stopped at step {summary['step']}, saved at {max(checkpoints(folder), default=0)}; "
               f"to go on: python train.py --resume --out={folder}")
         return
     model, tokenizer = load_finished(folder)

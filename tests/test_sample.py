@@ -11,8 +11,8 @@ from conftest import keep, run, tiny
 import sample
 from sample import (Chat, beam_search, checkpoints, complete, complete_batch, distribution,
                     generate, keep_min_p, keep_top_k, keep_top_p, keep_typical, load_run,
-                    newest_run, penalize_repeats, pick, pick_checkpoint, pick_device, pick_precision, release,
-                    steps, stream)
+                    newest_run, penalize_repeats, pick, pick_checkpoint, pick_device,
+                    pick_precision, release, steps, stream)
 from tokenizer import Tokenizer, seal, write_json
 
 both = pytest.mark.parametrize("architecture", ["gpt2", "modern"])
@@ -361,6 +361,15 @@ def test_a_message_that_never_fits_is_refused_and_not_remembered(model, tokenize
     with pytest.raises(ValueError, match="this message makes .* tokens .* leave room for a reply"):
         chat.reply("cat " * 99)
     assert chat.turns == [] and isinstance(chat.reply("cat"), str)
+
+
+def test_a_reply_that_was_cut_off_is_remembered_as_far_as_it_came(model, tokenizer):
+    chat = Chat(model, tokenizer, max_new_tokens=8, seed=1)
+    reply = chat.stream("the cat")
+    said = next(reply).text + next(reply).text
+    reply.close()
+    assert chat.turns[-1] == dict(role="assistant", content=said)
+    assert isinstance(chat.reply("and the dog"), str) and len(chat.turns) == 4
 
 
 def test_what_a_user_says_never_becomes_a_special_token(model, tokenizer):
