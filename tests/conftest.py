@@ -13,8 +13,22 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a tiny model is slower with more
 
 
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="run the tests marked slow, too")
+
+
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: more than a few seconds (notebooks, whole runs)")
+    config.addinivalue_line("markers", "slow: more than a second or so; runs only with --all")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Without --all, what is marked slow is deselected."""
+    if config.getoption("--all"):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
 
 
 def tiny(architecture="modern", seed=0, **options):
@@ -26,11 +40,16 @@ def tiny(architecture="modern", seed=0, **options):
     return GPT(GPTConfig(architecture=architecture, **(shape | options))).eval()
 
 
-def keep(model, folder, step=1, val_loss=None, **state):
-    """Save a checkpoint of a run as train.py does."""
-    from model import pack
-    from train import save_run
-    save_run(folder, pack(model, step=step, val_loss=val_loss, **state), keep=100)
+def keep(model, folder, step=1, val_loss=None, **progress):
+    """Save a model as the checkpoint of a step in a run's folder -> its path."""
+    from model import save_model
+    from tokenizer import replacing
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step_{step:06d}.safetensors"
+    with replacing(path) as file:
+        save_model(model, file, step=step, val_loss=val_loss, **progress)
+    return path
 
 
 def run(*words, cwd=ROOT, timeout=300, **options):
