@@ -29,8 +29,10 @@ import types
 import unicodedata
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import MISSING, fields
 from itertools import chain, islice
 from pathlib import Path
+from typing import get_args, get_origin
 
 import numpy as np
 import regex
@@ -112,6 +114,58 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
 
 
+def parse_options(doc, *config_classes):
+    """The options that were typed, as one dict a dataclass: parse_options(__doc__, TrainConfig).
+
+    A field with "help" in its metadata is an option, or an argument if `positional` is there, too.
+    A bool is --name or --no-name, a list may be given again and again. Of two equal names the first
+    counts.
+    """
+    parser, known = Parser(doc), set()
+    groups = [[f for f in fields(config) if "help" in f.metadata] for config in config_classes]
+    for config, options in zip(config_classes, groups):
+        group = parser.add_argument_group(config.__doc__.splitlines()[0].rstrip("."))
+        for f in options:
+            if f.name not in known:
+                add_option(group, f)
+                known.add(f.name)
+    typed = vars(parser.parse_intermixed_args())
+    known, parts = set(), []
+    for options in groups:
+        names = {f.name for f in options} - known
+        parts.append({name: value for name, value in typed.items() if name in names})
+        known |= names
+    return parts
+
+
+def add_option(group, f):
+    """Add a dataclass field to a group of argparse; it is SUPPRESSed where nobody types it."""
+    kind, item = field_kind(f)
+    default = f.default_factory() if f.default is MISSING else f.default
+    shown = "" if default in (None, "", (), []) else f" (default {default})"
+    options = dict(default=argparse.SUPPRESS, help=f.metadata["help"].replace("%", "%%") + shown)
+    if kind is bool:
+        options.update(action=argparse.BooleanOptionalAction)
+    else:
+        options.update(type=item, metavar=f.name.upper() if kind is str else item.__name__.upper())
+    if f.metadata.get("positional"):
+        group.add_argument(f.name, nargs="*" if kind in (list, tuple) else "?", **options)
+    else:
+        if kind in (list, tuple):
+            options.update(action="append")
+        group.add_argument(f"--{f.name}", **options)
+
+
+def field_kind(f):
+    """(type, type of its items) of a dataclass field: int | None is (int, int), list[int] is
+    (list, int), list (list, str)."""
+    kind = f.type
+    if isinstance(kind, types.UnionType):
+        kind = next(part for part in get_args(kind) if part is not type(None))
+    base = get_origin(kind) or kind
+    return base, (get_args(kind) or (str,))[0] if base in (list, tuple) else base
+
+
 def run_command(main):
     """Call main(); a user's mistake (ValueError, OSError) is one line and exit code 1."""
     for stream in (sys.stdout, sys.stderr):  # a console that lacks a character shows "?" for it
@@ -182,10 +236,61 @@ def read_json(path):
     if os.path.getsize(path) > LARGEST_JSON:
         raise ValueError(f"{path} has {os.path.getsize(path):,} bytes, at most {LARGEST_JSON:,} of "
                          "JSON are read")
-    try:
+    with reading(path):
         return json.loads(Path(path).read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged or not JSON ({error!s:.99})") from None
+
+
+@contextlib.contextmanager
+def reading(path):
+    """Around the reading of a foreign file: whatever goes wrong is one ValueError with its path.
+
+    An OSError passes, and so does a ValueError that begins with the path.
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file can make a parser raise anything
+        reason = str(error) if isinstance(error, ValueError) else repr(error)
+        if isinstance(error, ValueError) and reason.startswith(str(path)):
+            raise
+        reason = " ".join(reason.split())
+        raise ValueError(f"{path} cannot be read: {reason:.200}") from error
+
+
+def check_fields(dataclass, values, path):
+    """dataclass(**values) of what a JSON file holds; ValueError that names the file and the field.
+
+    A number must be finite and below 2**31; of a dict or a list only the type is checked.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds {values!r:.40}: it must be a dict of fields")
+    known = {f.name: f for f in fields(dataclass)}
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            near = f", did you mean {near[0]}?" if near else ""
+            raise ValueError(f"{path}: unknown field {name!r:.40}{near}")
+    for f in known.values():
+        if f.name in values:
+            check_field(f, values[f.name], path)
+        elif f.default is MISSING and f.default_factory is MISSING:
+            raise ValueError(f"{path}: the field {f.name} is missing")
+    with reading(path):  # its own __post_init__ may refuse more
+        return dataclass(**values)
+
+
+def check_field(f, value, path):
+    """ValueError unless a value has the type of its dataclass field."""
+    kind, _ = field_kind(f)
+    allowed = {float: (int, float), list: (list, tuple), tuple: (list, tuple)}.get(kind, kind)
+    empty = value is None and type(None) in get_args(f.type)
+    number = kind in (int, float)
+    if not empty and (not isinstance(value, allowed) or number and (
+            isinstance(value, bool) or not -2**31 < value < 2**31)):
+        kind = f"{kind.__name__}" + " below 2**31" * number
+        kind += " or null" * (type(None) in get_args(f.type))
+        raise ValueError(f"{path}: {f.name}={value!r:.40} must be {kind}")
 
 
 def seal(values):
