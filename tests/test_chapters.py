@@ -1,6 +1,8 @@
 """chapters/: every notebook runs as it is stored, and its exercises can be solved."""
 
+import ast
 import re
+from types import ModuleType
 
 import nbformat
 import pytest
@@ -23,6 +25,12 @@ def printed(cell):
 def checks(notebook):
     """What the check cells of the exercises print."""
     return [printed(cell) for cell in code_cells(notebook) if '"right!"' in cell.source]
+
+
+def program(notebook):
+    """All code of a notebook as one tree; lines that only a notebook understands are left out."""
+    lines = "\n".join(cell.source for cell in code_cells(notebook)).splitlines()
+    return ast.parse("\n".join(line for line in lines if line[:1] not in ("%", "!")))
 
 
 def files():
@@ -76,6 +84,20 @@ def test_a_notebook_can_be_read_in_a_narrow_column_on_any_machine(path):
 def test_exercises_are_stored_unsolved(path):
     texts = checks(nbformat.read(path, 4))
     assert texts and all(text.startswith("not yet") for text in texts)
+
+
+@each
+def test_what_a_notebook_takes_from_the_files_is_there(path):
+    nodes, found = [*ast.walk(program(nbformat.read(path, 4)))], {}
+    for statement in (node for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))):
+        exec(ast.unparse(statement), found)
+    changed = {node.id for node in nodes if isinstance(node, ast.Name)
+               and not isinstance(node.ctx, ast.Load)}
+    for node in nodes:
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            module = found.get(node.value.id)
+            if isinstance(module, ModuleType) and node.value.id not in changed:
+                assert hasattr(module, node.attr), ast.unparse(node)
 
 
 @pytest.mark.slow

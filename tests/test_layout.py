@@ -1,0 +1,129 @@
+"""Facts about the house: what lies where, who imports whom, how much it weighs."""
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, tiny
+
+import model as model_file
+
+ABOVE = {"tokenizer": "", "data": "tokenizer", "model": "", "sample": "tokenizer model",
+         "train": "tokenizer data model sample", "evaluate": "tokenizer data model sample"}
+CARD = {"torch", "numpy", "tiktoken", "regex", "tqdm", "matplotlib"}
+SIX = [f"{name}.py" for name in ABOVE]
+LEAVES = sorted(path.stem for path in (ROOT / "chapters").glob("*.py"))
+DANGERS = {"eval", "exec", "compile", "__import__", "torch.load", "os.system", "os.popen"}
+
+
+def text(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def imports(tree):
+    """The packages that a program imports, wherever in it the statement stands."""
+    for part in ast.walk(tree):
+        if isinstance(part, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in part.names)
+        elif isinstance(part, ast.ImportFrom):
+            yield "." if part.level else part.module.split(".")[0]
+
+
+def python(words, folder, **variables):
+    """Run Python in a folder as a user does; what it prints, and it must not fail."""
+    done = subprocess.run([sys.executable, "-B", *words], cwd=folder, capture_output=True,
+                          text=True, env=dict(os.environ, **variables), timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """A folder that holds the six files alone."""
+    return [shutil.copy(ROOT / name, tmp_path) for name in SIX] and tmp_path
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="a copy without its history")
+def test_the_top_level_holds_what_the_card_says():
+    tracked = python(["-c", "import subprocess; subprocess.run(['git', 'ls-files'])"], ROOT)
+    assert {path.split("/")[0] for path in tracked.splitlines()} == {
+        ".ci", ".gitignore", "README.md", "requirements.txt", "chapters", "tests", *SIX}
+
+
+@pytest.mark.parametrize("name", ABOVE)
+def test_a_file_imports_only_the_cards_packages_and_files_above_it(name):
+    found = {*imports(ast.parse(text(f"{name}.py")))} - CARD - sys.stdlib_module_names
+    assert found - {*ABOVE[name].split()} <= ({"chapters"} if name == "model" else set())
+
+
+def test_the_accelerator_alone_is_imported_in_a_function_and_a_try():
+    tree = ast.parse(text("model.py"))
+    tries = [part for f in ast.walk(tree) if isinstance(f, ast.FunctionDef)
+             for part in ast.walk(f) if isinstance(part, ast.Try)]
+    guarded = sum("chapters" in imports(ast.Module(part.body, [])) for part in tries)
+    assert guarded == [*imports(tree)].count("chapters") == 1
+
+
+def test_importing_a_file_does_nothing(tmp_path):
+    state = "(torch.get_num_threads(), torch.initial_seed(), [*sys.argv])"
+    names = ", ".join([*ABOVE, *(f"chapters.{name}" for name in LEAVES)])
+    code = f"import sys, torch\nbefore = {state}\nimport {names}\nassert {state} == before"
+    assert python(["-c", code, "--help"], tmp_path, PYTHONPATH=str(ROOT)) == ""
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize("name", [*SIX, *(f"chapters/{name}.py" for name in LEAVES)])
+def test_no_program_runs_what_it_has_read(name):
+    tree = ast.parse(text(name))
+    calls = [part for part in ast.walk(tree) if isinstance(part, ast.Call)]
+    options = {f"{word.arg}={ast.unparse(word.value)}" for call in calls for word in call.keywords}
+    assert not {ast.unparse(call.func) for call in calls} & DANGERS
+    assert not options & {"shell=True", "allow_pickle=True", "weights_only=False"}
+    assert not {*imports(tree)} & {"pickle", "marshal", "shelve", "dill", "joblib"}
+
+
+def test_the_house_is_light():
+    programs = {path: text(path).splitlines() for folder in ("", "chapters", "tests")
+                for path in (ROOT / folder).glob("*.py")}
+    assert sum(len(programs[ROOT / name]) for name in SIX) <= 4200
+    assert [path for path in programs if path.parent.name == "chapters"
+            and len(programs[path]) > 250] == []
+    assert [line for lines in programs.values() for line in lines if len(line) > 100] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LEAVES)
+def test_every_leaf_says_how_it_is_run(name):
+    assert f"chapters.{name}" in python(["-m", f"chapters.{name}", "--help"], ROOT)
+
+
+def test_without_chapters_a_model_has_the_same_loss(bare):
+    model, ids = tiny(), torch.arange(32).view(2, 16)
+    model.use("auto")
+    code = ("import torch, model; torch.manual_seed(0); assert model.accelerator() is None\n"
+            f"m = model.GPT(model.GPTConfig(**{vars(model.config)})).eval(); m.use('auto')\n"
+            "ids = torch.arange(32).view(2, 16); print(m(ids, ids)[1].item())")
+    assert model_file.accelerator() is not None
+    assert float(python(["-c", code], bare)) == pytest.approx(model(ids, ids)[1].item(), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_without_chapters_all_six_commands_work_and_learn_the_same(bare):
+    (bare / "words.txt").write_text("the cat sees a dog.\nthe dog runs under a red tree.\n" * 500)
+    steps = ("--data=shards/words --n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --batch_size=4 "
+             "--max_steps=4 --precision=fp32 --device=cpu").split()
+    for command in ("tokenizer.py train words.txt --vocab_size=300 --out=t.json",
+                    "data.py words.txt --tokenizer=t.json --out=shards/words"):
+        python(command.split(), bare)
+    python(["train.py", "--out=runs/a", *steps], bare)
+    for command in "sample.py runs/a --max_new_tokens=8", "evaluate.py runs/a --max_tokens=200":
+        python(command.split(), bare)
+    python([str(ROOT / "train.py"), "--out=runs/b", *steps], bare)
+    alone, beside = ([json.loads(row)["loss"] for row in (bare / f"runs/{name}/log.jsonl").open()]
+                     for name in "ab")
+    assert len(alone) == 4 and alone == pytest.approx(beside, rel=1e-4)
