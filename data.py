@@ -2,20 +2,20 @@
 Documents to batches: read, clean, drop duplicates, split, tokenize, write shards, read them back.
 
     python data.py                               # Python's own standard library, no network needed
-    python data.py book.txt notes/ https://example.org/page.html --out=shards/mine
+    python data.py book.txt notes/ https://example.org/book.txt --out=shards/mine
     python data.py shakespeare                   # or tinystories, wikitext, fineweb10B
 
-A source is a name, a file, a folder or a URL. A file is .txt .md .py .html or .jsonl (field
-"text"), each also as .gz; a .txt file may hold many documents, <|endoftext|> between them. What is
-written: tokenizer.json, train_000000.bin ..., val_000000.bin ..., and card.json, which says what
-went in and what was lost. Such a folder is used again for the same content and options.
+A source is a name, a file, a folder or a URL. A file is .txt .md .py or .jsonl (field "text"), each
+also as .gz; a .txt file may hold many documents, <|endoftext|> between them; chapters/curate.py
+makes .txt files of web pages. What is written: tokenizer.json, train_000000.bin ..., val_000000.bin
+..., and card.json, which says what went in and what was lost. Such a folder is used again for the
+same content and options.
 """
 
 import ast
 import contextlib
 import gzip
 import hashlib
-import html
 import http.client
 import io
 import itertools
@@ -32,6 +32,7 @@ import zipfile
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
@@ -39,17 +40,18 @@ from urllib.request import Request, urlopen
 import numpy as np
 from tqdm import tqdm
 
-from tokenizer import (SPECIAL_TOKENS, Parser, Tokenizer, replacing, room_for_merges,
-                       read_sealed, run_command, seal, write_json)
+from tokenizer import (SPECIAL_TOKENS, Parser, Tokenizer, check_fields, read_json, reading,
+                       replacing, room_for_merges, run_command, write_json)
 
-RECIPE = 1  # part of each fingerprint: raised when the same content would give other shards
+VERSION = 1  # part of each fingerprint: raised when the same content would give other shards
 SEPARATOR = "<|endoftext|>"  # between the documents of a .txt file
 LONG_TEXT = 1 << 21  # characters; a .txt file of a longer text is read as several documents
 GROUP_BYTES = 1 << 23  # text tokenized at a time: the ids of a large corpus must not fill memory
 LEARN_BYTES = 200_000_000  # a tokenizer learns from a sample of this size: more changes little
 FEW_DOCUMENTS = 20  # below this, each document gives its end to validation
-LOSSES = ["replaced bytes", "control characters", "empty documents", "exact duplicates",
-          "skipped files"]
+LOST = ["replaced bytes", "control characters", "empty documents", "exact duplicates",
+        "skipped files"]
+PAGES = "python -m chapters.curate PAGE --out=FOLDER makes .txt files of web pages"
 
 # Texts to download, each pinned to one revision so that its size and sha256 can be checked.
 KNOWN = {
@@ -91,11 +93,12 @@ def read_txt(file):
 def read_jsonl(file):
     """Yield the field "text" of the JSON object in each line."""
     for number, line in enumerate(file, 1):
-        try:
-            if line.strip():
-                yield json.loads(line)["text"] + ""  # a TypeError for what is no str
-        except (ValueError, TypeError, KeyError, RecursionError):
-            raise ValueError(f'{file.name}, line {number}: no JSON object with a "text"') from None
+        if line.strip():
+            with reading(f"{file.name}, line {number}"):
+                row = json.loads(line)
+                if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+                    raise ValueError('no JSON object with a "text"')
+            yield row["text"]
 
 
 def read_whole(file):
@@ -106,26 +109,7 @@ def read_whole(file):
         yield file.read()
 
 
-HIDDEN = re.compile(r"(?is)<!--.*?-->|<(script|style|template)\b.*?</\1\s*>")
-PRE = re.compile(r"(?is)<pre\b[^>]*>(.*?)</pre\s*>")  # the one place where white space counts
-TAG = re.compile(r"""</?([a-zA-Z!?][^\s/>]*)(?:"[^"]*"|'[^']*'|[^<>"'])*>""")
-INLINE = "a abbr b cite code em font i img kbd mark q s small span strong sub sup tt u var".split()
-
-
-def html_to_text(page):
-    """The visible text of a web page: html_to_text(b"<p>a &lt; <b>b</b>").strip() == "a < b"."""
-    parts = PRE.split(HIDDEN.sub("", page.decode("utf-8-sig", "surrogateescape")))
-    for i, part in enumerate(parts):  # the odd ones come from a <pre>
-        part = part if i % 2 else re.sub(r"\s+", " ", part)
-        part = TAG.sub(lambda tag: "" if tag[1].lower() in INLINE else "\n", part)
-        parts[i] = html.unescape(part)
-        if i % 2 == 0:
-            parts[i] = re.sub(r"\s+", lambda run: "\n" if "\n" in run[0] else " ", parts[i]).strip()
-    return "\n".join(parts)
-
-
-READERS = {".txt": read_txt, ".md": read_whole, ".py": read_whole, ".jsonl": read_jsonl,
-           ".html": lambda file: [html_to_text(file.buffer.read())]}
+READERS = {".txt": read_txt, ".md": read_whole, ".py": read_whole, ".jsonl": read_jsonl}
 
 
 def ending(path):
@@ -141,13 +125,14 @@ def open_text(path):
     """
     if ending(path) not in READERS:
         raise ValueError(f"{path}: cannot read {path.suffix or 'a file without an ending'}, only "
-                         f"{' '.join(READERS)}, each also as .gz")
+                         f"{' '.join(READERS)}, each also as .gz; {PAGES}")
+    opened = gzip.open if path.suffix.lower() == ".gz" else open
     try:
-        with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
+        with reading(path), opened(path, "rb") as file:
             if b"\0" in file.peek(8192)[:8192]:
                 raise ValueError(f"{path} is a binary file, not text (text must be UTF-8)")
             yield io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except gzip.BadGzipFile as error:  # an OSError that does not name the file
         raise ValueError(f"{path} is damaged: {error}") from None
 
 
@@ -170,7 +155,8 @@ def file_hash(path):
 def download(url, path, n_bytes=0, sha256=None):
     """Fetch url to path, unless it is there; what was cut off continues where it stopped.
 
-    Raises ValueError without a connection or page, or with another size or sha256 than given.
+    Raises ValueError without a connection, for a page unless path is .html, and where the size or
+    sha256 is not the one given.
     """
     if path.exists():
         return path
@@ -180,6 +166,8 @@ def download(url, path, n_bytes=0, sha256=None):
     headers = {"User-Agent": "data.py (urllib)", "Range": f"bytes={n_done}-"}
     try:
         with urlopen(Request(url, headers=headers), timeout=30) as response:
+            if response.headers.get_content_type() == "text/html" and path.suffix != ".html":
+                raise ValueError(f"{url} is a web page, not text; {PAGES}")
             n_done = n_done if response.status == 206 else 0  # 200: this server sends all of it
             n_bytes = n_bytes or n_done + int(response.headers.get("Content-Length") or 0)
             bar = dict(desc=path.name, total=n_bytes, initial=n_done, disable=None)
@@ -201,9 +189,9 @@ def download(url, path, n_bytes=0, sha256=None):
 
 def fetch(source, folder):
     """Download a known name or a URL into a folder; return the text file."""
-    if source not in KNOWN:  # without a known ending it is a web page, unless it speaks of .txt
+    if source not in KNOWN:
         name = re.sub(r"[^\w.-]+", "-", Path(urlsplit(source).path).name)
-        name += "" if ending(name) in READERS else ".txt" if ".txt" in name else ".html"
+        name += "" if ending(name) in READERS else ".txt"
         return download(source, folder / f"{zlib.crc32(source.encode()):08x}-{name}")
     path = folder / (source + Path(KNOWN[source]["url"]).suffix)
     download(path=path, **KNOWN[source])
@@ -218,9 +206,9 @@ def fetch(source, folder):
 def text_files(folder, counts, skip=()):
     """The files with text below a folder, in a fixed order, without hidden and `skip` folders."""
     files = []
-    for place, folders, names in os.walk(folder):
+    for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name not in skip and name[0] != "."]
-        for path in [Path(place, name) for name in names if name[0] != "."]:
+        for path in [Path(parent, name) for name in names if name[0] != "."]:
             counts["skipped files"] += 1
             with contextlib.suppress(ValueError, OSError), open_text(path) as file:
                 if file.read(1):
@@ -295,12 +283,12 @@ def exact_duplicates(texts):
 # Shards, in llm.c's format: 256 int32 (magic, version, number of tokens, zeros), then the tokens.
 
 HEADER_BYTES = 1024
-FORMATS = {"<u2": (20240520, 1), "<u4": (20240801, 7)}  # type of a token: magic, version
+FORMATS = {(20240520, 1): "<u2", (20240801, 7): "<u4"}  # (magic, version): type of a token
 
 
 def write_shards(arrays, folder, split, n_vocab, shard_tokens=10**8):
     """Write arrays of ids as split_000000.bin, split_000001.bin ...; return {file name: tokens}."""
-    kind = "<u2" if n_vocab <= 2**16 else "<u4"
+    version, dtype = list(FORMATS.items())[n_vocab > 2**16]
     arrays = (ids for ids in map(np.asarray, arrays) if len(ids))
     ids, shards = next(arrays, None), {}
     while ids is not None:
@@ -311,11 +299,11 @@ def write_shards(arrays, folder, split, n_vocab, shard_tokens=10**8):
                 if ids.max() >= n_vocab:
                     raise ValueError(f"token id {ids.max()} is not in the vocabulary of {n_vocab}")
                 head, rest = np.split(ids, [shard_tokens - n_tokens])
-                file.write(head.astype(kind).tobytes())
+                file.write(head.astype(dtype).tobytes())
                 n_tokens += len(head)
                 ids = rest if len(rest) else next(arrays, None)
             file.seek(0)
-            file.write(np.array([*FORMATS[kind], n_tokens], "<i4").tobytes())
+            file.write(np.array([*version, n_tokens], "<i4").tobytes())
         shards[name] = n_tokens
     return shards
 
@@ -323,49 +311,15 @@ def write_shards(arrays, folder, split, n_vocab, shard_tokens=10**8):
 def read_shard(path):
     """The tokens of a shard as a memory map. Raises ValueError for a foreign or damaged file."""
     magic, version, n_tokens, *_ = [*np.fromfile(path, "<i4", 3).tolist(), 0, 0, 0]
-    kind = {row: kind for kind, row in FORMATS.items()}.get((magic, version))
-    if kind is None:
+    if (magic, version) not in FORMATS:
         raise ValueError(f"{path}: not a token shard that can be read (magic {magic}, version "
-                         f"{version}; known are {' and '.join(map(str, FORMATS.values()))})")
-    size, expected = os.path.getsize(path), HEADER_BYTES + n_tokens * np.dtype(kind).itemsize
+                         f"{version}; known are {' and '.join(map(str, FORMATS))})")
+    dtype = np.dtype(FORMATS[magic, version])
+    size, expected = os.path.getsize(path), HEADER_BYTES + n_tokens * dtype.itemsize
     if n_tokens < 1 or size != expected:
         raise ValueError(f"{path}: damaged, {size:,} bytes where {n_tokens:,} tokens need "
                          f"{expected:,}; delete it and run data.py again")
-    return np.memmap(path, kind, "r", HEADER_BYTES, n_tokens)
-
-
-def read_card(folder):
-    """card.json of a folder of shards; ValueError if it is not as it was written."""
-    path = Path(folder, "card.json")
-    card = read_sealed(path)
-    try:
-        counts = [card[split][count] for split in ("train", "val") for count in ("tokens", "bytes")]
-        words = [card["fingerprint"], *card["digests"].values()]
-        if not (all(type(count) is int and count > 0 for count in counts)
-                and all(isinstance(word, str) for word in words)
-                and all(re.fullmatch(r"(train|val)_\d{6}\.bin", name) for name in card["digests"])):
-            raise ValueError("a fingerprint, count, name or digest is none")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is not the card of data.py ({error!r:.99}): run it again"
-                         ) from None
-    return card
-
-
-def check_shards(folder, splits=("train", "val")):
-    """card.json of a folder of shards. ValueError if it, or a shard of these splits, is not as it
-    was written: a model would learn from the damage without a word."""
-    card = read_card(folder)
-    paths = [path for split in splits for path in Path(folder).glob(f"{split}_??????.bin")]
-    listed = card["digests"]
-    for name in listed:
-        if name.startswith(splits) and not Path(folder, name).exists():
-            raise ValueError(f"{folder} lacks {name}: run data.py again")
-    with ThreadPoolExecutor() as pool:  # hashing leaves Python to its other threads
-        for path, digest in zip(paths, pool.map(file_hash, paths)):
-            if digest != listed.get(path.name):
-                raise ValueError(f"{path} is damaged: its sha256 is not that in card.json; delete "
-                                 "it and run data.py again")
-    return card
+    return np.memmap(path, dtype, "r", HEADER_BYTES, n_tokens)
 
 
 def read_split(folder, split="train"):
@@ -376,6 +330,49 @@ def read_split(folder, split="train"):
     return [read_shard(path) for path in paths]
 
 
+@dataclass(frozen=True)
+class Card:
+    """What card.json says of a folder of shards."""
+    sources: list       # of {"name", "files", "bytes"}
+    python: str | None  # the version whose standard library was read
+    options: dict       # of prepare()
+    counts: dict        # documents and bytes, and what was lost
+    fingerprint: str    # the sha256 of content and options
+    split: str          # in words, what decides which documents validate
+    train: dict         # {"documents", "bytes", "tokens", "shards": {file name: tokens}}
+    val: dict
+    tokenizer: str      # its hash()
+    vocab_size: int
+    checksums: dict     # {file name: sha256}
+
+    def __post_init__(self):
+        counts = [split.get(n) for split in (self.train, self.val) for n in ("tokens", "bytes")]
+        if not all(type(count) is int and count > 0 for count in counts):
+            raise ValueError("train and val must have tokens and bytes, whole numbers above 0")
+
+
+def read_card(folder):
+    """The Card of a folder of shards; ValueError that names the field that is wrong."""
+    path = Path(folder, "card.json")
+    return check_fields(Card, read_json(path), path)
+
+
+def check_shards(folder, splits=("train", "val")):
+    """The Card of a folder of shards. ValueError if a shard of these splits is not as it was
+    written: a model would learn from the damage without a word."""
+    card = read_card(folder)
+    paths = {path.name: path for name in splits for path in Path(folder).glob(f"{name}_??????.bin")}
+    missing = {name for name in card.checksums if name.startswith(splits)} - paths.keys()
+    if missing:
+        raise ValueError(f"{folder} lacks {min(missing)}: run data.py again")
+    with ThreadPoolExecutor() as pool:  # hashing leaves Python to its other threads
+        for name, checksum in zip(paths, pool.map(file_hash, paths.values())):
+            if checksum != card.checksums.get(name):
+                raise ValueError(f"{paths[name]} is damaged: its checksum is not that in card.json;"
+                                 " delete it and run data.py again")
+    return card
+
+
 # -----------------------------------------------------------------------------
 # From text to shards: read, clean, drop duplicates, split, tokenize, write.
 
@@ -384,8 +381,8 @@ class Documents:
     """A list of texts that lies in a file, because a corpus may be larger than memory."""
 
     def __init__(self, file, starts, ends):
-        some = starts < ends
-        self.file, self.starts, self.ends = file, starts[some], ends[some]
+        filled = starts < ends
+        self.file, self.starts, self.ends = file, starts[filled], ends[filled]
         self.n_bytes = int((ends - starts).sum())
 
     def __len__(self):
@@ -403,11 +400,11 @@ def gather(files, file, counts):
     sizes = np.fromiter((file.write(text.encode()) for text in texts), np.int64)
     documents = Documents(file, sizes.cumsum() - sizes, sizes.cumsum())
     repeated = exact_duplicates(documents)
-    kept = Documents(file, *np.delete([documents.starts, documents.ends], repeated, axis=1))
+    unique = Documents(file, *np.delete([documents.starts, documents.ends], repeated, axis=1))
     counts.update({"documents read": len(sizes), "empty documents": len(sizes) - len(documents),
-                   "exact duplicates": len(repeated), "documents": len(kept),
-                   "bytes": kept.n_bytes})
-    return kept
+                   "exact duplicates": len(repeated), "documents": len(unique),
+                   "bytes": unique.n_bytes})
+    return unique
 
 
 def split(documents, val_ratio=None):
@@ -446,7 +443,7 @@ def texts_to_ids(found, file, tokenizer, card, say):
     counts, vocab_size = card["counts"], card["options"]["vocab_size"]
     documents = gather(itertools.chain(*found.values()), file, counts)
     title = " ".join(found) if len(found) < 4 else f"{len(found)} sources"
-    lost = ", ".join(f"{counts[loss]:,} {loss}" for loss in LOSSES if counts[loss]) or "nothing"
+    lost = ", ".join(f"{counts[what]:,} {what}" for what in LOST if counts[what]) or "nothing"
     if not documents:
         raise ValueError(f"{title}: no text; only {' '.join(READERS)} are read (lost: {lost})")
     say(f"{title}: {len(documents):,} document{'s' * (len(documents) > 1)}, "
@@ -511,7 +508,7 @@ def load_tokenizer(tokenizer):
 
 def fingerprint(files, options):
     """The sha256 of what decides the shards: contents and options, but no names and no dates."""
-    parts = [RECIPE, options, [[ending(path), file_hash(path)] for path in files]]
+    parts = [VERSION, options, [[ending(path), file_hash(path)] for path in files]]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -519,16 +516,14 @@ def is_finished(out, key):
     """Whether a folder was made for this fingerprint and holds all that its card lists."""
     try:
         card = check_shards(out)
-        n_tokens = [sum(map(len, read_split(out, split))) for split in ("train", "val")]
-        return (card["fingerprint"] == key
-                and n_tokens == [card["train"]["tokens"], card["val"]["tokens"]]
-                and Tokenizer.load(out / "tokenizer.json").hash() == card["tokenizer"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return (card.fingerprint == key
+                and Tokenizer.load(out / "tokenizer.json").hash() == card.tokenizer)
+    except (OSError, ValueError):
         return False
 
 
 def write_folder(out, splits, tokenizer, card):
-    """Write {split: arrays of ids}, the tokenizer, and last the card: it says that all is there."""
+    """Write {split: arrays of ids}, the tokenizer, and last the Card: it says that all is there."""
     lengths = np.array([len(token) for token in tokenizer.token_bytes()])
     lengths[tokenizer.eot] = 0
     for path in our_files(out):
@@ -541,9 +536,11 @@ def write_folder(out, splits, tokenizer, card):
                               bytes=int(lengths[part].sum()), tokens=len(part))
         card[name] = dict(counts, shards=shards)
     tokenizer.save(out / "tokenizer.json")
-    digests = {path.name: file_hash(path) for path in sorted(out.glob("*.bin"))}
-    card.update(tokenizer=tokenizer.hash(), vocab_size=tokenizer.n_vocab, digests=digests)
-    write_json(out / "card.json", seal(card))
+    checksums = {path.name: file_hash(path) for path in sorted(out.glob("*.bin"))}
+    card = Card(**card, tokenizer=tokenizer.hash(), vocab_size=tokenizer.n_vocab,
+                checksums=checksums)
+    write_json(out / "card.json", vars(card))
+    return card
 
 
 def prepare(sources, out, vocab_size=4096, tokenizer=None, val_ratio=None, n_shards=1, say=print):
@@ -553,7 +550,7 @@ def prepare(sources, out, vocab_size=4096, tokenizer=None, val_ratio=None, n_sha
     "gpt2" or a Tokenizer; None trains one of vocab_size. n_shards is for fineweb10B only.
     """
     sources = [sources] if isinstance(sources, (str, Path)) else sources
-    sources, out, counts = list(map(str, sources)), Path(out), Counter(dict.fromkeys(LOSSES, 0))
+    sources, out, counts = list(map(str, sources)), Path(out), Counter(dict.fromkeys(LOST, 0))
     is_ready = "fineweb10B" in sources
     if is_ready and len(sources) > 1:
         raise ValueError(f"{' '.join(sources)}: ready shards do not mix with another source")
@@ -581,8 +578,8 @@ def prepare(sources, out, vocab_size=4096, tokenizer=None, val_ratio=None, n_sha
             card["split"], splits = "as published", dict(train=train, val=[val])
         else:
             tokenizer, splits = texts_to_ids(found, file, tokenizer, card, say)
-        write_folder(out, splits, tokenizer, card)
-    train, val = card["train"], card["val"]
+        card = write_folder(out, splits, tokenizer, card)
+    train, val = card.train, card.val
     say(f"{out}: {train['tokens']:,} tokens to train on, {val['tokens']:,} to validate on, "
         f"{train['bytes'] / train['tokens']:.2f} bytes per token")
     return out
@@ -658,10 +655,9 @@ class MixedLoader(TokenLoader):
                              "hundredth, and all of them 100")
         self.loaders = [TokenLoader(path, batch_size, block_size, seed=seed) for path in shares]
         self.n_tokens = self.n_tokens * 100 // parts[0]
-        self.parts, self.turns = parts, []  # turns: whose each of 100 sequences is
-        for n in range(1, 101):
-            behind = [part * n / 100 - self.turns.count(i) for i, part in enumerate(parts)]
-            self.turns.append(behind.index(max(behind)))
+        # Whose each of 100 sequences is: the j-th of a folder's n is due at (j + 1/2) / n.
+        due = [((j + 0.5) / n, i) for i, n in enumerate(parts) for j in range(n)]
+        self.parts, self.turns = parts, [i for _, i in sorted(due)]
 
     def block(self, number):
         rounds, n = divmod(number, 100)
