@@ -1,7 +1,6 @@
 """Facts about the house: what lies where, who imports whom, how much it weighs."""
 
 import ast
-import json
 import os
 import shutil
 import subprocess
@@ -12,13 +11,13 @@ import torch
 from conftest import ROOT, tiny
 
 import model as model_file
+from train import read_log
 
 ABOVE = {"tokenizer": "", "data": "tokenizer", "model": "", "sample": "tokenizer model",
          "train": "tokenizer data model sample", "evaluate": "tokenizer data model sample"}
 CARD = {"torch", "numpy", "tiktoken", "regex", "tqdm", "matplotlib"}
 SIX = [f"{name}.py" for name in ABOVE]
 LEAVES = sorted(path.stem for path in (ROOT / "chapters").glob("*.py"))
-DANGERS = {"eval", "exec", "compile", "__import__", "torch.load", "os.system", "os.popen"}
 
 
 def text(name):
@@ -35,9 +34,9 @@ def imports(tree):
 
 
 def python(words, folder, **variables):
-    """Run Python in a folder as a user does; what it prints, and it must not fail."""
-    done = subprocess.run([sys.executable, "-B", *words], cwd=folder, capture_output=True,
-                          text=True, env=dict(os.environ, **variables), timeout=300)
+    """Run Python in a folder as a user does -> what it prints; it must not fail."""
+    done = subprocess.run([sys.executable, "-B", *words], cwd=folder, capture_output=True, text=True,
+                          env=dict(os.environ, **variables))
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 
@@ -50,23 +49,20 @@ def bare(tmp_path):
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="a copy without its history")
 def test_the_top_level_holds_what_the_card_says():
-    tracked = python(["-c", "import subprocess; subprocess.run(['git', 'ls-files'])"], ROOT)
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
     assert {path.split("/")[0] for path in tracked.splitlines()} == {
         ".ci", ".gitignore", "README.md", "requirements.txt", "chapters", "tests", *SIX}
 
 
 @pytest.mark.parametrize("name", ABOVE)
-def test_a_file_imports_only_the_cards_packages_and_files_above_it(name):
-    found = {*imports(ast.parse(text(f"{name}.py")))} - CARD - sys.stdlib_module_names
-    assert found - {*ABOVE[name].split()} <= ({"chapters"} if name == "model" else set())
-
-
-def test_the_accelerator_alone_is_imported_in_a_function_and_a_try():
-    tree = ast.parse(text("model.py"))
-    tries = [part for f in ast.walk(tree) if isinstance(f, ast.FunctionDef)
-             for part in ast.walk(f) if isinstance(part, ast.Try)]
-    guarded = sum("chapters" in imports(ast.Module(part.body, [])) for part in tries)
-    assert guarded == [*imports(tree)].count("chapters") == 1
+def test_a_file_imports_the_cards_packages_and_files_above_it_and_may_try_the_accelerator(name):
+    tree = ast.parse(text(f"{name}.py"))
+    tries = [part for function in ast.walk(tree) if isinstance(function, ast.FunctionDef)
+             for part in ast.walk(function) if isinstance(part, ast.Try)]
+    guarded = sum([*imports(ast.Module(part.body, []))].count("chapters") for part in tries)
+    assert guarded == [*imports(tree)].count("chapters") == (name == "model")
+    found = {*imports(tree)} - CARD - sys.stdlib_module_names - {"chapters"}
+    assert found <= {*ABOVE[name].split()}
 
 
 def test_importing_a_file_does_nothing(tmp_path):
@@ -81,9 +77,9 @@ def test_importing_a_file_does_nothing(tmp_path):
 def test_no_program_runs_what_it_has_read(name):
     tree = ast.parse(text(name))
     calls = [part for part in ast.walk(tree) if isinstance(part, ast.Call)]
-    options = {f"{word.arg}={ast.unparse(word.value)}" for call in calls for word in call.keywords}
-    assert not {ast.unparse(call.func) for call in calls} & DANGERS
-    assert not options & {"shell=True", "allow_pickle=True", "weights_only=False"}
+    found = {ast.unparse(part) for call in calls for part in (call.func, *call.keywords)}
+    assert not found & {"eval", "exec", "compile", "__import__", "torch.load", "os.system",
+                        "os.popen", "shell=True", "allow_pickle=True"}
     assert not {*imports(tree)} & {"pickle", "marshal", "shelve", "dill", "joblib"}
 
 
@@ -91,8 +87,7 @@ def test_the_house_is_light():
     programs = {path: text(path).splitlines() for folder in ("", "chapters", "tests")
                 for path in (ROOT / folder).glob("*.py")}
     assert sum(len(programs[ROOT / name]) for name in SIX) <= 4200
-    assert [path for path in programs if path.parent.name == "chapters"
-            and len(programs[path]) > 250] == []
+    assert [name for name in LEAVES if len(programs[ROOT / f"chapters/{name}.py"]) > 250] == []
     assert [line for lines in programs.values() for line in lines if len(line) > 100] == []
 
 
@@ -115,15 +110,12 @@ def test_without_chapters_a_model_has_the_same_loss(bare):
 @pytest.mark.slow
 def test_without_chapters_all_six_commands_work_and_learn_the_same(bare):
     (bare / "words.txt").write_text("the cat sees a dog.\nthe dog runs under a red tree.\n" * 500)
-    steps = ("--data=shards/words --n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --batch_size=4 "
-             "--max_steps=4 --precision=fp32 --device=cpu").split()
+    steps = ("--data=shards/words --n_layer=2 --n_head=2 --n_embd=32 --block_size=32 "
+             "--batch_size=4 --max_steps=4 --precision=fp32 --device=cpu")
     for command in ("tokenizer.py train words.txt --vocab_size=300 --out=t.json",
-                    "data.py words.txt --tokenizer=t.json --out=shards/words"):
+                    "data.py words.txt --tokenizer=t.json --out=shards/words",
+                    f"train.py --out=runs/a {steps}", "sample.py runs/a --max_new_tokens=8",
+                    "evaluate.py runs/a --max_tokens=200", f"{ROOT}/train.py --out=runs/b {steps}"):
         python(command.split(), bare)
-    python(["train.py", "--out=runs/a", *steps], bare)
-    for command in "sample.py runs/a --max_new_tokens=8", "evaluate.py runs/a --max_tokens=200":
-        python(command.split(), bare)
-    python([str(ROOT / "train.py"), "--out=runs/b", *steps], bare)
-    alone, beside = ([json.loads(row)["loss"] for row in (bare / f"runs/{name}/log.jsonl").open()]
-                     for name in "ab")
+    alone, beside = ([row["loss"] for row in read_log(bare / "runs" / name)] for name in "ab")
     assert len(alone) == 4 and alone == pytest.approx(beside, rel=1e-4)
