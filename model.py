@@ -1,6 +1,6 @@
 """
 The model: token ids in, logits or loss out. One block for three families (decoder, encoder, and
-both together), its costly parts each written twice: once to be read, once to be fast.
+both together); attention and loss are written twice: once to be read, once to be fast.
 
     config = GPTConfig(architecture="modern", vocab_size=4096, **SIZES["mini"])
     logits, _ = GPT(config)(ids)                 # (B, T) -> (B, T, V)
@@ -14,34 +14,30 @@ Shapes, here and in every other file:
     C  channels (n_embd)             V  vocabulary (vocab_size)
 """
 
-import ctypes
 import difflib
+import hashlib
 import json
 import math
 import os
-import pickletools
 import re
-import sys
-import zipfile
-from dataclasses import asdict, dataclass, fields
-from functools import lru_cache, partial, reduce, wraps
+import time
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial, reduce, wraps
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-FORMAT = "gpt-checkpoint-2"  # written into each checkpoint; another format is refused by name
-
-# One architecture is one row of options; `sharing` query heads share a key/value head.
+# One architecture is one row of options.
 GPT2 = dict(position="learned", norm="layernorm", norm_first=True, activation="gelu", bias=True,
-            qk_norm=False, zero_init=False, causal=True, cross=False, tied=True, sharing=1)
+            qk_norm=False, zero_init=False, causal=True, cross=False, tied=True,
+            queries_per_kv_head=1)
 ARCHITECTURES = {
     "gpt2": GPT2,
     "modern": GPT2 | dict(position="rope", norm="rmsnorm", activation="swiglu", bias=False,
-                          qk_norm=True, zero_init=True, tied=False, sharing=2),
+                          qk_norm=True, zero_init=True, tied=False, queries_per_kv_head=2),
     "bert": GPT2 | dict(norm_first=False, causal=False),              # arXiv:1810.04805
     "transformer": GPT2 | dict(position="sinusoidal", norm_first=False, activation="relu",
                                cross=True),                           # arXiv:1706.03762
@@ -62,11 +58,6 @@ SIZES = {
 }
 
 
-KINDS = {int: (int, "a whole number below 2^31"), float: (int | float, "a number below 2^31"),
-         str: (str, "a word"), str | None: (str | None, "a word or None"),
-         bool | None: (bool | None, "True, False or None")}  # of a config's fields
-
-
 def check_known(name, known, what):
     """Raise ValueError unless name is one of the known; it names the nearest of them."""
     if name not in known:
@@ -75,67 +66,80 @@ def check_known(name, known, what):
         raise ValueError(f"unknown {what} {name!r}: {hint}")
 
 
-@dataclass
+def option(default, help, positional=False):
+    """A dataclass field that is also an option of a command line: its default and its help."""
+    metadata = dict(help=help, positional=positional)
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a model. What is left None or 0 is filled in from the architecture's row."""
-    architecture: str = "modern"    # gpt2 | modern | bert | transformer
-    vocab_size: int = 50257
-    block_size: int = 1024          # longest sequence, in tokens
-    n_layer: int = 12
-    n_head: int = 12
-    n_kv_head: int = 0              # key/value heads; 0: the architecture's share of n_head
-    n_embd: int = 768
-    n_encoder_layer: int = 0        # blocks that read a source, where cross; 0: as many as n_layer
-    n_classes: int = 0              # 0: tokens; 1: one number per text; more: a class per text
-    window: int = 0                 # a token sees this many, itself the last; 0: all
-    softcap: float = 0.0            # logits stay between -softcap and softcap; 0: free
-    dropout: float = 0.0            # share of activations dropped, while training
-    label_smoothing: float = 0.0    # chance that the loss gives to all tokens alike, while training
-    z_loss: float = 0.0             # weight of log(sum(exp(logits)))^2 in the loss, while training
-    position: str | None = None     # learned | sinusoidal | rope | none
-    norm: str | None = None         # layernorm | rmsnorm
-    norm_first: bool | None = None  # normalise what goes into attention and MLP, or what comes out
-    activation: str | None = None   # gelu | relu | relu2 | swiglu
-    bias: bool | None = None        # in linear layers and LayerNorm
-    qk_norm: bool | None = None     # normalise queries and keys
-    zero_init: bool | None = None   # blocks begin as no change: what they write starts at zero
-    causal: bool | None = None      # a token sees what came before it, not what follows
-    cross: bool | None = None       # an encoder reads a source, each block looks at what it made
-    tied: bool | None = None        # the head shares the embedding's matrix
-    rope_theta: float = 10000.0
+    """The shape of a model. What is None or 0 is filled in from the architecture's row."""
+    architecture: str = option("modern", "gpt2 | modern | bert | transformer")
+    vocab_size: int = option(50257, "tokens that the model knows")
+    block_size: int = option(1024, "longest sequence, in tokens")
+    n_layer: int = option(12, "blocks")
+    n_head: int = option(12, "query heads")
+    n_kv_head: int = option(0, "key/value heads; 0: the architecture's share of n_head")
+    n_embd: int = option(768, "channels")
+    n_encoder_layer: int = option(0, "blocks of the encoder, where cross; 0: as many as n_layer")
+    n_classes: int = option(0, "0: tokens; 1: one number per text; more: a class per text")
+    window: int = option(0, "a token attends to this many, itself the last; 0: all")
+    softcap: float = option(0.0, "logits stay between -softcap and softcap; 0: no limit")
+    dropout: float = option(0.0, "share of activations dropped, while training")
+    label_smoothing: float = option(0.0, "share of each target that goes to all tokens alike")
+    z_loss: float = option(0.0, "weight of log(sum(exp(logits)))^2 in the loss")
+    position: str | None = option(None, "learned | sinusoidal | rope | none")
+    norm: str | None = option(None, "layernorm | rmsnorm")
+    norm_first: bool | None = option(None, "norms before attention and MLP, not after")
+    activation: str | None = option(None, "gelu | relu | relu2 | swiglu")
+    bias: bool | None = option(None, "in linear layers and LayerNorm")
+    qk_norm: bool | None = option(None, "normalise queries and keys")
+    zero_init: bool | None = option(None, "what blocks add to the stream starts at zero")
+    causal: bool | None = option(None, "a token attends to earlier ones only")
+    cross: bool | None = option(None, "an encoder reads a source, and each block attends to it")
+    tied: bool | None = option(None, "the head shares the embedding's matrix")
+    rope_theta: float = option(10000.0, "base of the rotary frequencies")
 
     def __post_init__(self):
-        for f in fields(self):
-            value, (kind, words) = getattr(self, f.name), KINDS[f.type]
-            is_number = f.type in (int, float)
-            if (not isinstance(value, kind) or is_number and isinstance(value, bool)
-                    or is_number and not abs(value) < 2**31):  # as nan is not, either
-                raise ValueError(f"{f.name}={value!r:.40} must be {words}")
         check_known(self.architecture, ARCHITECTURES, "architecture")
         row = dict(ARCHITECTURES[self.architecture])
-        sharing = row.pop("sharing")
-        for name, value in row.items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        self.n_kv_head = self.n_kv_head or self.n_head // math.gcd(self.n_head, sharing)
-        self.n_encoder_layer = self.cross and (self.n_encoder_layer or self.n_layer) or 0
-        for name in ("n_kv_head", "n_encoder_layer", "n_classes", "window", "softcap", "z_loss"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        queries_per_kv_head = row.pop("queries_per_kv_head")
+        self.fill_in(**{name: value for name, value in row.items() if getattr(self, name) is None})
+        self.check_values()
+        self.fill_in(
+            n_kv_head=self.n_kv_head or self.n_head // math.gcd(self.n_head, queries_per_kv_head),
+            n_encoder_layer=(self.n_encoder_layer or self.n_layer) if self.cross else 0)
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} is no multiple of n_head={self.n_head}")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head={self.n_head} is no multiple of n_kv_head={self.n_kv_head}")
         if self.position == "rope" and self.head_size % 2:
-            raise ValueError(f"n_embd / n_head = {self.head_size} must be even: rope turns pairs")
-        if self.rope_theta <= 0:
-            raise ValueError(f"rope_theta={self.rope_theta} must be above 0")
+            raise ValueError(f"n_embd / n_head = {self.head_size} must be even: rope rotates pairs")
+
+    def fill_in(self, **values):
+        for name, value in values.items():
+            object.__setattr__(self, name, value)  # the one way to set a field of a frozen class
+
+    def check_values(self):
+        """ValueError for the first field of a wrong type or out of its range."""
+        for f in fields(self):
+            value, kinds = getattr(self, f.name), getattr(f.type, "__args__", (f.type,))
+            is_number = int in kinds or float in kinds
+            if (not isinstance(value, (*kinds, int) if float in kinds else kinds) or is_number
+                    and (isinstance(value, bool) or not 0 <= value < 2**31)):  # nan is not, either
+                names = "a number from 0 to below 2^31, as is" if is_number else "of type"
+                raise ValueError(f"{f.name}={value!r:.40} must be {names} {kinds[0].__name__}")
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("dropout", "label_smoothing"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
+            if getattr(self, name) >= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be below 1")
+        if self.rope_theta == 0:
+            raise ValueError("rope_theta=0 must be above 0")
         check_known(self.position, POSITIONS, "position")
         check_known(self.norm, NORMS, "norm")
         check_known(self.activation, ACTIVATIONS, "activation")
@@ -149,17 +153,51 @@ class GPTConfig:
 # Attention, three times: written out, in tiles, and torch's own. Same arguments, same result:
 #
 #   q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D); the queries are the last T of S positions
-#   causal     a query sees the keys up to its own position
-#   window     and of these only the last `window`; 0: all
-#   mask       bool, broadcastable to (B, H, T, S), True where a query may look
-#   segments   whole numbers (B, S): tokens see only those with their own number, as for documents
-#              in a packed block, or text apart from padding
-#   dropout    share of the weights dropped
+#   causal     a query attends to the keys up to its own position
+#   window     and of these only to the last `window`; 0: all
+#   mask       bool, broadcastable to (B, H, T, S), True where a query may attend
+#   segments   whole numbers (B, S): tokens attend only to those with their own number, as for
+#              documents in a packed block, or text apart from padding
+#   dropout    share of the attention weights dropped
 #
-# A query that may look nowhere gets zeros.
+# A query that may attend to nothing gets zeros.
 
 
-def once(backward):
+def attention_mask(T, S, rows, columns, device, causal, window, mask, segments):
+    """Where the queries in the slice `rows` of T may attend to the keys in the slice `columns` of
+    S: bool (B or 1, H or 1, rows, columns), or None where all may."""
+    first, last = S - T + rows.start, S - T + rows.stop - 1  # positions: queries are the last T
+    queries = torch.arange(first, last + 1, device=device)[:, None]
+    keys = torch.arange(columns.start, columns.stop, device=device)
+    masks = []
+    if causal and columns.stop - 1 > first:
+        masks.append(keys <= queries)
+    if window and columns.start <= last - window:
+        masks.append(keys > queries - window)
+    if mask is not None:
+        masks.append(mask.expand(*mask.shape[:-2], T, S)[..., rows, columns])
+    if segments is not None:
+        own = segments[:, first:last + 1]
+        masks.append((own[:, :, None] == segments[:, None, columns])[:, None])
+    return reduce(torch.logical_and, masks) if masks else None
+
+
+def plain_attention(q, k, v, causal=True, window=0, mask=None, segments=None, dropout=0.0):
+    """softmax(q k^T / sqrt(D)) v. arXiv:1706.03762"""
+    (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
+    k, v = (x.repeat_interleave(H // K, dim=1) for x in (k, v))          # (B, H, S, D)
+    scores = q @ k.transpose(-2, -1) / math.sqrt(D)                      # (B, H, T, S)
+    allowed = attention_mask(T, S, slice(0, T), slice(0, S), q.device, causal, window, mask,
+                             segments)
+    if allowed is None:
+        weights = F.softmax(scores, dim=-1)
+    else:  # the second fill is for rows of which nothing is left
+        weights = F.softmax(scores.masked_fill(~allowed, -torch.inf), dim=-1)
+        weights = weights.masked_fill(~allowed, 0)
+    return F.dropout(weights, dropout).to(v.dtype) @ v                   # (B, H, T, D)
+
+
+def once_differentiable(backward):
     """Refuse gradients of gradients, which a backward written by hand does not have."""
     @wraps(backward)
     def checked(ctx, *gradients):
@@ -169,75 +207,16 @@ def once(backward):
     return checked
 
 
-def allowed(T, S, rows, columns, device, causal, window, mask, segments):
-    """Where the queries in `rows` may look in `columns`, as bool (B or 1, H or 1, rows, columns);
-    None where all may look everywhere."""
-    at = torch.arange(S - T + rows.start, S - T + rows.stop, device=device)[:, None]
-    keys = torch.arange(columns.start, columns.stop, device=device)
-    rules = []
-    if causal and columns.stop > S - T + rows.start + 1:
-        rules.append(keys <= at)
-    if window and columns.start <= S - T + rows.stop - 1 - window:
-        rules.append(keys > at - window)
-    if mask is not None:
-        rules.append(mask.expand(*mask.shape[:-2], T, S)[..., rows, columns])
-    if segments is not None:
-        own = segments[:, S - T + rows.start:S - T + rows.stop]
-        rules.append((own[:, :, None] == segments[:, None, columns])[:, None])
-    return reduce(torch.logical_and, rules) if rules else None
-
-
-def kept(seed, shape, rows, columns, S, device, dropout):
-    """Which weights dropout keeps, scaled so that their mean stays: (B, H, rows, columns). The
-    choice depends on seed and place alone, so that tiles can be made one by one, and again."""
-    B, H, T = shape
-    places = torch.arange(B * H, device=device).view(B, H, 1, 1) * T
-    places = (places + torch.arange(rows.start, rows.stop, device=device)[:, None]) * S
-    x = places + torch.arange(columns.start, columns.stop, device=device) + seed
-    for _ in range(2):  # mix the bits: splitmix's multiply and shift
-        x = (x ^ x >> 31) * 0x2545F4914F6CDD1D
-        x = (x ^ x >> 29) * 0x369DEA0F31A53F85
-    return ((x >> 33) % 2**24 >= dropout * 2**24) / (1 - dropout)
-
-
-def new_seed(dropout):
-    return torch.randint(2**62, ()).item() if dropout else 0
-
-
-def plain_attention(q, k, v, causal=True, window=0, mask=None, segments=None, dropout=0.0):
-    """softmax(q k^T / sqrt(D)) v. arXiv:1706.03762"""
-    (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
-    k, v = (x.repeat_interleave(H // K, dim=1) for x in (k, v))          # (B, H, S, D)
-    scores = q @ k.transpose(-2, -1) / math.sqrt(D)                      # (B, H, T, S)
-    all_of = slice(0, T), slice(0, S)
-    seen = allowed(T, S, *all_of, q.device, causal, window, mask, segments)
-    if seen is None:
-        weights = F.softmax(scores, dim=-1)
-    else:  # the second fill is for rows of which nothing is left
-        weights = F.softmax(scores.masked_fill(~seen, -torch.inf), dim=-1).masked_fill(~seen, 0)
-    if dropout:
-        weights = weights * kept(new_seed(dropout), (B, H, T), *all_of, S, q.device, dropout)
-    return weights.to(v.dtype) @ v                                       # (B, H, T, D)
-
-
-def wide(dtype):
+def sum_dtype(dtype):
     """The dtype that sums are kept in: at least float32."""
     return torch.promote_types(dtype, torch.float32)
-
-
-def add_product(total, a, b):
-    """total += a @ b, batch by batch; without a product of its own where the dtypes allow it."""
-    if total.dtype == a.dtype:
-        total.baddbmm_(a, b)
-    else:
-        total += torch.bmm(a, b)
 
 
 QUERY_TILE, KEY_TILE = 128, 256  # the scores of one pair of tiles stay in the processor's cache
 
 
 def tiles(T, S, causal=True, window=0):
-    """For each tile of queries the tiles of keys in which something may be seen:
+    """For each tile of queries the tiles of keys in which something may be attended to:
     tiles(2, 3) yields (slice(0, 2), [slice(0, 3)])."""
     for t in range(0, T, QUERY_TILE):
         rows = slice(t, min(t + QUERY_TILE, T))
@@ -248,7 +227,8 @@ def tiles(T, S, causal=True, window=0):
 
 class FusedAttention(torch.autograd.Function):
     """Attention without the (T, S) scores: tiles, an online softmax, and scores made again in
-    backward (arXiv:2205.14135). Query heads that share a key head are rows of one matrix."""
+    backward (FlashAttention, arXiv:2205.14135). Query heads that share a key head are rows of one
+    matrix."""
 
     @staticmethod
     def fold(x, K, rows):
@@ -256,110 +236,91 @@ class FusedAttention(torch.autograd.Function):
         return x[:, :, rows].reshape(x.size(0) * K, -1, x.size(-1))
 
     @staticmethod
-    def scores(q, k, shape, rows, columns, rules):
-        """One tile of q k^T, (B*K, H/K * t, s), -inf where a query may not look."""
+    def scores(q, k, shape, rows, columns, options):
+        """One tile of q k^T, (B*K, H/K * t, s), -inf where a query may not attend."""
         B, H, T, S = shape
-        scores = torch.bmm(q, k[:, columns].transpose(1, 2)).to(wide(q.dtype))
-        seen = allowed(T, S, rows, columns, q.device, *rules)
-        if seen is not None:
-            hidden = torch.zeros(seen.shape, dtype=scores.dtype, device=q.device)
-            hidden.masked_fill_(~seen, -torch.inf)
+        scores = torch.bmm(q, k[:, columns].transpose(1, 2)).to(sum_dtype(q.dtype))
+        allowed = attention_mask(T, S, rows, columns, q.device, *options)
+        if allowed is not None:
+            hidden = torch.zeros(allowed.shape, dtype=scores.dtype, device=q.device)
+            hidden.masked_fill_(~allowed, -torch.inf)
             scores.view(B, H, -1, scores.size(-1)).add_(hidden)
         return scores
 
     @staticmethod
-    def forward(ctx, q, k, v, seed, dropout, *rules):
+    def forward(ctx, q, k, v, causal, window, mask, segments):
         (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
-        q, shape = q / math.sqrt(D), (B, H, T, S)
-        k, v = k.reshape(B * K, S, D), v.reshape(B * K, S, D)
+        shape, options = (B, H, T, S), (causal, window, mask, segments)
+        q, k, v = q / math.sqrt(D), k.reshape(B * K, S, D), v.reshape(B * K, S, D)
         out = torch.empty_like(q)
-        logsumexp = q.new_empty(B, H, T, 1, dtype=wide(q.dtype))
-        for rows, keys in tiles(T, S, *rules[:2]):
+        logsumexp = q.new_empty(B, H, T, 1, dtype=sum_dtype(q.dtype))
+        for rows, key_tiles in tiles(T, S, causal, window):
             tile = FusedAttention.fold(q, K, rows)
-            # below every score, yet finite: where nothing may be seen, exp(-inf - highest) is 0
-            highest = tile.new_full((*tile.shape[:2], 1), -1e30, dtype=logsumexp.dtype)
-            total, mixed = torch.zeros_like(highest), torch.zeros_like(tile, dtype=highest.dtype)
-            for n, columns in enumerate(keys):
-                scores = FusedAttention.scores(tile, k, shape, rows, columns, rules)
-                higher = torch.maximum(highest, scores.amax(dim=-1, keepdim=True))
-                weights = scores.sub_(higher).exp_()
-                shrink = (highest - higher).exp_()  # the sums so far were relative to a lower one
-                total = total.mul_(shrink).add_(weights.sum(dim=-1, keepdim=True))
-                if dropout:
-                    drop = kept(seed, (B, H, T), rows, columns, S, q.device, dropout)
-                    weights.mul_(drop.view_as(weights))
-                seen = torch.bmm(weights.to(v.dtype), v[:, columns])
-                mixed = mixed.mul_(shrink).add_(seen) if n else seen.to(mixed.dtype)
-                highest = higher
-            total.clamp_(min=1e-30)
-            out[:, :, rows] = mixed.div_(total).view(B, H, -1, D)
-            logsumexp[:, :, rows] = (highest + total.log()).view(B, H, -1, 1)
-        mask, segments = rules[2:]
+            # below every score, yet finite: where nothing is allowed, exp(-inf - row_max) is 0
+            row_max = tile.new_full((*tile.shape[:2], 1), -1e30, dtype=logsumexp.dtype)
+            row_sum, accumulator = torch.zeros_like(row_max), torch.zeros_like(
+                tile, dtype=row_max.dtype)
+            for columns in key_tiles:
+                scores = FusedAttention.scores(tile, k, shape, rows, columns, options)
+                new_max = torch.maximum(row_max, scores.amax(dim=-1, keepdim=True))
+                weights = scores.sub_(new_max).exp_()
+                rescale = (row_max - new_max).exp_()  # the sums so far were relative to row_max
+                row_sum = row_sum.mul_(rescale).add_(weights.sum(dim=-1, keepdim=True))
+                part = torch.bmm(weights.to(v.dtype), v[:, columns])
+                accumulator = accumulator.mul_(rescale).add_(part)
+                row_max = new_max
+            row_sum.clamp_(min=1e-30)
+            out[:, :, rows] = accumulator.div_(row_sum).view(B, H, -1, D)
+            logsumexp[:, :, rows] = (row_max + row_sum.log()).view(B, H, -1, 1)
         ctx.save_for_backward(q, k, v, out, logsumexp, mask, segments)
-        ctx.options = seed, dropout, rules[:2]
+        ctx.causal, ctx.window = causal, window
         return out
 
     @staticmethod
-    @once
+    @once_differentiable
     def backward(ctx, d_out):
-        q, k, v, out, logsumexp, *masks = ctx.saved_tensors
-        seed, dropout, (causal, window) = ctx.options
+        q, k, v, out, logsumexp, mask, segments = ctx.saved_tensors
         (B, H, T, D), (BK, S) = q.shape, k.shape[:2]
-        K, shape, rules, fold = BK // B, (B, H, T, S), (causal, window, *masks), FusedAttention.fold
+        K, shape, fold = BK // B, (B, H, T, S), FusedAttention.fold
+        options = ctx.causal, ctx.window, mask, segments
         delta = (d_out * out).sum(dim=-1, keepdim=True)                          # (B, H, T, 1)
         d_q = torch.empty_like(q)
         d_k, d_v = (torch.zeros_like(x, dtype=logsumexp.dtype) for x in (k, v))
-        for rows, keys in tiles(T, S, causal, window):
+        for rows, key_tiles in tiles(T, S, ctx.causal, ctx.window):
             tile, d_tile = fold(q, K, rows), fold(d_out, K, rows)
-            highest, d_q_tile = fold(logsumexp, K, rows), torch.zeros_like(tile)
-            for columns in keys:
-                scores = FusedAttention.scores(tile, k, shape, rows, columns, rules)
-                weights = scores.sub_(highest).exp_().to(q.dtype)
+            row_lse, row_delta = fold(logsumexp, K, rows), fold(delta, K, rows)
+            d_q_tile = torch.zeros_like(tile, dtype=logsumexp.dtype)
+            for columns in key_tiles:
+                scores = FusedAttention.scores(tile, k, shape, rows, columns, options)
+                weights = scores.sub_(row_lse).exp_().to(q.dtype)
+                d_v[:, columns] += torch.bmm(weights.transpose(1, 2), d_tile)
                 d_weights = torch.bmm(d_tile, v[:, columns].transpose(1, 2))
-                used = weights
-                if dropout:
-                    drop = kept(seed, (B, H, T), rows, columns, S, q.device, dropout)
-                    drop = drop.view_as(weights).to(q.dtype)
-                    used, d_weights = weights * drop, d_weights.mul_(drop)
-                add_product(d_v[:, columns], used.transpose(1, 2), d_tile)
-                d_scores = d_weights.sub_(fold(delta, K, rows)).mul_(weights)
-                add_product(d_q_tile, d_scores, k[:, columns])
-                add_product(d_k[:, columns], d_scores.transpose(1, 2), tile)
+                d_scores = d_weights.sub_(row_delta).mul_(weights)
+                d_q_tile += torch.bmm(d_scores, k[:, columns])
+                d_k[:, columns] += torch.bmm(d_scores.transpose(1, 2), tile)
             d_q[:, :, rows] = d_q_tile.mul_(1 / math.sqrt(D)).view(B, H, -1, D)
         d_k, d_v = (x.view(B, K, S, D).to(k.dtype) for x in (d_k, d_v))
-        return d_q, d_k, d_v, None, None, None, None, None, None
-
-
-@lru_cache(maxsize=None)
-def cpu_multiplies(dtype):
-    """Whether this CPU has units for products in dtype; without them float32 is far faster."""
-    if dtype not in (torch.bfloat16, torch.float16) or not torch.backends.mkldnn.is_available():
-        return dtype in (torch.float32, torch.float64)
-    units = torch.ops.mkldnn
-    return (units._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else
-            units._is_mkldnn_fp16_supported())
+        return d_q, d_k, d_v, None, None, None, None
 
 
 def fused_attention(q, k, v, causal=True, window=0, mask=None, segments=None, dropout=0.0):
-    """plain_attention without ever storing the (T, S) scores."""
-    rules = causal, window, mask, segments
+    """plain_attention without ever storing the (T, S) scores; with dropout, torch's own."""
+    if dropout:
+        return torch_attention(q, k, v, causal, window, mask, segments, dropout)
     if q.size(2) == 1:  # a single row of scores: nothing to tile
-        return plain_attention(q, k, v, *rules, dropout)
-    if q.device.type == "cpu" and not cpu_multiplies(q.dtype):
-        return fused_attention(q.float(), k.float(), v.float(), *rules, dropout).to(q.dtype)
-    return FusedAttention.apply(q, k, v, new_seed(dropout), dropout, *rules)
+        return plain_attention(q, k, v, causal, window, mask, segments)
+    return FusedAttention.apply(q, k, v, causal, window, mask, segments)
 
 
 def torch_attention(q, k, v, causal=True, window=0, mask=None, segments=None, dropout=0.0):
-    """plain_attention by torch's own kernel: on a GPU the fastest there is without a compiler. With
-    dropout it draws other weights to drop."""
+    """plain_attention by torch's own kernel: on a GPU the fastest there is without a compiler."""
     T, S = q.size(2), k.size(2)
     simple = not (window and window < S) and mask is segments is None
     simple = simple and (not causal or T in (1, S))  # a single query is the last, and sees all
-    seen = None if simple else allowed(T, S, slice(0, T), slice(0, S), q.device, causal, window,
-                                       mask, segments)
+    allowed = None if simple else attention_mask(
+        T, S, slice(0, T), slice(0, S), q.device, causal, window, mask, segments)
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=seen, dropout_p=dropout, is_causal=simple and causal and T > 1,
+        q, k, v, attn_mask=allowed, dropout_p=dropout, is_causal=simple and causal and T > 1,
         enable_gqa=q.size(1) != k.size(1))
 
 
@@ -367,8 +328,8 @@ def torch_attention(q, k, v, causal=True, window=0, mask=None, segments=None, dr
 # The loss, twice: all logits at once, and a slice of tokens at a time.
 
 
-def cap(logits, softcap):
-    """Logits bent to stay between -softcap and softcap; 0 leaves them. arXiv:2408.00118"""
+def cap_logits(logits, softcap):
+    """Logits squeezed to stay between -softcap and softcap; 0 leaves them. arXiv:2408.00118"""
     return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
@@ -376,634 +337,186 @@ def plain_loss(x, weight, targets, softcap=0.0, smoothing=0.0, z_loss=0.0):
     """Mean cross-entropy in nats of the logits x (N, C) @ weight (V, C)^T against targets (N,),
     -1 ignored. smoothing gives all tokens a share of the target (arXiv:1512.00567), z_loss weighs
     log(sum(exp(logits)))^2 (arXiv:2204.02311)."""
-    logits = F.linear(x, weight.to(x.dtype)).to(wide(x.dtype))           # (N, V)
-    logits, wanted = cap(logits, softcap), targets != -1
+    logits = F.linear(x, weight.to(x.dtype)).to(sum_dtype(x.dtype))      # (N, V)
+    logits, valid = cap_logits(logits, softcap), targets != -1
     target = logits.gather(1, targets.clamp(min=0)[:, None]).squeeze(1)
-    total = logits.logsumexp(dim=1)
-    losses = total - (1 - smoothing) * target + z_loss * total.square()
+    logsumexp = logits.logsumexp(dim=1)
+    losses = logsumexp - (1 - smoothing) * target + z_loss * logsumexp.square()
     if smoothing:
         losses = losses - smoothing * logits.mean(dim=1)
-    return (losses * wanted).sum() / wanted.sum().clamp(min=1)
+    return (losses * valid).sum() / valid.sum().clamp(min=1)
 
 
-LOSS_TILE = 2**23  # logits that are held at once
+LOSS_TILE = 2**23  # logits that are held at once on a CPU; a GPU wants larger products
 
 
-def loss_part(x, low, targets, softcap, smoothing, z_loss, learn):
-    """x (N, C), low (V, C), targets (N,) -> (the sum of the losses, and if learn its gradient by
-    the logits (N, V), else None)"""
-    wanted, target = (targets != -1)[:, None], targets[:, None].clamp(min=0)
-    logits = cap(F.linear(x, low).to(wide(x.dtype)), softcap)            # (N, V)
+def loss_tile(x, weight, targets, softcap, smoothing, z_loss, with_gradient):
+    """x (N, C), weight (V, C), targets (N,) -> (the sum of the losses, and with_gradient that of
+    the losses by the logits (N, V), else None)"""
+    valid, target = (targets != -1)[:, None], targets[:, None].clamp(min=0)
+    logits = cap_logits(F.linear(x, weight).to(sum_dtype(x.dtype)), softcap)     # (N, V)
     losses = -(1 - smoothing) * logits.gather(1, target)
     if smoothing:
         losses -= smoothing * logits.mean(dim=1, keepdim=True)
-    slope = wanted * (1 - (logits / softcap).square()) if softcap and learn else wanted
-    highest = logits.amax(dim=1, keepdim=True)
-    powers = logits.sub_(highest).exp_()  # from here on all happens in the logits' place
-    sums = powers.sum(dim=1, keepdim=True)
-    logsumexp = sums.log() + highest
+    slope = valid * (1 - (logits / softcap).square()) if softcap and with_gradient else valid
+    row_max = logits.amax(dim=1, keepdim=True)
+    powers = logits.sub_(row_max).exp_()  # from here on all happens in the logits' place
+    row_sum = powers.sum(dim=1, keepdim=True)
+    logsumexp = row_sum.log() + row_max
     losses += logsumexp + z_loss * logsumexp.square()
-    loss = (losses * wanted).sum()
-    if not learn:
+    loss = (losses * valid).sum()
+    if not with_gradient:
         return loss, None
     # d loss / d logits = softmax(logits) - one-hot(target), which smoothing spreads
-    d_logits = powers.mul_((1 + 2 * z_loss * logsumexp) / sums)
+    d_logits = powers.mul_((1 + 2 * z_loss * logsumexp) / row_sum)
     if smoothing:
-        d_logits -= smoothing / len(low)
+        d_logits -= smoothing / len(weight)
     d_logits.scatter_add_(1, target, d_logits.new_full(target.shape, smoothing - 1))
     return loss, d_logits.mul_(slope).to(x.dtype)
 
 
+def loss_and_gradients(tile, x, weight, targets, *options, with_gradient):
+    """-> (the sum of the losses, its gradients by x and by weight, or None): `tile` makes them for
+    some tokens, then for the next."""
+    low, (N, V) = weight.to(x.dtype), (len(x), len(weight))
+    total = torch.zeros((), dtype=sum_dtype(x.dtype), device=x.device)
+    d_x, d_weight = (torch.empty_like(y) if with_gradient else None for y in (x, weight))
+    held = LOSS_TILE if x.device.type == "cpu" else 32 * LOSS_TILE
+    step = max(1, min(N, held // V))
+    for start in range(0, N, step):
+        rows = slice(start, start + step)
+        loss, d_logits = tile(x[rows], low, targets[rows], *options, with_gradient)
+        total += loss
+        if not with_gradient:
+            continue
+        torch.mm(d_logits, low, out=d_x[rows])
+        if d_weight.dtype == x.dtype:  # beta=0: what is there before the first does not count
+            d_weight.addmm_(d_logits.T, x[rows], beta=min(start, 1))
+        elif start == 0:
+            d_weight.copy_(d_logits.T @ x[rows])
+        else:
+            d_weight += d_logits.T @ x[rows]
+    return total, d_x, d_weight
+
+
 class FusedLoss(torch.autograd.Function):
-    """Logits, loss and gradients of some tokens, then of the next: (N, V) is never stored. The
-    gradients are made in forward, where the logits are; backward scales them by what comes in."""
+    """The gradients are made in forward, where the logits are; backward scales them by what comes
+    in. (N, V) is never stored."""
 
     @staticmethod
-    def compute(x, weight, targets, part, *options, learn):
-        """-> (sum of losses, its gradients by x and weight, or None unless learn)"""
-        low, (N, V) = weight.to(x.dtype), (len(x), len(weight))
-        total = torch.zeros((), dtype=wide(x.dtype), device=x.device)
-        d_x, d_weight = (torch.empty_like(y) if learn else None for y in (x, weight))
-        tile = LOSS_TILE if x.device.type == "cpu" else 32 * LOSS_TILE  # GPUs want large products
-        step = max(1, min(N, tile // V))
-        for start in range(0, N, step):
-            rows = slice(start, start + step)
-            loss, d_logits = part(x[rows], low, targets[rows], *options, learn)
-            total += loss
-            if not learn:
-                continue
-            torch.mm(d_logits, low, out=d_x[rows])
-            if d_weight.dtype == x.dtype:  # beta=0: what is there before the first does not count
-                d_weight.addmm_(d_logits.T, x[rows], beta=min(start, 1))
-            elif start == 0:
-                d_weight.copy_(d_logits.T @ x[rows])
-            else:
-                d_weight += d_logits.T @ x[rows]
-        return total, d_x, d_weight
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, *options):
-        total, *ctx.gradients = FusedLoss.compute(x, weight, targets, *options,
-                                                  learn=any(ctx.needs_input_grad))
+    def forward(ctx, x, weight, targets, softcap, smoothing, z_loss, tile=loss_tile):
         ctx.save_for_backward(x, weight, targets)
-        ctx.options, ctx.count = options, (targets != -1).sum().clamp(min=1)
+        ctx.options, ctx.tile = (softcap, smoothing, z_loss), tile
+        ctx.count = (targets != -1).sum().clamp(min=1)
+        total, *ctx.gradients = loss_and_gradients(tile, x, weight, targets, *ctx.options,
+                                                   with_gradient=any(ctx.needs_input_grad))
         return total / ctx.count
 
     @staticmethod
-    @once
+    @once_differentiable
     def backward(ctx, d_loss):
         if ctx.gradients is None:  # given away by an earlier backward
-            _, *ctx.gradients = FusedLoss.compute(*ctx.saved_tensors, *ctx.options, learn=True)
+            _, *ctx.gradients = loss_and_gradients(ctx.tile, *ctx.saved_tensors, *ctx.options,
+                                                   with_gradient=True)
         (d_x, d_weight), ctx.gradients = ctx.gradients, None
         share = d_loss / ctx.count  # not earlier: a gradient of 1 / count is too small for float16
-        return d_x.mul_(share), d_weight.mul_(share), *[None] * 5
+        return d_x.mul_(share), d_weight.mul_(share), None, None, None, None
 
 
 def fused_loss(x, weight, targets, softcap=0.0, smoothing=0.0, z_loss=0.0):
     """plain_loss without ever storing the (N, V) logits."""
-    return FusedLoss.apply(x, weight, targets, loss_part, softcap, smoothing, z_loss)
+    return FusedLoss.apply(x, weight, targets, softcap, smoothing, z_loss)
 
 
 # -----------------------------------------------------------------------------
-# Norms, twice: as formulas, and with backward by hand. LayerNorm is RMSNorm that also centers.
+# The other functions that modules compute with. chapters/kernels.py has faster twins of them.
+
+ACTIVATIONS = {
+    "gelu": partial(F.gelu, approximate="tanh"),    # arXiv:1606.08415
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),          # arXiv:2109.08668
+    "swiglu": F.silu,                               # arXiv:2002.05202
+}
 
 
-def plain_norm(x, weight, bias=None, residual=None, center=False, eps=1e-6):
-    """-> (x + residual, its norm over the last dimension (..., C)): the sum divided by the root of
-    its mean square, times weight (RMSNorm, arXiv:1910.07467); center takes the mean away first and
-    may have a bias (LayerNorm, arXiv:1607.06450)."""
-    x = x if residual is None else x + residual
-    unit = x.to(wide(x.dtype))
+def plain_linear(x, weight, bias=None):
+    """x (..., C) times weight (F, C), plus bias (F,), in x's dtype -> (..., F)."""
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def plain_norm(x, weight, bias=None, center=False, eps=1e-6):
+    """x (..., C) divided by the root of its mean square over the last dimension, times weight
+    (RMSNorm, arXiv:1910.07467); center takes the mean away first and may have a bias (LayerNorm,
+    arXiv:1607.06450)."""
+    unit = x.to(sum_dtype(x.dtype))
     if center:
         unit = unit - unit.mean(dim=-1, keepdim=True)
     unit = unit * (unit.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
     y = unit.to(x.dtype) * weight.to(x.dtype)
-    return x, y if bias is None else y + bias.to(x.dtype)
+    return y if bias is None else y + bias.to(x.dtype)
 
 
-def scales(x, eps):
-    """1 / root mean square over the last dimension of x (..., C), as (..., 1)."""
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide(x.dtype))
-    return (length.square_() / x.size(-1)).add_(eps).rsqrt_().to(x.dtype)
-
-
-def norm_backward(d_unit, unit, scale):
-    """The gradient of x, where unit = x * scale: what points along x would only lengthen it, and
-    the norm takes lengths away. d_unit (..., C) is overwritten."""
-    along = torch.linalg.vecdot(d_unit, unit).unsqueeze(-1) / unit.size(-1)      # (..., 1)
-    return d_unit.addcmul_(unit, along, value=-1).mul_(scale)
-
-
-def as_type(x, dtype):
-    """x, or None, in a dtype: asking costs a fifth of a .to() that changes nothing, and to write a
-    token takes a hundred of them."""
-    return x if x is None or x.dtype == dtype else x.to(dtype)
-
-
-class FusedRMSNorm(torch.autograd.Function):
-    """Saves the sum alone, which the residual stream holds anyway, and a number for each token."""
-
-    @staticmethod
-    def forward(ctx, x, weight, residual, eps):
-        x = x if residual is None else x + residual
-        scale = scales(x, eps)
-        ctx.save_for_backward(x, weight, scale)
-        y = (x * scale).mul_(weight.to(x.dtype))
-        return y if residual is None else (x, y)
-
-    @staticmethod
-    @once
-    def backward(ctx, *gradients):
-        x, weight, scale = ctx.saved_tensors
-        *d_sum, d_y = gradients
-        unit = x * scale
-        d_weight = (d_y * unit).flatten(0, -2).sum(dim=0, dtype=weight.dtype)
-        d_x = norm_backward(d_y * weight.to(d_y.dtype), unit, scale)
-        d_x = d_x.add_(d_sum[0]) if d_sum else d_x
-        return d_x, d_weight, d_x if d_sum else None, None
-
-
-class FusedLayerNorm(torch.autograd.Function):
-    """The same; what LayerNorm does to the sum is left to torch's own kernels."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, residual, eps):
-        x = x if residual is None else x + residual
-        low = [None if p is None else p.to(x.dtype) for p in (weight, bias)]
-        y, mean, scale = torch.native_layer_norm(x, weight.shape, *low, eps)
-        ctx.save_for_backward(x, weight, bias, mean, scale)
-        return y if residual is None else (x, y)
-
-    @staticmethod
-    @once
-    def backward(ctx, *gradients):
-        x, weight, bias, mean, scale = ctx.saved_tensors
-        *d_sum, d_y = gradients
-        low = [None if p is None else p.to(x.dtype) for p in (weight, bias)]
-        d_x, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(
-            d_y.contiguous(), x, weight.shape, mean, scale, *low, [True, True, bias is not None])
-        d_weight, d_bias = (p if p is None else p.to(weight.dtype) for p in (d_weight, d_bias))
-        d_x = d_x.add_(d_sum[0]) if d_sum else d_x
-        return d_x, d_weight, d_bias, d_x if d_sum else None, None
-
-
-def fused_norm(x, weight, bias=None, residual=None, center=False, eps=1e-6):
-    """plain_norm in fewer passes over memory, keeping less of it."""
-    if not torch.is_grad_enabled():  # nothing to keep at all
-        x = x if residual is None else x + residual
-        weight, bias = as_type(weight, x.dtype), as_type(bias, x.dtype)
-        return x, (F.layer_norm(x, weight.shape, weight, bias, eps) if center else
-                   F.rms_norm(x, weight.shape, weight, eps))
-    norm = FusedLayerNorm.apply if center else FusedRMSNorm.apply
-    inputs = (x, weight, bias, residual, eps) if center else (x, weight, residual, eps)
-    return (x, norm(*inputs)) if residual is None else norm(*inputs)
-
-
-# -----------------------------------------------------------------------------
-# Rotary positions on normalised queries and keys, twice.
+def plain_activation(x, gate, activation):
+    """The activation of x (..., F), or x times the activation of its gate (..., F) if there is one
+    -> (..., F)."""
+    return ACTIVATIONS[activation](x) if gate is None else x * ACTIVATIONS[activation](gate)
 
 
 def rotary_table(config, positions):
-    """Cosines and sines of the angles by which positions (..., T) are turned, each (..., T, D/2);
-    channel pair j turns by theta^(-2j/D) a token. arXiv:2104.09864"""
+    """Cosines and sines of the angles by which positions (..., T) rotate, each (..., T, D/2);
+    channel pair j rotates by theta^(-2j/D) a token. arXiv:2104.09864"""
     half = torch.arange(config.head_size // 2, device=positions.device, dtype=torch.float32)
     angles = positions[..., None] * config.rope_theta ** (-2 * half / config.head_size)
     return angles.cos(), angles.sin()
 
 
-def plain_rotary(x, cos, sin, weight=None, eps=1e-6):
-    """Turn each pair of channels (j, j + D/2) of x (B, T, H, D) by its position's angle, cos and
-    sin (T, D/2) or (B, T, D/2); before that RMSNorm x, if a weight (D,) is given."""
-    if weight is not None:
-        _, x = plain_norm(x, weight, eps=eps)
+def plain_rotary(x, cos, sin):
+    """Rotate each pair of channels (j, j + D/2) of x (B, T, H, D) by its position's angle, cos and
+    sin (T, D/2) or (B, T, D/2)."""
     a, b = x.chunk(2, dim=-1)
     cos, sin = (y.unsqueeze(-2).to(x.dtype) for y in (cos, sin))         # (..., T, 1, D/2)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-class FusedRotary(torch.autograd.Function):
-    """Two passes forward, and x saved alone: the norm's weight is folded into the table of angles,
-    and backward turns the gradient back by the same angles."""
-
-    @staticmethod
-    def turn(x, cos, sin, out):
-        """out = x turned; cos and sin are pairs, for the first and the second half of x."""
-        (a, b), (c, d) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
-        torch.mul(a, cos[0], out=c).addcmul_(b, sin[1], value=-1)
-        torch.mul(b, cos[1], out=d).addcmul_(a, sin[0])
-        return out
-
-    @staticmethod
-    def forward(ctx, x, cos, sin, weight, eps):
-        cos, sin = (y.unsqueeze(-2).to(x.dtype) for y in (cos, sin))     # (..., T, 1, D/2)
-        halves, unit, scale = (1, 1), x, None
-        if weight is not None:
-            scale, halves = scales(x, eps), weight.to(x.dtype).chunk(2)
-            unit = x * scale
-        ctx.save_for_backward(x, cos, sin, weight, scale)
-        table = [[y * half for half in halves] for y in (cos, sin)]
-        return FusedRotary.turn(unit, *table, torch.empty_like(x))
-
-    @staticmethod
-    @once
-    def backward(ctx, d_y):
-        x, cos, sin, weight, scale = ctx.saved_tensors
-        d_x = FusedRotary.turn(d_y, (cos, cos), (-sin, -sin), torch.empty_like(x))
-        if weight is None:
-            return d_x, None, None, None, None
-        unit = x * scale
-        d_weight = (d_x * unit).flatten(0, -2).sum(dim=0, dtype=weight.dtype)
-        d_x = norm_backward(d_x.mul_(weight.to(x.dtype)), unit, scale)
-        return d_x, None, None, d_weight, None
+def sinusoids(positions, C):
+    """Positions (..., T) as C sines and cosines of ever slower waves -> (..., T, C).
+    arXiv:1706.03762"""
+    half = torch.arange(0, C, 2, device=positions.device, dtype=torch.float32)
+    angles = positions[..., None] * 10000.0 ** (-half / C)
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)[..., :C]
 
 
-def fused_rotary(x, cos, sin, weight=None, eps=1e-6):
-    """plain_rotary in fewer passes over memory."""
-    return FusedRotary.apply(x, cos, sin, weight, eps)
+def position_ids(segments):
+    """The position of each token in its segment, a run of equal numbers in segments (B, S):
+    position_ids([[0, 0, 1, 1, 1]]) == [[0, 1, 0, 1, 2]]."""
+    index = torch.arange(segments.size(1), device=segments.device)
+    first = torch.ones_like(segments, dtype=torch.bool)
+    first[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    return index - (index * first).cummax(dim=1).values
 
 
 # -----------------------------------------------------------------------------
-# The MLP's bend and the product after it, twice. ACTIVATIONS: value, gradient by what came in.
+# Which functions a model computes with: GPT.use sets one of these rows on its modules.
 
-gelu = partial(F.gelu, approximate="tanh")
-ACTIVATIONS = {
-    "gelu": (gelu, partial(torch.ops.aten.gelu_backward, approximate="tanh")),   # arXiv:1606.08415
-    "relu": (F.relu, lambda d_y, x: d_y * (x > 0)),
-    "relu2": (lambda x: F.relu(x).square(), lambda d_y, x: 2 * d_y * F.relu(x)),  # arXiv:2109.08668
-    "swiglu": (F.silu, torch.ops.aten.silu_backward),                            # arXiv:2002.05202
-}
+PLAIN = dict(attention=plain_attention, loss=plain_loss, linear=plain_linear, norm=plain_norm,
+             rotary=plain_rotary, activate=plain_activation)
+KERNELS = {"plain": PLAIN, "fused": PLAIN | dict(attention=fused_attention, loss=fused_loss),
+           "torch": PLAIN | dict(attention=torch_attention, loss=fused_loss)}
 
 
-def linear(x, weight, bias=None):
-    """x (..., C) times weight (F, C), plus bias (F,), in x's dtype -> (..., F). To write a few rows
-    a CPU spends its time reading weights: on the left of the product they are read in order."""
-    weight, bias = as_type(weight, x.dtype), as_type(bias, x.dtype)
-    rows = x.numel() // x.size(-1)
-    if (torch.is_grad_enabled() or not 1 < rows <= 16 or x.device.type != "cpu"
-            or x.dtype != torch.float32):
-        return F.linear(x, weight, bias)
-    y = weight @ x.reshape(rows, -1).T                                   # (F, rows)
-    y = y if bias is None else y + bias[:, None]
-    return y.T.reshape(*x.shape[:-1], -1)
-
-
-def plain_bend(x, gate, weight, bias, activation):
-    """The activation of x (..., F), or x times the activation of its gate (..., F) if that is not
-    None; then the linear layer weight (C, F), bias (C,) or None -> (..., C)."""
-    bend, _ = ACTIVATIONS[activation]
-    x = bend(x) if gate is None else x * bend(gate)
-    return linear(x, weight, bias)
-
-
-class FusedBend(torch.autograd.Function):
-    """Saves what comes in alone: the bend is cheap to make again, and F is the widest there is."""
-
-    @staticmethod
-    def forward(ctx, x, gate, weight, bias, activation):
-        ctx.save_for_backward(x, gate, weight, bias)
-        ctx.activation = activation
-        return plain_bend(x, gate, weight, bias, activation)
-
-    @staticmethod
-    @once
-    def backward(ctx, d_y):
-        x, gate, weight, bias = ctx.saved_tensors
-        bend, slope = ACTIVATIONS[ctx.activation]
-        d_hidden = d_y @ weight.to(d_y.dtype)
-        bent = bend(x if gate is None else gate)
-        hidden = bent if gate is None else x * bent
-        d_weight = (d_y.flatten(0, -2).T @ hidden.flatten(0, -2)).to(weight.dtype)
-        d_bias = None if bias is None else d_y.flatten(0, -2).sum(dim=0, dtype=bias.dtype)
-        if gate is None:
-            return slope(d_hidden, x), None, d_weight, d_bias, None
-        d_gate = slope(torch.mul(d_hidden, x, out=hidden), gate)
-        return d_hidden.mul_(bent), d_gate, d_weight, d_bias, None
-
-
-def fused_bend(x, gate, weight, bias, activation):
-    """plain_bend with nothing stored between the two."""
-    bend = FusedBend.apply if torch.is_grad_enabled() else plain_bend
-    return bend(x, gate, weight, bias, activation)
-
-
-# -----------------------------------------------------------------------------
-# Norm, rotary and loss once more, in CUDA C: between torch's matrix products each number is read
-# and written about once. NVRTC, which torch brings along, compiles the kernels when first used.
-
-CUDA_NUMBERS = {  # what a tensor holds; every sum is kept in float
-    torch.float32: """
-typedef float Number;
-__device__ float widen(Number x) { return x; }
-__device__ void narrow(float x, Number& y) { y = x; }""",
-    torch.bfloat16: """
-struct Number { unsigned short bits; };  // the upper half of a float
-__device__ float widen(Number x) { return __uint_as_float((unsigned)x.bits << 16); }
-__device__ void narrow(float x, Number& y) {  // to the nearest, of two to the even one
-    unsigned bits = __float_as_uint(x);
-    y.bits = x != x ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}""",
-    torch.float16: """
-struct Number { unsigned short bits; };
-__device__ float widen(Number x) {
-    float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits)); return y;
-}
-__device__ void narrow(float x, Number& y) {
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
-}"""}
-CUDA_SOURCE = r"""
-typedef long long Int;  // offsets can exceed 2^31
-extern __shared__ float shared[];  // the first 32 belong to over()
-#define MINE(n) for (Int i = threadIdx.x; i < (n); i += blockDim.x)  // this thread's part of a row
-
-// The sum of x over the threads of the block, or the largest; all get it.
-__device__ float over_block(float x, bool largest = false) {
-    const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
-    for (int again = 1; again >= 0; again--) {
-        for (int step = 16; step; step /= 2) {
-            const float other = __shfl_xor_sync(~0u, x, step);
-            x = largest ? fmaxf(x, other) : x + other;
-        }
-        if (!again) break;
-        __syncthreads();  // all have read what the last call left
-        if (lane == 0) shared[threadIdx.x / 32] = x;
-        __syncthreads();
-        x = lane < warps ? shared[lane] : largest ? -3e38f : 0;
-    }
-    return x;
-}
-
-// x(i) turned by the angles of row n, if there are any: its partner is half a row away.
-#define ANGLES const float *cos, const float *sin, Int heads, Int positions
-template <class X> __device__ float turned(X x, Int i, Int n, Int C, int way, ANGLES) {
-    if (!cos) return x(i);
-    const Int half = C / 2, angles = (unsigned)n / (unsigned)heads % (unsigned)positions * half;
-    const Int at = angles + (i < half ? i : i - half);  // no 64-bit division: it is slow
-    return x(i) * cos[at] + way * (i < half ? -x(i + half) : x(i - half)) * sin[at];
-}
-
-// A block for each row n: sum = x + residual, y = its norm, turned. stats: its mean and scale.
-extern "C" __global__ void norm_forward(const Number* x, const Number* residual,
-        const float* weight, const float* bias, Number* sum, Number* y, float* stats, Int C,
-        Int center, float eps, ANGLES) {
-    const Int n = blockIdx.x;
-    x += n * C, residual += n * C, sum += n * C, y += n * C;
-    float total = 0, mean = 0, scale = 1;
-    MINE(C) {
-        if (sum != x) narrow(widen(x[i]) + widen(residual[i]), sum[i]);
-        total += widen(sum[i]);
-    }
-    if (center) mean = over_block(total) / C;  // not E[x^2] - E[x]^2: few digits would be left
-    if (weight) {
-        total = 0;
-        MINE(C) total += (widen(sum[i]) - mean) * (widen(sum[i]) - mean);
-        scale = rsqrtf(over_block(total) / C + eps);
-    }
-    if (threadIdx.x == 0) stats[2 * n] = mean, stats[2 * n + 1] = scale;
-    __syncthreads();  // a turn reads what other threads have summed
-    auto normed = [&](Int i) {
-        const float unit = (widen(sum[i]) - mean) * scale;
-        return (weight ? unit * weight[i] : unit) + (bias ? bias[i] : 0);
-    };
-    MINE(C) narrow(turned(normed, i, n, C, 1, cos, sin, heads, positions), y[i]);
-}
-
-// Each block goes through some rows, and sums d_weight and d_bias of them: d_params (blocks, 2, C).
-extern "C" __global__ void norm_backward(const Number* d_y, const Number* d_sum, const Number* x,
-        const float* weight, const float* stats, Number* d_x, float* d_params, Int rows, Int C,
-        Int center, ANGLES) {
-    float *d_w = shared + 32, *d_b = d_w + C;
-    MINE(C) d_w[i] = d_b[i] = 0;
-    for (Int n = blockIdx.x; n < rows; n += gridDim.x) {
-        const Int row = n * C;
-        const float mean = stats[2 * n], scale = stats[2 * n + 1];
-        auto given = [&](Int i) { return widen(d_y[row + i]); };
-        float along = 0, total = 0;
-        MINE(C) {
-            const float unit = (widen(x[row + i]) - mean) * scale;
-            const float d = turned(given, i, n, C, -1, cos, sin, heads, positions);
-            d_w[i] += d * unit, d_b[i] += d;
-            along += d * weight[i] * unit, total += d * weight[i];
-        }
-        along = over_block(along) / C;  // what would only lengthen or shift x changes nothing
-        total = center ? over_block(total) / C : 0;
-        MINE(C) {
-            const float unit = (widen(x[row + i]) - mean) * scale;
-            float d = turned(given, i, n, C, -1, cos, sin, heads, positions) * weight[i];
-            d = (d - total - unit * along) * scale;
-            narrow(d_sum ? d + widen(d_sum[row + i]) : d, d_x[row + i]);
-        }
-    }
-    MINE(C) {
-        d_params[blockIdx.x * 2 * C + i] = d_w[i];
-        d_params[blockIdx.x * 2 * C + C + i] = d_b[i];
-    }
-}
-
-// A block turns a row of V logits into the row's loss, and if learn into their gradient in place.
-__device__ float cap(float x, float softcap) { return softcap ? softcap * tanhf(x / softcap) : x; }
-extern "C" __global__ void loss(Number* logits, const Int* targets, float* losses, Int V,
-        Int stride, Int learn, float softcap, float smoothing, float z_loss) {
-    logits += blockIdx.x * stride;
-    const Int target = targets[blockIdx.x];
-    const float hit = target < 0 ? 0 : cap(widen(logits[target]), softcap);
-    float highest = -3e38f, total = 0, mean = 0;
-    MINE(V) {
-        const float logit = cap(widen(logits[i]), softcap);
-        if (logit > highest) total *= expf(highest - logit), highest = logit;
-        total += expf(logit - highest), mean += logit;
-    }
-    const float top = over_block(highest, true);
-    const float logsumexp = top + logf(over_block(total * expf(highest - top)));
-    mean = over_block(mean) / V;
-    if (threadIdx.x == 0) losses[blockIdx.x] = target < 0 ? 0 : logsumexp
-        - (1 - smoothing) * hit - smoothing * mean + z_loss * logsumexp * logsumexp;
-    if (learn) MINE(V) {
-        const float logit = cap(widen(logits[i]), softcap);
-        float d = expf(logit - logsumexp) * (1 + 2 * z_loss * logsumexp) - smoothing / V;
-        if (i == target) d -= 1 - smoothing;
-        if (softcap) d *= 1 - logit / softcap * (logit / softcap);
-        narrow(target < 0 ? 0 : d, logits[i]);
-    }
-}
-"""
-
-
-@lru_cache(maxsize=None)
-def cuda_module(device, dtype):
-    """CUDA_SOURCE compiled for a device and a dtype
-    -> run(name, grid, block, n_bytes, values, types), which launches one of its kernels."""
-    from cuda.bindings import driver, nvrtc  # torch's CUDA builds bring it along
-
-    def get(result):
-        status, *values = result
-        if status:
-            raise RuntimeError(f"cuda.bindings says {status.name}")
-        return values[0] if values else None
-
-    source = f"{CUDA_NUMBERS[dtype]}\n{CUDA_SOURCE}".encode()
-    program = get(nvrtc.nvrtcCreateProgram(source, b"model.cu", 0, [], []))
-    options = ["-arch=sm_{}{}".format(*torch.cuda.get_device_capability(device)), "-std=c++17"]
-    status, = nvrtc.nvrtcCompileProgram(program, 2, [option.encode() for option in options])
-    if status:
-        log = bytearray(get(nvrtc.nvrtcGetProgramLogSize(program)))
-        get(nvrtc.nvrtcGetProgramLog(program, log))
-        raise RuntimeError(f"{status.name} {log.decode().rstrip(chr(0))}")
-    code = bytearray(get(nvrtc.nvrtcGetCUBINSize(program)))
-    get(nvrtc.nvrtcGetCUBIN(program, code))
-    context = get(driver.cuDevicePrimaryCtxRetain(get(driver.cuDeviceGet(device.index or 0))))
-    get(driver.cuCtxSetCurrent(context))
-    module = get(driver.cuModuleLoadData(bytes(code)))
-    kernels = {name: get(driver.cuModuleGetFunction(module, name.encode()))
-               for name in ("norm_forward", "norm_backward", "loss")}
-
-    def run(name, grid, block, n_bytes, values, types):
-        with torch.cuda.device(device):
-            get(driver.cuCtxSetCurrent(context))  # the thread of backward may have none yet
-            stream = torch.cuda.current_stream().cuda_stream
-            get(driver.cuLaunchKernel(kernels[name], grid, 1, 1, block, 1, 1, n_bytes, stream,
-                                      (values, types), 0))
-    return run
-
-
-def launch(name, grid, block, *args, shared=0):
-    """Run a kernel on args, of which the first is a tensor: `grid` blocks of `block` threads, with
-    `shared` floats for each block. None becomes a null pointer."""
-    kinds = {bool: ctypes.c_longlong, int: ctypes.c_longlong, float: ctypes.c_float}
-    values = [x.data_ptr() if isinstance(x, torch.Tensor) else x or 0 for x in args]
-    types = [kinds.get(type(x), ctypes.c_void_p) for x in args]
-    if grid:
-        run = cuda_module(args[0].device, args[0].dtype)
-        run(name, grid, block, 4 * (32 + shared), tuple(values), tuple(types))
-
-
-def cuda_problem(device, dtype):
-    """Why the kernels cannot run on a device, in a line; "" if they can."""
-    if device.type != "cuda" or torch.version.cuda is None:
-        return f"they need an NVIDIA GPU, and the model is on {device}"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0) if dtype == torch.bfloat16 else capability < (7, 0):
-        return "the GPU's compute capability {}.{} is too low".format(*capability)
+def accelerator():
+    """The module chapters/kernels.py with faster twins, or None where it is not there."""
     try:
-        cuda_module(device, dtype if dtype in CUDA_NUMBERS else torch.float32)
-    except Exception as error:  # NVRTC, driver or binding missing, too old: errors of many kinds
-        return " ".join(f"{error}".split())[:200] or repr(error)
-    return ""
+        from chapters import kernels
+    except ImportError:
+        return None
+    return kernels
 
 
-def covered(x, *others):
-    """Whether the kernels take these: dense, alike, in a dtype they know, or None; rows of x that
-    fit into shared memory."""
-    return x.dtype in CUDA_NUMBERS and x.size(-1) <= 4096 and all(
-        y is None or y.is_contiguous() and (y.dtype, y.shape) == (x.dtype, x.shape)
-        for y in (x, *others))
-
-
-def threads(C):
-    """How many threads share a row of C numbers: a power of two from 32 to 512."""
-    return min(512, max(32, 1 << (C // 4).bit_length()))
-
-
-class CudaNorm(torch.autograd.Function):
-    """Norm with residual, or rotary positions with or without a norm: one kernel each way."""
-
-    @staticmethod
-    def compute(x, weight, bias, residual, center, eps, *table):
-        """-> x + residual, its norm, and mean and scale of each row"""
-        C, rows = x.size(-1), x.numel() // x.size(-1)
-        total, y = x if residual is None else torch.empty_like(x), torch.empty_like(x)
-        stats = x.new_empty(rows, 2, dtype=torch.float32)
-        weight, bias = (p if p is None else p.float() for p in (weight, bias))
-        launch("norm_forward", rows, threads(C), x, residual, weight, bias, total, y, stats, C,
-               center, eps, *table)
-        return total, y, stats
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, residual, center, eps, cos=None, sin=None):
-        ctx.table = (cos, sin, x.size(-2) if cos is not None else 1,
-                     cos.numel() // cos.size(-1) if cos is not None else 1)
-        total, y, stats = CudaNorm.compute(x, weight, bias, residual, center, eps, *ctx.table)
-        ctx.save_for_backward(total, weight, stats)
-        ctx.center, ctx.biased = center, bias is not None
-        return y if residual is None else (total, y)
-
-    @staticmethod
-    @once
-    def backward(ctx, *gradients):
-        (x, weight, stats), (cos, sin, *sizes) = ctx.saved_tensors, ctx.table
-        *d_sum, d_y = (d.contiguous() for d in gradients)
-        if weight is None:  # a turn alone: turn back
-            _, d_x, _ = CudaNorm.compute(d_y, None, None, None, False, 0.0, cos, -sin, *sizes)
-            return d_x, *[None] * 7
-        C, rows = x.size(-1), len(stats)
-        d_x, d_params = torch.empty_like(x), stats.new_empty(min(rows, 2**20 // C), 2, C)
-        launch("norm_backward", len(d_params), threads(C), d_y, *(d_sum or [None]), x,
-               weight.float(), stats, d_x, d_params, rows, C, ctx.center, *ctx.table, shared=2 * C)
-        d_weight, d_bias = d_params.sum(dim=0).to(weight.dtype)
-        return (d_x, d_weight, d_bias if ctx.biased else None, d_x if d_sum else None,
-                *[None] * 4)
-
-
-def cuda_norm(x, weight, bias=None, residual=None, center=False, eps=1e-6):
-    """fused_norm in one kernel each way."""
-    if not covered(x, residual):
-        return fused_norm(x, weight, bias, residual, center, eps)
-    y = CudaNorm.apply(x, weight, bias, residual, center, eps)
-    return (x, y) if residual is None else y
-
-
-def cuda_rotary(x, cos, sin, weight=None, eps=1e-6):
-    """fused_rotary in one kernel each way."""
-    if not covered(x):
-        return fused_rotary(x, cos, sin, weight, eps)
-    cos, sin = cos.float().contiguous(), sin.float().contiguous()
-    return CudaNorm.apply(x, weight, None, None, False, eps, cos, sin)
-
-
-def cuda_loss_part(x, low, targets, softcap, smoothing, z_loss, learn):
-    """loss_part in one kernel: the gradient takes the place of the logits."""
-    (N, V), stride = (len(x), len(low)), -(-len(low) // 8) * 8
-    logits = x.new_empty(N, stride)[:, :V]  # products are slow where rows start at odd addresses
-    torch.mm(x, low.T, out=logits)
-    losses = x.new_empty(N, dtype=torch.float32)
-    launch("loss", N, 512, logits, targets.contiguous(), losses, V, stride, learn,
-           float(softcap), float(smoothing), float(z_loss))
-    return losses.sum(), logits
-
-
-def cuda_loss(x, weight, targets, softcap=0.0, smoothing=0.0, z_loss=0.0):
-    """fused_loss with one kernel between the products."""
-    part = cuda_loss_part if x.dtype in CUDA_NUMBERS else loss_part
-    return FusedLoss.apply(x, weight, targets, part, softcap, smoothing, z_loss)
-
-
-PLAIN = SimpleNamespace(attention=plain_attention, loss=plain_loss, norm=plain_norm,
-                        rotary=plain_rotary, bend=plain_bend)
-FUSED = SimpleNamespace(attention=fused_attention, loss=fused_loss, norm=fused_norm,
-                        rotary=fused_rotary, bend=fused_bend)
-TORCH = SimpleNamespace(**vars(FUSED) | dict(attention=torch_attention))
-CUDA = SimpleNamespace(**vars(TORCH) | dict(loss=cuda_loss, norm=cuda_norm, rotary=cuda_rotary))
-KERNELS = {"plain": PLAIN, "fused": FUSED, "torch": TORCH, "cuda": CUDA}  # --kernels
-
-
-@lru_cache(maxsize=None)
-def say_once(text):
-    print(text, file=sys.stderr)
-
-
-def pick_kernels(name, device, dtype, grouped):
-    """plain | fused | torch | cuda | auto -> the row of KERNELS to use, for auto the fastest here:
-    our kernels on a GPU that runs them; else torch's attention, but our tiles where tests/benchmark
-    found them faster: on CPUs, in half precision or with heads that share keys."""
-    check_known(name, ("auto", *KERNELS), "kernels")
-    problem = cuda_problem(device, dtype) if name in ("auto", "cuda") else ""
-    if name == "cuda" and problem:
-        raise ValueError(f"kernels=cuda cannot run: {problem}; kernels=auto takes what can")
-    if name != "auto":
-        return name
-    if problem and device.type == "cuda":
-        say_once(f"no CUDA kernels of our own, torch's instead: {problem}")
-    tiles_win = device.type == "cpu" and (grouped or dtype in (torch.bfloat16, torch.float16))
-    return "cuda" if not problem else "fused" if tiles_win else "torch"
+def all_kernels(device, dtype):
+    """{name: the functions of that row} of all that can run on this device in this dtype."""
+    faster = accelerator()
+    return faster.rows(KERNELS, device, dtype) if faster else KERNELS
 
 
 # -----------------------------------------------------------------------------
@@ -1012,23 +525,33 @@ def pick_kernels(name, device, dtype, grouped):
 
 class Linear(nn.Linear):
     """A linear layer that computes in the dtype of what comes in; its weights keep their own."""
+    linear = staticmethod(plain_linear)
 
     def forward(self, x):
-        return linear(x, self.weight, self.bias)
+        return self.linear(x, self.weight, self.bias)
+
+
+class Head(Linear):
+    """The last layer: logits of x (..., C), or given targets their mean loss."""
+    loss = staticmethod(plain_loss)
+
+    def forward(self, x, targets=None, **options):
+        if targets is None:
+            return super().forward(x)
+        return self.loss(x.flatten(0, -2), self.weight, targets.flatten(), **options)
 
 
 class RMSNorm(nn.Module):
     """x / root of its mean square, times a weight, over the last dimension. arXiv:1910.07467"""
-    kernels, center, eps = PLAIN, False, 1e-6
+    norm, center, eps = staticmethod(plain_norm), False, 1e-6
 
     def __init__(self, size, bias=False):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.bias = nn.Parameter(torch.zeros(size)) if bias and self.center else None
 
-    def forward(self, x, residual=None):
-        """-> (x + residual, its norm): the stream, and what attention or MLP reads of it."""
-        return self.kernels.norm(x, self.weight, self.bias, residual, self.center, self.eps)
+    def forward(self, x):
+        return self.norm(x, self.weight, self.bias, self.center, self.eps)
 
 
 class LayerNorm(RMSNorm):
@@ -1050,7 +573,7 @@ class KVCache:
         self.length, self.source = 0, None
 
     def append(self, k, v):
-        """Remember k and v (B, K, T, D); return all keys and values so far, (B, K, S, D)."""
+        """Add k and v (B, K, T, D); return all keys and values so far, (B, K, S, D)."""
         end = self.length + k.size(2)
         if end > self.k.size(2):
             raise ValueError(f"{end} tokens do not fit into a cache of max_tokens={self.k.size(2)}")
@@ -1061,11 +584,14 @@ class KVCache:
     def choose(self, rows):
         """Go on with these rows, given by their numbers, which may repeat."""
         self.k, self.v = self.k[rows], self.v[rows]
+        if self.source is not None:
+            self.source = [x[rows] for x in self.source]
 
 
 class Attention(nn.Module):
-    """Multi-head attention; fewer key/value than query heads make it grouped (arXiv:2305.13245)."""
-    kernels = PLAIN
+    """Multi-head attention; fewer key/value than query heads make it grouped (arXiv:2305.13245).
+    With a source it is cross-attention: queries from x, keys and values from the source."""
+    attention, rotary = staticmethod(plain_attention), staticmethod(plain_rotary)
 
     def __init__(self, config):
         super().__init__()
@@ -1078,44 +604,36 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(D) if config.qk_norm else None
         self.k_norm = RMSNorm(D) if config.qk_norm else None
 
-    def heads(self, proj, x, norm=None, rotary=None):
-        """x (B, T, C) -> the queries, keys or values of all heads, (B, H or K, T, D)."""
+    def split_heads(self, x, norm=None, table=None):
+        """(B, T, H * D) -> (B, H, T, D), normalised, and rotated by the table of its positions."""
         # -1, not n_head: under tensor parallelism each process holds only some of the heads
-        x = proj(x).unflatten(-1, (-1, self.head_size))                  # (B, T, H or K, D)
-        if rotary is not None:
-            x = self.kernels.rotary(x, *rotary, None if norm is None else norm.weight)
-        elif norm is not None:
-            _, x = norm(x)
+        x = x.unflatten(-1, (-1, self.head_size))                        # (B, T, H, D)
+        x = x if norm is None else norm(x)
+        x = x if table is None else self.rotary(x, *table)
         return x.transpose(1, 2)
 
-    def forward(self, x, rotary=None, cache=None, **rules):
-        q = self.heads(self.q_proj, x, self.q_norm, rotary)              # (B, H, T, D)
-        k = self.heads(self.k_proj, x, self.k_norm, rotary)              # (B, K, T, D)
-        v = self.heads(self.v_proj, x)
-        if cache is not None:
+    def forward(self, x, source=None, table=None, cache=None, **mask_options):
+        """x (B, T, C), source (B, S, C) or None -> (B, T, C); mask_options as for attention."""
+        q = self.split_heads(self.q_proj(x), self.q_norm, table)         # (B, H, T, D)
+        if source is not None and cache is not None and cache.source is not None:
+            k, v = cache.source                                          # (B, K, S, D)
+        else:
+            read = x if source is None else source
+            k = self.split_heads(self.k_proj(read), self.k_norm, table)  # (B, K, T, D)
+            v = self.split_heads(self.v_proj(read))
+        if cache is not None and source is None:
             k, v = cache.append(k, v)                                    # (B, K, S, D)
-        return self.mix(q, k, v, **rules)
-
-    def look(self, x, source, cache=None, mask=None):
-        """Cross-attention: queries from x (B, T, C), keys and values from source (B, S, C)."""
-        q = self.heads(self.q_proj, x, self.q_norm)                      # (B, H, T, D)
-        kv = cache.source if cache is not None else None
-        if kv is None:
-            kv = self.heads(self.k_proj, source, self.k_norm), self.heads(self.v_proj, source)
-        if cache is not None:
-            cache.source = kv
-        return self.mix(q, *kv, causal=False, mask=mask)
-
-    def mix(self, q, k, v, **rules):
+        elif cache is not None:
+            cache.source = k, v
         dropout = self.dropout if self.training else 0.0
-        y = self.kernels.attention(q, k, v, dropout=dropout, **rules)    # (B, H, T, D)
+        y = self.attention(q, k, v, dropout=dropout, **mask_options)     # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).flatten(2))                 # (B, T, C)
 
 
 class MLP(nn.Module):
-    """Two linear layers with a bend between them; SwiGLU (arXiv:2002.05202) adds a gate and is
-    narrower, so that it has as many weights."""
-    kernels = PLAIN
+    """Two linear layers with an activation between them; SwiGLU (arXiv:2002.05202) adds a gate and
+    is narrower, so that it has as many weights."""
+    activate = staticmethod(plain_activation)
 
     def __init__(self, config):
         super().__init__()
@@ -1128,15 +646,14 @@ class MLP(nn.Module):
 
     def forward(self, x):
         gate = None if self.gate_proj is None else self.gate_proj(x)
-        down = self.down_proj
-        return self.kernels.bend(self.up_proj(x), gate, down.weight, down.bias, self.activation)
+        return self.down_proj(self.activate(self.up_proj(x), gate, self.activation))
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each added to the stream; a decoder with an encoder looks at the source
-    in between. The norms come before (arXiv:2002.04745), or after as in the original."""
+    """Attention, then MLP, each added to the stream; a decoder with an encoder attends to the
+    source in between. The norms come before (arXiv:2002.04745), or after as in the original."""
 
-    def __init__(self, config, cross):
+    def __init__(self, config, cross=False):
         super().__init__()
         norm = partial(NORMS[config.norm], config.n_embd, bias=config.bias)
         self.norm_first = config.norm_first
@@ -1145,20 +662,22 @@ class Block(nn.Module):
         self.mlp_norm, self.mlp = norm(), MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, rotary=None, cache=None, memory=None, **rules):
-        steps = [(self.attn_norm, lambda x: self.attn(x, rotary, cache, **rules))]
+    def forward(self, x, table=None, cache=None, memory=None, **mask_options):
+        """x (B, T, C) -> (B, T, C); memory is (source, its mask), where there is an encoder."""
+        attend = partial(self.attn, table=table, cache=cache, **mask_options)
         if self.cross is not None:
             source, mask = memory
-            steps.append((self.cross_norm, lambda x: self.cross.look(x, source, cache, mask)))
-        steps.append((self.mlp_norm, self.mlp))
-        y = None  # what is still to be added to the stream x
-        for norm, part in steps:
-            if self.norm_first:
-                x, seen = norm(x, y)
-                y = self.dropout(part(seen))
-            else:
-                _, x = norm(x, self.dropout(part(x)))
-        return x if y is None else x + y
+            attend_to_source = partial(self.cross, source=source, cache=cache, causal=False,
+                                       mask=mask)
+        if self.norm_first:
+            x = x + self.dropout(attend(self.attn_norm(x)))
+            if self.cross is not None:
+                x = x + self.dropout(attend_to_source(self.cross_norm(x)))
+            return x + self.dropout(self.mlp(self.mlp_norm(x)))
+        x = self.attn_norm(x + self.dropout(attend(x)))
+        if self.cross is not None:
+            x = self.cross_norm(x + self.dropout(attend_to_source(x)))
+        return self.mlp_norm(x + self.dropout(self.mlp(x)))
 
 
 # -----------------------------------------------------------------------------
@@ -1167,28 +686,11 @@ class Block(nn.Module):
 
 def check_ids(ids, size, lowest=0, what="token id", limit="vocab_size"):
     """Raise ValueError unless all ids are from lowest to size - 1: a GPU would stop the whole
-    program. They are looked at on the CPU, where they come from; a GPU would be made to wait."""
+    program. They are checked on the CPU, where they come from; a GPU would be made to wait."""
     wrong = ids[(ids < lowest) | (ids >= size)] if ids.device.type == "cpu" else ()
     if len(wrong):
         raise ValueError(f"{what} {wrong[0].item()} is not from {lowest} to {size - 1}: "
                          f"{limit}={size}")
-
-
-def places(segments):
-    """The position of each token in its segment, a run of equal numbers in segments (B, S):
-    places([[0, 0, 1, 1, 1]]) == [[0, 1, 0, 1, 2]]."""
-    index = torch.arange(segments.size(1), device=segments.device)
-    first = torch.ones_like(segments, dtype=torch.bool)
-    first[:, 1:] = segments[:, 1:] != segments[:, :-1]
-    return index - (index * first).cummax(dim=1).values
-
-
-def sinusoids(positions, C):
-    """Positions (..., T) as C sines and cosines of ever slower waves -> (..., T, C).
-    arXiv:1706.03762"""
-    half = torch.arange(0, C, 2, device=positions.device, dtype=torch.float32)
-    angles = positions[..., None] * 10000.0 ** (-half / C)
-    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)[..., :C]
 
 
 class Transformer(nn.Module):
@@ -1201,9 +703,8 @@ class Transformer(nn.Module):
         learned = config.position == "learned"
         self.wpe = nn.Embedding(config.block_size, config.n_embd) if learned else None
         self.dropout = nn.Dropout(config.dropout)
-        self.causal = config.causal and not encoder
-        n_layer, cross = (config.n_encoder_layer if encoder else config.n_layer,
-                          config.cross and not encoder)
+        self.causal, cross = config.causal and not encoder, config.cross and not encoder
+        n_layer = config.n_encoder_layer if encoder else config.n_layer
         self.blocks = nn.ModuleList(Block(config, cross) for _ in range(n_layer))
         norm = NORMS[config.norm](config.n_embd, bias=config.bias)
         self.final_norm = norm if config.norm_first else None  # else the last block ends with one
@@ -1222,22 +723,22 @@ class Transformer(nn.Module):
         if start + T > c.block_size:
             raise ValueError(f"{start + T} tokens exceed block_size={c.block_size}")
         check_ids(ids, c.vocab_size)
-        rules, positions = dict(causal=self.causal, window=c.window), None
         if segments is None:
             positions = torch.arange(start, start + T, device=ids.device)
         elif segments.shape != (len(ids), start + T):
             raise ValueError(f"segments of shape {tuple(segments.shape)} must be "
                              f"{(len(ids), start + T)}: a number for each token, cached ones too")
         else:
-            rules["segments"], positions = segments, places(segments)[:, start:]
-        x, rotary = self.embed(ids, positions)
+            positions = position_ids(segments)[:, start:]
+        x, table = self.embed(ids, positions)
         x = self.dropout(x if dtype is None else x.to(dtype))            # (B, T, C)
+        mask_options = dict(causal=self.causal, window=c.window, segments=segments)
         for i, block in enumerate(self.blocks):
             if self.recompute and self.training:
-                x = checkpoint(block, x, rotary, None, memory, use_reentrant=False, **rules)
+                x = checkpoint(block, x, table, None, memory, use_reentrant=False, **mask_options)
             else:
-                x = block(x, rotary, cache[i] if cache else None, memory, **rules)
-        return x if self.final_norm is None else self.final_norm(x)[1]
+                x = block(x, table, cache[i] if cache else None, memory, **mask_options)
+        return x if self.final_norm is None else self.final_norm(x)
 
 
 class GPT(nn.Module):
@@ -1246,13 +747,13 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.trial = config, {}
         self.transformer = Transformer(config)
         self.encoder = Transformer(config, encoder=True) if config.cross else None
-        self.lm_head = Linear(config.n_embd, config.n_classes or config.vocab_size, bias=False)
+        self.lm_head = Head(config.n_embd, config.n_classes or config.vocab_size, bias=False)
         self.tie()
         self.initialize()
-        self.use()
+        self.use("torch")
 
     def tie(self):
         """Let the head and the encoder share the embedding's matrix. arXiv:1608.05859"""
@@ -1274,19 +775,49 @@ class GPT(nn.Module):
                 if getattr(module, "bias", None) is not None:
                     nn.init.zeros_(module.bias)
 
-    def use(self, kernels="auto", dtype=None, recompute=False):
-        """Choose the kernels (a row of KERNELS, or auto) and the dtype to compute in (None: the
-        weights' own); recompute makes what is in a block again in backward instead of keeping it:
-        far less memory, a third more work (arXiv:1604.06174). None of it is part of the model.
-        -> the name of the row."""
-        kernels = pick_kernels(kernels, self.device, dtype or self.lm_head.weight.dtype,
-                               grouped=self.config.n_kv_head < self.config.n_head)
-        for module in self.modules():
-            module.kernels = KERNELS[kernels]
-            if isinstance(module, Transformer):
-                module.recompute = recompute
+    def use(self, kernels="auto", dtype=None, recompute=False, batch_size=1):
+        """Choose the functions to compute with (plain | fused | torch | cuda, or auto: whichever is
+        the fastest at this batch size), and the dtype to compute in (None: the weights' own);
+        recompute is activation checkpointing: what is in a block is made again in backward instead
+        of being kept, far less memory, a third more work (arXiv:1604.06174). None of it is part of
+        the model. -> the name of the row; auto leaves {name: seconds} of its trial in self.trial."""
+        check_known(kernels, ("auto", "cuda", *KERNELS), "kernels")
+        rows = all_kernels(self.device, dtype or self.lm_head.weight.dtype)
+        if kernels not in ("auto", *rows):
+            raise ValueError("kernels=cuda needs an NVIDIA GPU, on which NVRTC works, and "
+                             "chapters/kernels.py: kernels=auto takes what can run")
         self.dtype = dtype
+        self.trial = {name: self.time_of(rows[name], batch_size)
+                      for name in rows if kernels == "auto" and name != "plain"}
+        kernels = min(self.trial, key=self.trial.get) if self.trial else kernels
+        self.set_functions(rows[kernels])
+        for stack in filter(None, (self.transformer, self.encoder)):
+            stack.recompute = recompute
         return kernels
+
+    def set_functions(self, functions):
+        for module in self.modules():
+            for name, function in functions.items():
+                if hasattr(type(module), name):
+                    setattr(module, name, function)
+
+    def time_of(self, functions, batch_size, seconds=0.3):
+        """Seconds that a block takes, forward and backward, on batch_size whole sequences."""
+        self.set_functions(functions)
+        block, c = self.transformer.blocks[0], self.config
+        shape, times = (batch_size, c.block_size, c.n_embd), []
+        x = torch.randn(shape, device=self.device, dtype=self.dtype or self.lm_head.weight.dtype,
+                        generator=torch.Generator(self.device).manual_seed(0)).requires_grad_()
+        table = rotary_table(c, torch.arange(c.block_size, device=self.device))
+        begin = time.perf_counter()
+        while len(times) < 2 or time.perf_counter() - begin < seconds:
+            start = time.perf_counter()
+            y = block(x, table if c.position == "rope" else None, causal=self.transformer.causal,
+                      memory=(x.detach(), None), window=c.window)
+            grads = torch.autograd.grad(y.sum(), [x, *block.parameters()])
+            grads[0].flatten()[0].item()  # a GPU has then finished
+            times.append(time.perf_counter() - start)
+        return min(times)
 
     @property
     def device(self):
@@ -1308,24 +839,20 @@ class GPT(nn.Module):
         a row, cached tokens included: tokens see and count only their own, and 0 is padding."""
         c = self.config
         if c.cross and memory is None:
-            raise ValueError("this model looks at a source: give memory=model.encode(source)")
+            raise ValueError("this model reads a source: give memory=model.encode(source)")
         x = self.transformer(ids, cache, self.dtype, memory, segments)   # (B, T, C)
         if c.n_classes:
-            return self.judge(x, targets, segments)
+            return self.classify(x, targets, segments)
         if targets is not None:
             check_ids(targets, c.vocab_size, lowest=-1)
-            extras = (c.label_smoothing, c.z_loss) if self.training else ()
-            return None, self.kernels.loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten(),
-                                           c.softcap, *extras)
-        return cap(self.lm_head(x[:, -1:] if last_only else x), c.softcap), None
+            extras = dict(smoothing=c.label_smoothing, z_loss=c.z_loss) if self.training else {}
+            return None, self.lm_head(x, targets, softcap=c.softcap, **extras)
+        return cap_logits(self.lm_head(x[:, -1:] if last_only else x), c.softcap), None
 
-    def judge(self, x, targets, segments):
+    def classify(self, x, targets, segments):
         """A class or a number from the mean over a text's tokens."""
-        if segments is not None:
-            text = (segments > 0).unsqueeze(-1)
-            mean = (x * text).sum(dim=1) / text.sum(dim=1).clamp(min=1)  # (B, C)
-        else:
-            mean = x.mean(dim=1)
+        weights = torch.ones_like(x[..., :1]) if segments is None else segments.unsqueeze(-1) > 0
+        mean = (x * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)        # (B, C)
         logits = self.lm_head(mean).float()                              # (B, n_classes)
         if targets is None:
             return logits, None
@@ -1334,21 +861,12 @@ class GPT(nn.Module):
         check_ids(targets, self.config.n_classes, what="class", limit="n_classes")
         return None, F.cross_entropy(logits, targets)
 
-    def is_sound(self):
-        """Whether all weights are finite: others are worth neither a checkpoint nor a look."""
+    def is_finite(self):
+        """Whether all weights are finite: others are worth neither a checkpoint nor a sample."""
         return all(p.isfinite().all() for p in self.parameters())
 
     def n_parameters(self):
         return sum(p.numel() for p in self.parameters())
-
-    def parameters_by_part(self):
-        """How many parameters each part has, {"embedding": ..., "mlp": ...}; shared ones
-        count once, as embedding."""
-        parts = {}
-        for name, weight in self.named_parameters():
-            part = next(part for word, part in PARTS.items() if word in name)
-            parts[part] = parts.get(part, 0) + weight.numel()
-        return parts
 
     def flops_per_token(self, T=None):
         """Of forward and backward, in sequences of T tokens, and a source as long: 6 for each
@@ -1365,317 +883,142 @@ class GPT(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# What training holds in memory, in bytes.
+# Files of tensors, in the safetensors format: 8 bytes of length, that much JSON with each tensor's
+# dtype, shape and place and with strings of our own, then the tensors' bytes. No code is in it.
 
-PARTS = {  # of a model, by a word in a weight's name
-    "norm": "norms", "wte": "embedding", "wpe": "positions", "attn": "attention",
-    "cross": "cross-attention", "mlp": "mlp", "lm_head": "head"}
-
-
-def saved_by_block(block, c, dtype, device):
-    """Bytes that a block keeps of each token from forward to backward: the stream and its norm
-    before each part, queries and keys before and after they are turned, values, what attention
-    makes of them, and what the MLP bends. Plain kernels keep the steps in between, scores too."""
-    C, K, F = c.n_embd, c.n_kv_head * c.head_size, block.mlp.up_proj.out_features
-    kernels, drops, width = block.kernels, c.dropout > 0, dtype.itemsize
-    n_looks, rope, scores = 1 + (block.cross is not None), c.position == "rope", c.n_head * 4
-    stream, heads = 2 * C * width, (2 * C + 2 * K) * width
-    turns, bent = n_looks if c.qk_norm else rope, 1 + (c.activation == "swiglu")
-    if kernels is PLAIN:
-        stream, heads, turns = stream + 4 * C, 4 * C * width, rope + 2 * n_looks * c.qk_norm
-        scores = width * (2 if c.causal or drops else 1) + 4 * drops
-        scores *= c.n_head * c.block_size
-        bent = {"relu": 1, "swiglu": 4}.get(c.activation, 2)
-    elif kernels is TORCH and drops and device == "cpu":  # where torch has no fused dropout
-        scores = 12 * c.n_head * c.block_size
-    elif kernels is FUSED and device == "cpu" and not cpu_multiplies(dtype):  # done in float32
-        heads = (2 * C + 2 * K) * 4 + C * width
-    return ((n_looks + 1) * (stream + drops * C * width) + n_looks * (heads + scores)
-            + turns * (C + K) * width + bent * F * width)
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+          "U8": torch.uint8, "BOOL": torch.bool}
+VERSION = "3"  # of what our checkpoints hold; another version is refused by name
 
 
-def logits_memory(c, kernels, dtype, tokens, device):
-    """Bytes of the logits and their gradients that the loss holds at once; of two tiles at most."""
-    logits, tile = tokens * c.vocab_size, LOSS_TILE * (1 if device == "cpu" else 32)
-    if kernels is PLAIN:
-        return 16 * logits
-    if kernels is CUDA or dtype == torch.float32:
-        return dtype.itemsize * min(logits, 2 * tile)
-    return (4 + dtype.itemsize) * min(logits, tile)
+def as_bytes(tensor):
+    """The bytes of a dense tensor in main memory, shared with it."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
-def optimizer_memory(model, optimizer):
-    """-> (bytes that muon or adamw keeps from step to step, bytes that a step takes beside)."""
-    kept = 8 * model.n_parameters()  # the means of gradients and of their squares
-    if optimizer == "adamw":
-        return kept, 0
-    alike = {}  # Muon keeps one number a weight of a matrix, and works on all of a shape at once
-    for name, w in model.named_parameters():
-        if "blocks." in name and w.dim() == 2:
-            alike[w.shape] = alike.get(w.shape, 0) + 4 * w.numel()
-    step = max(2 * n + 5 * n * min(shape) // max(shape) for shape, n in alike.items())
-    return kept - sum(alike.values()), step
+def write_safetensors(file, tensors, metadata):
+    """Write {name: tensor} and {name: string} to an open binary file, with the SHA-256 of the
+    tensors' bytes as one more string; tokenizer.replacing(path) opens one that appears complete."""
+    tensors = {name: w.detach().cpu().contiguous() for name, w in tensors.items()}
+    checksum, header, end = hashlib.sha256(), {}, 0
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    for name, w in tensors.items():
+        checksum.update(as_bytes(w))
+        header[name] = dict(dtype=names[w.dtype], shape=list(w.shape),
+                            data_offsets=[end, end + w.nbytes])
+        end += w.nbytes
+    header["__metadata__"] = metadata | dict(sha256=checksum.hexdigest())
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that numbers start at even addresses
+    file.write(len(text).to_bytes(8, "little") + text)
+    for w in tensors.values():
+        file.write(as_bytes(w))
 
 
-def training_memory(model, batch_size, optimizer="muon", device=None):
-    """{part: bytes} of all tensors at the fullest moment of a training step on batch_size whole
-    sequences, with the model's kernels, dtype and recompute, and muon or adamw. The model may be
-    on the meta device, where no size costs anything: device is then the one it is planned for."""
-    c, dtype, recompute = model.config, model.dtype or torch.float32, model.transformer.recompute
-    device, tokens, width = device or model.device.type, batch_size * c.block_size, dtype.itemsize
-    blocks = [module for module in model.modules() if isinstance(module, Block)]
-    stream, hidden = tokens * c.n_embd * width, tokens * blocks[0].mlp.up_proj.out_features * width
-    saved = tokens * saved_by_block(blocks[0], c, dtype, device)
-    if width < 4:  # products keep the weights they computed with
-        saved += width * sum(w.numel() for w in blocks[0].parameters() if w.dim() == 2)
-    activations = len(blocks) * (stream if recompute else saved) + 2 * stream
-    loss = stream + logits_memory(c, model.kernels, dtype, tokens, device)
-    backward = 3 * hidden + 2 * stream + recompute * saved
-    if model.kernels is PLAIN:
-        backward += 3 * tokens * c.n_head * c.block_size * width - 3 * hidden
-
-    weights, head = 4 * model.n_parameters(), 4 * model.lm_head.weight.numel()
-    kept, step = optimizer_memory(model, optimizer)
-    moments = [  # the end of forward, the first block's backward, the optimizer's step
-        dict(gradients=head, activations=activations, loss=loss),
-        dict(gradients=head, activations=activations, loss=stream, backward=backward),
-        dict(gradients=weights, update=max(step, head * c.tied))]
-    fullest = max(moments, key=lambda parts: sum(parts.values()))
-    return dict(weights=weights, optimizer=kept) | fullest
-
-
-def free_memory(device="cpu"):
-    """Bytes that new tensors can take: of a GPU, or of this machine and the container it may be;
-    all of it where the system does not tell what is in use; None where it tells nothing."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if sys.platform == "win32":
-        status = (ctypes.c_ulonglong * 8)(64)  # its own size first, then: all memory, what is free
-        ctypes.windll.kernel32.GlobalMemoryStatusEx(status)
-        return status[2]
+def read_header(path):
+    """-> ([(name, dtype, shape)] in the order of their bytes, {name: string}) of a safetensors
+    file, from its beginning alone. ValueError for another or a damaged one."""
     try:
-        if sys.platform != "linux":
-            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvail"))
-        group = Path("/sys/fs/cgroup")
-        limit = group / "memory.max"
-        if limit.exists() and (most := limit.read_text().strip()) != "max":
-            free = min(free, int(most) - int((group / "memory.current").read_text()))
-        return free
-    except (OSError, ValueError, StopIteration):
-        return None
-
-
-# -----------------------------------------------------------------------------
-# Checkpoints: one dict of plain values and tensors, written whole or not at all.
-
-
-def pack(model, **state):
-    """What a checkpoint holds: the model, and any further plain values or tensors, as one dict."""
-    weights = {name: w.detach() for name, w in model.named_parameters()}  # shared ones once
-    return state | {"format": FORMAT, "config": asdict(model.config), "model": weights}
-
-
-def save_model(model, file, **state):
-    """Write the model and more to a path or an open binary file, which tokenizer.replacing(path)
-    lets appear complete or not at all."""
-    torch.save(pack(model, **state), file)
-
-
-def differences(wanted, found):
-    """How the shapes of two dicts of tensors differ, in words: "" if they do not."""
-    lines = [f"{name} is {tuple(found[name].shape)}, not {tuple(wanted[name].shape)}"
-             for name in wanted if name in found and found[name].shape != wanted[name].shape]
-    lines += [f"{name} is missing" for name in wanted if name not in found]
-    lines += [f"{name} is unknown" for name in found if name not in wanted]
-    more = f" and {len(lines) - 6} more" if len(lines) > 6 else ""
-    return "; ".join(lines[:6]) + more
-
-
-# What a file of weights may name; torch.load itself knows more, and some of that takes all memory.
-LOADABLE = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2",
-            "torch._utils _rebuild_parameter",
-            *(f"torch {kind}Storage" for kind in "Double Float Half BFloat16 Long Int Short Char "
-              "Byte Bool".split())}
-MOST_VALUES, DEEPEST = 10**6, 20  # in a file's dicts and lists
-
-
-def values_in(state):
-    """Yield all values in dicts, lists and tuples; ValueError where they are too many or too deep,
-    as they also are in a list that holds itself."""
-    waiting, n = [(state, 0)], 0
-    while waiting:
-        value, depth = waiting.pop()
-        n += 1
-        if n > MOST_VALUES or depth > DEEPEST:
-            raise ValueError(f"more than {MOST_VALUES:,} values, or deeper than {DEEPEST}")
-        if isinstance(value, (dict, list, tuple)):
-            parts = [*value, *value.values()] if isinstance(value, dict) else value
-            waiting += [(part, depth + 1) for part in parts]
-        yield value
-
-
-def load_plain(path, device="cpu"):
-    """What torch.save(..., path) wrote: plain values and tensors. No code runs, a small file takes
-    little memory, and it raises OSError and ValueError alone."""
-    try:
-        size = os.path.getsize(path)
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-            if (any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
-                    or sum(entry.file_size for entry in entries) > size):
-                raise ValueError("its parts are compressed")
-            for entry in entries:
-                if entry.filename.endswith("data.pkl"):
-                    check_pickle(archive.read(entry))
-        state = torch.load(path, map_location=device, weights_only=True)
-        tensors = [value for value in values_in(state) if torch.is_tensor(value)]
-        if not all(w.is_contiguous() for w in tensors) or sum(w.nbytes for w in tensors) > 2 * size:
-            raise ValueError("it does not hold all numbers of its tensors")  # a head may share its
-        return state
-    except OSError:
-        raise
-    except Exception as error:  # a damaged file can make torch and its unpickler raise anything
-        raise ValueError(f"{path} is damaged or not a checkpoint ({first_line(error):.80})"
-                         ) from error
-
-
-def check_pickle(data):
-    """ValueError if a pickle names what is not LOADABLE: nothing of it is run for that."""
-    for code, value, _ in pickletools.genops(data):
-        if code.name in ("GLOBAL", "INST", "STACK_GLOBAL") and value not in LOADABLE:
-            raise ValueError(f"it names {value!r:.40}")
-
-
-def first_line(error):
-    return (str(error).splitlines() or [repr(error)])[0]
-
-
-def with_weights(config, weights, path):
-    """A model of that shape with these weights; ValueError with the list where they do not fit."""
-    for name, w in weights.items():
-        if not (torch.is_tensor(w) and w.is_floating_point()
-                and re.fullmatch(r"[\w.]{1,199}", str(name))):
-            raise ValueError(f"{path}: {name!r:.80} is no weight, a tensor of floats with a name")
-    if config.n_layer + config.n_encoder_layer > len(weights):  # each would take time and memory
-        raise ValueError(f"{path} does not hold the weights of its config: n_layer={config.n_layer}"
-                         f" with {len(weights)} weights")
-    try:
-        with torch.device("meta"):  # no memory, no random numbers: the weights are replaced at once
-            model = GPT(config)
-    except RuntimeError as error:  # more numbers than can be counted
-        raise ValueError(f"{path} does not hold the weights of its config: {first_line(error):.80}"
+        with open(path, "rb") as file:
+            size, length = os.path.getsize(path) - 8, int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(length, size)))
+        metadata, end, rows = dict(header.pop("__metadata__", {})), 0, []
+        for name, row in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            dtype, shape = DTYPES[row["dtype"]], row["shape"]
+            begin, end = end, end + math.prod(shape) * dtype.itemsize
+            if row["data_offsets"] != [begin, end] or not (
+                    len(shape) < 9 and all(type(n) is int and n >= 0 for n in shape)):
+                raise ValueError(f"{name} has another place than its shape wants")
+            rows.append((name, dtype, shape))
+        if end != size - length:
+            raise ValueError(f"{size - length:,} bytes of tensors, where {end:,} should be")
+        return rows, metadata
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged or not in the safetensors format ({error!r:.99})"
                          ) from None
-    wrong = differences(dict(model.named_parameters()), weights)
-    if wrong:
-        raise ValueError(f"{path} does not hold the weights of its config: {wrong}")
-    weights = {name: w.detach() for name, w in weights.items()}
-    model.load_state_dict(weights, strict=False, assign=True)
-    model.tie()
-    model.use()
-    return model
-
-
-def load_model(path, device="cpu"):
-    """-> (model on device, the whole dict that was saved). ValueError if damaged or foreign."""
-    state = load_plain(path, device)
-    found = state.get("format") if isinstance(state, dict) else None
-    if not isinstance(found, str):
-        raise ValueError(f"{path} is damaged or not a checkpoint of this program")
-    if found != FORMAT:
-        raise ValueError(f"{path} has format {found!r:.40}, this program reads {FORMAT!r}")
-    known = {f.name for f in fields(GPTConfig)}
-    try:
-        config = GPTConfig(**{name: v for name, v in state["config"].items() if name in known})
-        weights = dict(state["model"])
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged: its config makes no model ({error!r:.200})"
-                         ) from None
-    return with_weights(config, weights, path), state
-
-
-# -----------------------------------------------------------------------------
-# GPT-2's weights from Hugging Face's files.
-
-SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
-               "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
-               "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
-HF_NAMES = {"ln_1": "attn_norm", "attn.c_proj": "attn.o_proj", "ln_2": "mlp_norm",
-            "mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj"}
 
 
 def read_safetensors(path):
-    """{name: tensor} of a .safetensors file: 8 bytes of length, that much JSON with each tensor's
-    dtype, shape and place, then the tensors' bytes. ValueError for a file that is not that."""
+    """{name: tensor} of a safetensors file. ValueError for another or a damaged file, which the
+    checksum tells that write_safetensors left in it."""
+    rows, metadata = read_header(path)
+    tensors, checksum = {}, hashlib.sha256()
     with open(path, "rb") as file:
-        data = bytearray(file.read())
-    start = 8 + int.from_bytes(data[:8], "little")
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        for name, dtype, shape in rows:
+            tensors[name] = torch.empty(shape, dtype=dtype)
+            if tensors[name].numel():
+                file.readinto(as_bytes(tensors[name]))
+                checksum.update(as_bytes(tensors[name]))
+    if metadata.get("sha256", checksum.hexdigest()) != checksum.hexdigest():
+        raise ValueError(f"{path} is damaged: its checksum is not that of its tensors")
+    return tensors
+
+
+# -----------------------------------------------------------------------------
+# Checkpoints: the weights, what training needs besides, and in words config and progress.
+
+
+def save_model(model, file, tensors=None, **progress):
+    """Write a model, further {name: tensor} and plain values to a path or an open binary file."""
+    if not hasattr(file, "write"):
+        with open(file, "wb") as opened:
+            return save_model(model, opened, tensors, **progress)
+    metadata = dict(format="pt", version=VERSION, config=json.dumps(asdict(model.config)),
+                    progress=json.dumps(progress))
+    weights = dict(model.named_parameters())  # shared ones once
+    write_safetensors(file, weights | (tensors or {}), metadata)
+
+
+def read_progress(path):
+    """The plain values that save_model wrote, from the beginning of the file alone."""
+    if Path(path).suffix == ".pt":
+        raise ValueError(f"{path} was written by an older version of this program, whose files "
+                         "are not read any more: train again")
+    _, metadata = read_header(path)
+    if metadata.get("version") != VERSION:
+        raise ValueError(f"{path} is no checkpoint of this program: it has version "
+                         f"{metadata.get('version')!r:.20}, and {VERSION!r} is read")
     try:
-        header = json.loads(data[8:start])
-        header.pop("__metadata__", None)
-        tensors, total = {}, 0
-        for name, row in header.items():
-            dtype, shape = SAFETENSORS[row["dtype"]], row["shape"]
-            begin, end = row["data_offsets"]
-            if not (len(shape) < 9 and all(isinstance(n, int) and n >= 0 for n in [begin, *shape])):
-                raise ValueError(f"{name} has a shape or a place that is none")
-            size = math.prod(shape) * dtype.itemsize
-            total += size
-            if not (begin <= end <= len(data) - start and end - begin == size):
-                raise ValueError(f"{name} lies outside the file")
-            tensor = torch.empty(0, dtype=dtype) if size == 0 else torch.frombuffer(
-                data, dtype=dtype, count=math.prod(shape), offset=start + begin)
-            tensors[name] = tensor.reshape(shape)
-        if total != len(data) - start:  # tensors that share bytes, or are named twice
-            raise ValueError("its bytes are not those of its tensors, one after the other")
-        return tensors
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"{path} is damaged or not in the safetensors format ({error!r:.80})"
+        return dict(json.loads(metadata["progress"]), config=json.loads(metadata["config"]))
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: its metadata cannot be read ({error!r:.80})"
                          ) from None
 
 
-def load_gpt2(folder):
-    """The GPT in a folder with Hugging Face's config.json and model.safetensors or
-    pytorch_model.bin, of any of GPT-2's sizes. Its vocabulary: Tokenizer.from_gpt2."""
-    folder = Path(folder)
+def from_weights(config, weights, path):
+    """The model of that shape with these {name: tensor}; ValueError with the list of what does not
+    fit. path is the file that they come from."""
+    if config.n_layer + config.n_encoder_layer > len(weights):  # each would take time and memory
+        raise ValueError(f"{path} does not hold the weights of its config: n_layer="
+                         f"{config.n_layer} with {len(weights)} weights")
+    with torch.device("meta"):  # no memory, no random numbers: the weights are replaced at once
+        model = GPT(config)
+    expected, found = ({name: tuple(w.shape) for name, w in tensors} for tensors in (
+        model.named_parameters(), weights.items()))
+    wrong = [f"{name} is {found.get(name, 'missing')}, not {expected.get(name, 'expected')}"
+             for name in expected | found if expected.get(name) != found.get(name)]
+    wrong += [f"{name} is {w.dtype}" for name, w in weights.items() if not w.is_floating_point()]
+    if wrong:
+        more = f" and {len(wrong) - 6} more" if len(wrong) > 6 else ""
+        raise ValueError(f"{path} does not hold the weights of its config: "
+                         f"{'; '.join(wrong[:6])}{more}")
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.tie()
+    return model.requires_grad_()
+
+
+def load_model(path, device="cpu"):
+    """-> (the model, {"tensors": what is not a weight, and each value of the progress}).
+    ValueError for a damaged or foreign file."""
+    progress = read_progress(path)
     try:
-        c = json.loads((folder / "config.json").read_bytes())
-        config = GPTConfig("gpt2", c["vocab_size"], c.get("n_positions", c.get("n_ctx")),
-                           c["n_layer"], c["n_head"], n_embd=c["n_embd"])
-        if c.get("activation_function", "gelu_new") != "gelu_new" or c.get("n_inner"):
-            raise ValueError("only GPT-2's own activation gelu_new and n_inner null are known")
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{folder}/config.json is not GPT-2's ({error!r:.200})") from None
-    safe = folder / "model.safetensors"
-    if safe.exists():
-        found = read_safetensors(safe)
-    else:
-        safe = folder / "pytorch_model.bin"
-        found = load_plain(safe)
-    try:
-        return with_weights(config, gpt2_weights(found), safe)
-    except (AttributeError, TypeError, RuntimeError, IndexError) as error:
-        raise ValueError(f"{safe} holds other things than GPT-2's weights ({error!r:.80})"
+        config = GPTConfig(**progress.pop("config"))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: its config makes no model ({error!s:.200})"
                          ) from None
-
-
-def gpt2_weights(found):
-    """Hugging Face's names and tensors of GPT-2 -> ours."""
-    weights = {}
-    for name, w in found.items():
-        name = name.removeprefix("transformer.")
-        if name.endswith((".attn.bias", ".attn.masked_bias")) or name == "lm_head.weight":
-            continue  # old files carry the causal mask; the head is the embedding
-        name = name.replace("h.", "blocks.", 1) if name.startswith("h.") else name
-        name = "transformer." + name.replace("ln_f.", "final_norm.")
-        for theirs, ours in HF_NAMES.items():
-            name = name.replace(f".{theirs}.", f".{ours}.")
-        turned = name.endswith("_proj.weight") or ".c_attn.weight" in name
-        w = (w.transpose(-2, -1) if turned else w).float()
-        parts = {name: w}  # Conv1D keeps its matrix transposed, and q, k and v in one
-        if ".c_attn." in name:
-            parts = {name.replace("c_attn", f"{x}_proj"): part
-                     for x, part in zip("qkv", w.chunk(3))}
-        weights |= {name: part.contiguous() for name, part in parts.items()}
-    return weights
+    tensors = {name: w.to(device) for name, w in read_safetensors(path).items()}
+    names = [name for name in tensors if not name.startswith("optimizer.")]
+    model = from_weights(config, {name: tensors.pop(name) for name in names}, path)
+    return model, progress | dict(tensors=tensors)
