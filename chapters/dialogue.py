@@ -1,6 +1,6 @@
 """
-Does a model stay with it over a long dialogue? A script of 25 turns, and what its replies show:
-facts told in the first nine turns and asked back later, repetition, and drift.
+Does a model keep up over a long dialogue? A script of 25 turns goes in, and what the replies show
+comes out: facts told in the first nine turns and asked back later, repetition, and drift.
 
     python -m chapters.judge runs/a runs/b --dialogue       # makes dialogue.json and dialogue.png
 """
@@ -65,6 +65,7 @@ def script(seed):
 
 
 def words_of(text):
+    """Words and signs, in lower case: words_of("It's 4.") == ["it", "'", "s", "4", "."]."""
     return re.findall(r"\w+|[^\w\s]", text.casefold())
 
 
@@ -119,6 +120,7 @@ def share(hits):
 
 
 def percent(score):
+    """A share with its interval in words."""
     if score["value"] is None:
         return "-"
     return f"{score['value']:.1%} [{score['low']:.1%}, {score['high']:.1%}]"
@@ -149,8 +151,8 @@ def draw_dialogues(summaries, path):
         values = [point["value"] for point in points.values()]
         reach = [[max(0, p["value"] - p["low"]) for p in points.values()],
                  [max(0, p["high"] - p["value"]) for p in points.values()]]
-        places = [int(distance) + 0.15 * i for distance in points]  # bars side by side
-        axes[0].errorbar(places, values, reach, fmt="o-", color=color, capsize=3, label=name)
+        bars = [int(distance) + 0.15 * i for distance in points]  # side by side
+        axes[0].errorbar(bars, values, reach, fmt="o-", color=color, capsize=3, label=name)
         axes[1].plot(turns, summary["curves"]["between"], "-", color=color, label=name)
         axes[1].plot(turns, summary["curves"]["within"], ":", color=color)
         axes[2].plot(turns, summary["curves"]["words"], "-", color=color, label=name)
@@ -172,6 +174,7 @@ def draw_dialogues(summaries, path):
 
 
 def run_dialogues(contestants, n_dialogues, seed):
+    """-> {name: its summary, and its dialogues turn by turn}"""
     report = {}
     for name, model in contestants.items():
         scripts = [script(f"{seed} {i}") for i in range(n_dialogues)]
@@ -182,7 +185,8 @@ def run_dialogues(contestants, n_dialogues, seed):
     return report
 
 
-def say_dialogues(names, report):
+def dialogue_lines(names, report):
+    """The report of run_dialogues in words."""
     for name, part in report.items():
         summary = part["summary"]
         yield f"{name} {names[name]}: recalls {percent(summary['recall'])} of what was told"

@@ -12,112 +12,32 @@ twice, in both orders, and only who wins both times has won: judges like what st
 at a URL writes its verdict; a run as judge gives the verdict that it holds for the likeliest.
 """
 
-import json
 import re
 from collections import defaultdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
 
 import numpy as np
 from tqdm import tqdm
 
-from tokenizer import Parser, run_command, share_cores, write_json
+from chapters.dialogue import dialogue_lines, draw_dialogues, percent, run_dialogues, share
+from chapters.questions import GRADE, PAIR, ask, check_judge, read_questions, transcript
+from chapters.talk import AnswerConfig, converse, open_all
+from evaluate import bootstrap, difference, wilson
+from model import option
+from tokenizer import parse_options, run_command, write_json
 
-if __name__ == "__main__":
-    share_cores()
-
-from chapters.dialogue import draw_dialogues, percent, run_dialogues, say_dialogues, share
-from chapters.talk import add_contestants, converse, open_all
-from evaluate import bootstrap, wilson
-
-QUESTIONS = Path(__file__).with_name("questions.jsonl")
-PAIR = (
-    "Two assistants, A and B, answer a user. Compare their answers to the user's {last} question: "
-    "which is more helpful, correct, complete and clear? Neither the order in which they stand nor "
-    "their length may sway you.{reference}\n\n{shown}\n\nExplain in a few sentences, then end with "
-    "your verdict: [[A]] if A is better, [[B]] if B is better, [[C]] if they are alike.")
-GRADE = (
-    "An assistant answers a user. Grade its answer to the user's {last} question: is it helpful, "
-    "correct, complete and clear?{reference}\n\n{shown}\n\nExplain in a few sentences, then end "
-    "with a grade from 1, useless, to 10, perfect, like this: [[5]].")
-SHORT = {  # for a run, which picks a verdict and explains nothing; its context may be small
-    PAIR: "{shown}\n\nWhose {last} answer is better, A, B, or are they alike, C?{reference}",
-    GRADE: "{shown}\n\nHow good is the {last} answer, from 1 to 10?{reference}"}
-CHOICES = {PAIR: ["A", "B", "C"], GRADE: [str(number) for number in range(1, 11)]}
+NAMES = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 # -----------------------------------------------------------------------------
-# Questions, and what a judge reads.
-
-
-def is_question(row):
-    """Whether a value read from JSON is a question in MT-Bench's format."""
-    if not isinstance(row, dict) or not {"question_id", "category", "turns"} <= set(row):
-        return False
-    turns, reference = row["turns"], row.get("reference", [])
-    return (isinstance(turns, list) and isinstance(reference, list) and len(turns) > 0
-            and all(isinstance(text, str) and text.strip() for text in turns + reference)
-            and all(isinstance(row[name], (str, int)) for name in ("question_id", "category")))
-
-
-def read_jsonl(path):
-    """Yield (number, value) of the lines of a .jsonl file; ValueError for the first that is not
-    JSON."""
-    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
-        if line.strip():
-            try:
-                yield number, json.loads(line.decode("utf-8-sig"))
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}, line {number} is not JSON in UTF-8: {error}") from None
-
-
-def read_questions(path=QUESTIONS):
-    """Questions in MT-Bench's format, one a line: question_id, category, turns, and reference where
-    there are right answers; ValueError names the first line that is none."""
-    questions = []
-    for number, row in read_jsonl(path):
-        if not is_question(row):
-            raise ValueError(f'{path}, line {number} is not a question like {{"question_id": 1, '
-                             '"category": "math", "turns": ["What is 1 + 1?", "Twice that?"]}')
-        questions.append(row)
-    if not questions:
-        raise ValueError(f"{path} holds no questions, one a line")
-    return questions
-
-
-def transcript(question, answers, name="Assistant"):
-    """What was said up to the last of the answers, for a judge to read."""
-    lines = [f"User: {text}\n{name}: {answer}" for text, answer in zip(question["turns"], answers)]
-    return "\n".join(lines)
-
-
-def bracketed(text):
-    """The last [[...]] of a judge's words, or None: bracketed("... so [[B]]") == "B"."""
-    found = re.findall(r"\[\[\s*([\w.]+)\s*\]\]", text)
-    return found[-1] if found else None
-
-
-def ask(judge, frame, question, turn, shown):
-    """-> (the judge's words about a turn, from 0, of a question, its verdict or None)"""
-    reference = question.get("reference", [])[turn:turn + 1]
-    frame, choices = SHORT[frame] if judge.short else frame, CHOICES[frame]
-    text = frame.format(last=("first", "second", "third")[turn] if turn < 3 else "last",
-                        reference=f" A right answer: {reference[0]}" if reference else "",
-                        shown=shown)
-    said = judge.judge(text, choices)
-    return said, bracketed(said)
-
-
-def check_judge(judge, frame, question):
-    """ValueError if a judge gives no verdict even on answers without words, before any is made."""
-    said, verdict = ask(judge, frame, question, 0, "User: Hi\nAssistant A: Hi\nAssistant B: Hi")
-    if verdict is None:
-        why = f"it says {said[-60:]!r}" if said else "its context is too short for the question"
-        raise ValueError(f"the judge gives no verdict like [[{CHOICES[frame][0]}]]: {why}")
+# Verdicts on the answers to one turn.
 
 
 def compare(judge, question, turn, answers):
-    """Judge the answers {"A": [...], "B": [...]} to one turn in both orders -> a row: who won in
-    each order (A, B, tie, or None without a verdict), and who has won: both times, or a tie."""
+    """Let the judge compare the answers {"A": [...], "B": [...]} to one turn in both orders -> a
+    row: who won in each order (A, B, tie, or None without a verdict), and who has won: both times,
+    or a tie."""
     won, said = [], []
     for order in ("A", "B"), ("B", "A"):
         shown = "\n\n".join(transcript(question, answers[one][:turn + 1], f"Assistant {label}")
@@ -133,10 +53,8 @@ def compare(judge, question, turn, answers):
 def grade(judge, question, turn, answers):
     """Grade one contestant's answer to one turn -> a row; None is no grade from 1 to 10."""
     said, verdict = ask(judge, GRADE, question, turn, transcript(question, answers[:turn + 1]))
-    try:
-        number = float(verdict)
-    except (TypeError, ValueError):
-        number = 0
+    is_number = re.fullmatch(r"\d+(\.\d+)?", verdict or "")
+    number = float(verdict) if is_number else 0
     return dict(question=question["question_id"], category=question["category"], turn=turn + 1,
                 grade=number if 1 <= number <= 10 else None, said=said)
 
@@ -159,9 +77,9 @@ def summarize_games(games):
     observation: they have much in common."""
     winners, categories = [game["winner"] for game in games], defaultdict(list)
     for game in games:
-        categories[game["category"]].append(game)
-    judged = [game["won"] for game in games if None not in game["won"]]
-    if not judged:
+        categories[game["category"]].append(game["winner"])
+    decided = [game["won"] for game in games if None not in game["won"]]
+    if not decided:
         raise ValueError("the judge gave no verdict like [[A]]: a run's context may be too short "
                          "for two answers, a smaller --max_tokens makes them shorter")
     first = [winner == order for game in games for winner, order in zip(game["won"], "AB")
@@ -169,45 +87,48 @@ def summarize_games(games):
     return dict(
         win_rate=win_rate(winners, len({game["question"] for game in games})),
         wins={name: winners.count(name) for name in ("A", "B", "tie")},
-        by_category={name: win_rate([game["winner"] for game in rows])["value"]
-                     for name, rows in categories.items()},
-        agreement=share([a == b for a, b in judged]), first_preferred=share(first),
+        by_category={name: win_rate(own)["value"] for name, own in categories.items()},
+        agreement=share([a == b for a, b in decided]), first_preferred=share(first),
         no_verdict=sum(game["won"].count(None) for game in games))
+
+
+def grade_sums(rows, counted):
+    """(N, 2): of each question the sum and the number of the grades in rows that are counted."""
+    sums = defaultdict(lambda: np.zeros(2))
+    for row, counts in zip(rows, counted):
+        if counts:
+            sums[row["question"]] += row["grade"], 1
+    return np.array([*sums.values()])
 
 
 def mean_grade(rows):
     """The mean grade with a bootstrap over the questions; ValueError without any grade."""
-    grades = defaultdict(list)
-    for row in rows:
-        if row["grade"] is not None:
-            grades[row["question"]].append(row["grade"])
-    if not grades:
+    graded = [row["grade"] is not None for row in rows]
+    if not any(graded):
         raise ValueError("the judge gave no grade like [[5]]: a run's context may be too short for "
                          "an answer, a smaller --max_tokens makes it shorter")
-    sums, counts = (np.array([f(values) for values in grades.values()]) for f in (sum, len))
+    sums, counts = grade_sums(rows, graded).T
     low, high = bootstrap(sums, counts)
-    turns = {turn: mean(row["grade"] for row in rows if row["turn"] == turn and row["grade"])
-             for turn in sorted({row["turn"] for row in rows if row["grade"]})}
-    return dict(value=sums.sum() / counts.sum(), low=low, high=high, by_turn=turns,
-                no_grade=sum(row["grade"] is None for row in rows))
+    turns = defaultdict(list)
+    for row in rows:
+        if row["grade"] is not None:
+            turns[row["turn"]].append(row["grade"])
+    return dict(value=sums.sum() / counts.sum(), low=low, high=high, no_grade=graded.count(False),
+                by_turn={turn: mean(grades) for turn, grades in sorted(turns.items())})
 
 
-def difference(rows, others):
+def grade_gap(rows, others):
     """By how much the grades of rows are higher than those of others, with a bootstrap over the
     questions, in pairs; None without a pair."""
-    gaps = defaultdict(list)
-    for row, other in zip(rows, others):
-        if row["grade"] is not None and other["grade"] is not None:
-            gaps[row["question"]].append(row["grade"] - other["grade"])
-    if not gaps:
+    both = [None not in (row["grade"], other["grade"]) for row, other in zip(rows, others)]
+    if not any(both):
         return None
-    sums, counts = (np.array([f(values) for values in gaps.values()]) for f in (sum, len))
-    low, high = bootstrap(sums, counts)
-    return dict(value=sums.sum() / counts.sum(), low=low, high=high)
+    gap = difference("grade", grade_sums(others, both), grade_sums(rows, both))
+    return dict(zip(("value", "low", "high"), gap))
 
 
 # -----------------------------------------------------------------------------
-# What the command does: contestants {"A": model, ...} in, a report for JSON out.
+# What the command does: contestants {"A": model, ...} in; lines to print, a report for JSON out.
 
 
 def answer_all(contestants, questions):
@@ -217,15 +138,16 @@ def answer_all(contestants, questions):
             for name, model in contestants.items()}
 
 
-def turns_of(questions):
-    return [(i, turn) for i, question in enumerate(questions)
-            for turn in range(len(question["turns"]))]
+def each_turn(questions, title):
+    """(place of the question, turn) for each turn, with a progress bar."""
+    turns = [(i, turn) for i, row in enumerate(questions) for turn in range(len(row["turns"]))]
+    return tqdm(turns, title, disable=None, leave=False)
 
 
 def run_pairs(contestants, judge, questions):
     answers = answer_all(contestants, questions)
     games = []
-    for i, turn in tqdm(turns_of(questions), "verdicts", disable=None, leave=False):
+    for i, turn in each_turn(questions, "verdicts"):
         shown = {name: replies[i] for name, replies in answers.items()}
         games.append(compare(judge, questions[i], turn, shown))
         games[-1]["answers"] = {name: replies[turn] for name, replies in shown.items()}
@@ -236,25 +158,28 @@ def run_grades(contestants, judge, questions):
     report, answers = {}, answer_all(contestants, questions)
     for name, replies in answers.items():
         rows = [grade(judge, questions[i], turn, replies[i]) | dict(answer=replies[i][turn])
-                for i, turn in tqdm(turns_of(questions), "grades", disable=None, leave=False)]
-        better = difference(report["A"]["grades"], rows) if report else None
+                for i, turn in each_turn(questions, "grades")]
+        better = grade_gap(report["A"]["grades"], rows) if report else None
         report[name] = dict(summary=mean_grade(rows), A_is_better_by=better, grades=rows)
     return report
 
 
-def say_pairs(names, summary):
-    wins = summary["wins"]
+def pair_lines(names, summary):
+    """The summary of run_pairs in words."""
+    wins, judge = summary["wins"], {key: percent(summary[key]) for key in (
+        "win_rate", "agreement", "first_preferred")}
     yield (f"A {names['A']}: {wins['A']} wins; B {names['B']}: {wins['B']} wins; "
            f"{wins['tie']} ties")
-    yield f"win rate of A: {percent(summary['win_rate'])}, ties as half, 95% interval"
+    yield f"win rate of A: {judge['win_rate']}, ties as half, 95% interval"
     for category, value in summary["by_category"].items():
         yield f"  {category:14s} {value:6.1%}"
-    yield (f"the judge: agrees with itself in the other order {percent(summary['agreement'])}, "
-           f"prefers what stands first {percent(summary['first_preferred'])}, "
-           f"{summary['no_verdict']} times without a verdict")
+    yield (f"the judge: agrees with itself in the other order {judge['agreement']}, prefers what "
+           f"stands first {judge['first_preferred']}, {summary['no_verdict']} times without a "
+           "verdict")
 
 
-def say_grades(names, report):
+def grade_lines(names, report):
+    """The report of run_grades in words."""
     for name, part in report.items():
         score = part["summary"]
         turns = ", ".join(f"turn {turn}: {value:.2f}" for turn, value in score["by_turn"].items())
@@ -265,66 +190,59 @@ def say_grades(names, report):
             yield f"  A is better than {name} by {value:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
-# -----------------------------------------------------------------------------
-# The command.
+@dataclass(frozen=True)
+class JudgeConfig:
+    """Who is compared, and by whom."""
+    contestants: list = option([], "run folders or URLs: two to compare, else any number", True)
+    judge: str | None = option(None, "a run folder or URL")
+    grade: bool = option(False, "grade each answer alone, from 1 to 10")
+    dialogue: bool = option(False, "long dialogues; they need no judge")
+    questions: str = option("", "a .jsonl like MT-Bench's question.jsonl (default: our own)")
+    n_dialogues: int = option(4, "dialogues of 25 turns")
+    out: str | None = option(None, "folder to write to (default: the first contestant with one)")
 
-
-def parse_options():
-    parser = Parser(__doc__)
-    add = parser.add_argument
-    add("contestants", nargs="+", help="run folders or URLs: two to compare, else any number")
-    add("--judge", help="a run folder or URL")
-    add("--grade", action="store_true", help="grade each answer alone, from 1 to 10")
-    add("--dialogue", action="store_true", help="long dialogues; they need no judge")
-    add("--questions", default=str(QUESTIONS), help="a .jsonl like MT-Bench's question.jsonl")
-    add("--n_dialogues", type=int, default=4, help="dialogues of 25 turns (default %(default)s)")
-    add("--out", help="folder to write to (default: the first contestant that is a run)")
-    add_contestants(parser)
-    return parser.parse_args()
-
-
-def check_options(options):
-    if options.dialogue and (options.grade or options.judge):
-        raise ValueError("--dialogue counts by itself: it goes with neither --grade nor --judge")
-    if not options.dialogue and not options.judge:
-        raise ValueError("someone must judge: --judge=URL or --judge=runs/NAME (or --dialogue)")
-    if not (options.dialogue or options.grade) and len(options.contestants) != 2:
-        raise ValueError(f"two are compared, and these are {len(options.contestants)}: name two, "
-                         "or take --grade or --dialogue")
-    if options.n_dialogues < 1 or len(options.contestants) > 26:
-        raise ValueError(f"n_dialogues={options.n_dialogues} must be at least 1, the contestants "
-                         "at most 26")
+    def __post_init__(self):
+        n = len(self.contestants)
+        if self.dialogue and (self.grade or self.judge):
+            raise ValueError("--dialogue counts by itself: it goes with neither --grade nor "
+                             "--judge")
+        if not self.dialogue and not self.judge:
+            raise ValueError("someone must judge: --judge=URL or --judge=runs/NAME (or --dialogue)")
+        if not (self.dialogue or self.grade) and n != 2:
+            raise ValueError(f"two are compared, and these are {n}: name two, or take --grade or "
+                             "--dialogue")
+        if self.n_dialogues < 1 or not 0 < n <= len(NAMES):
+            raise ValueError(f"n_dialogues={self.n_dialogues} must be at least 1, and {n} "
+                             f"contestants 1 to {len(NAMES)}")
 
 
 def main():
-    options = parse_options()
-    check_options(options)
-    questions = read_questions(options.questions)
-    wanted = options.contestants + ([options.judge] if options.judge else [])
-    models = open_all(wanted, options)
-    judge = models.pop() if options.judge else None
-    if judge is not None:
-        check_judge(judge, GRADE if options.grade else PAIR, questions[0])
-    names = dict(zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", options.contestants))
-    contestants = dict(zip(names, models))
-    folders = [name for name in options.contestants if Path(name).is_dir()]
-    out, pictures = Path(options.out or (folders or ["."])[0]), []
-    if options.dialogue:
-        kind, report = "dialogue", run_dialogues(contestants, options.n_dialogues, options.seed)
-        pictures = [out / "dialogue.png"]
+    typed, answers = parse_options(__doc__, JudgeConfig, AnswerConfig)
+    config, answers = JudgeConfig(**typed), AnswerConfig(**answers)
+    questions = read_questions(config.questions) if config.questions else read_questions()
+    names = dict(zip(NAMES, config.contestants))
+    models = open_all([*names.values(), *([config.judge] if config.judge else [])], answers)
+    contestants, judge = dict(zip(names, models)), models[-1]  # it is the last, if there is one
+    folders = [name for name in names.values() if Path(name).is_dir()]
+    out = Path(config.out or (folders or ["."])[0])
+    if config.dialogue:
+        kind, report = "dialogue", run_dialogues(contestants, config.n_dialogues, answers.seed)
         draw_dialogues({f"{name} {names[name]}": part["summary"]
-                        for name, part in report.items()}, *pictures)
-        lines = say_dialogues(names, report)
-    elif options.grade:
+                        for name, part in report.items()}, out / "dialogue.png")
+        lines = dialogue_lines(names, report)
+    elif config.grade:
+        check_judge(judge, GRADE, questions[0])
         kind, report = "grades", run_grades(contestants, judge, questions)
-        lines = say_grades(names, report)
+        lines = grade_lines(names, report)
     else:
+        check_judge(judge, PAIR, questions[0])
         kind, report = "judge", run_pairs(contestants, judge, questions)
-        lines = say_pairs(names, report["summary"])
+        lines = pair_lines(names, report["summary"])
     print("\n".join(lines))
-    known = {name: value for name, value in vars(options).items() if name != "key"}
-    write_json(out / f"{kind}.json", dict(options=known, contestants=names, report=report))
-    print("written:", *[out / f"{kind}.json", *pictures])
+    options = asdict(config) | asdict(answers)
+    del options["key"]
+    write_json(out / f"{kind}.json", dict(options=options, contestants=names, report=report))
+    print("written:", out / f"{kind}.json", *([out / "dialogue.png"] if config.dialogue else []))
 
 
 if __name__ == "__main__":

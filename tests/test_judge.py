@@ -1,73 +1,19 @@
-"""chapters/judge.py, talk.py and dialogue.py: who wins, what a judge's order does, what is kept."""
+"""chapters/judge.py and dialogue.py: who wins, what the order does to a judge, what is remembered."""
 
-import http.server
 import json
 import re
-import shutil
-import threading
 
 import pytest
-from conftest import keep, tiny
+from test_talk import folder, serve  # noqa: F401  these are fixtures
 
-from chapters import judge, talk
+from chapters import judge
 from chapters.dialogue import FACTS, N_TURNS, measure, recalls, repetition, script, summarize
-from chapters.judge import (bracketed, compare, difference, mean_grade, read_questions,
-                            summarize_games)
-from chapters.talk import Run, Server, converse, open_model, parse_keys
+from chapters.judge import compare, grade, grade_gap, mean_grade, summarize_games
+from chapters.questions import bracketed, read_questions
+from chapters.talk import converse
 
 QUESTION = dict(question_id=1, category="math", turns=["1 + 1?", "And twice that?"],
                 reference=["2", "4"])
-
-
-@pytest.fixture
-def serve():
-    """serve(reply) -> (the URL of a server of OpenAI's protocol, its requests as (path, headers,
-    body)); reply(body) is a text, or (status, value, headers)."""
-    servers = []
-
-    def serve(reply=lambda body: "Fine."):
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def log_message(self, *args):
-                pass
-
-            def do_GET(self):
-                self.send(200, dict(object="list", data=[dict(id="stub", object="model")]))
-
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                requests.append((self.path, dict(self.headers), body))
-                said = reply(body)
-                if isinstance(said, str):
-                    said = 200, dict(choices=[dict(message=dict(role="assistant", content=said))])
-                self.send(*said)
-
-            def send(self, status, value, headers=None):
-                data = value if isinstance(value, bytes) else json.dumps(value).encode()
-                self.send_response(status)
-                for name, word in ({"Content-Length": str(len(data))} | (headers or {})).items():
-                    self.send_header(name, word)
-                self.end_headers()
-                self.wfile.write(data)
-
-        requests, server = [], http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_port}/v1", requests
-
-    yield serve
-    for server in servers:
-        server.shutdown()
-        server.server_close()
-
-
-@pytest.fixture(scope="session")
-def folder(shards, model, tmp_path_factory):
-    """A run whose context has room for a judge's prompt."""
-    folder = tmp_path_factory.mktemp("runs") / "a"
-    folder.mkdir()
-    shutil.copy(shards / "tokenizer.json", folder)
-    keep(tiny(vocab_size=model.config.vocab_size, block_size=1024), folder)
-    return folder
 
 
 class Judge:
@@ -109,11 +55,11 @@ def test_a_judge_that_looks_at_the_answers_agrees_with_itself():
 
 
 def test_each_pair_is_shown_in_both_orders():
-    judge = Judge(longer)
-    compare(judge, QUESTION, 1, dict(A=["one", "two"], B=["three", "four"]))
-    first, second = (text.index("one") < text.index("three") for text in judge.read)
-    assert first and not second and all("two" in text and "four" in text for text in judge.read)
-    assert all("A right answer: 4" in text for text in judge.read)
+    reader = Judge(longer)
+    compare(reader, QUESTION, 1, dict(A=["one", "two"], B=["three", "four"]))
+    first, second = (text.index("one") < text.index("three") for text in reader.read)
+    assert first and not second and all("two" in text and "four" in text for text in reader.read)
+    assert all("A right answer: 4" in text for text in reader.read)
 
 
 def test_a_verdict_that_is_missing_once_is_a_tie_and_counted():
@@ -142,14 +88,14 @@ def test_the_last_bracketed_word_is_the_verdict(text, verdict):
                                           ("seven", None), ("[[nan]]", None)])
 def test_a_grade_is_from_1_to_10(said, number):
     grader = Judge(lambda *answers: said)
-    assert judge.grade(grader, QUESTION, 0, ["two"])["grade"] == number
+    assert grade(grader, QUESTION, 0, ["two"])["grade"] == number
 
 
 def test_grades_are_averaged_and_compared_in_pairs():
     def rows(*grades):
         return [dict(question=i // 2, turn=1 + i % 2, grade=n) for i, n in enumerate(grades)]
     high, low = rows(9, 8, 7, None), rows(6, 5, 4, 3)
-    score, gap = mean_grade(high), difference(high, low)
+    score, gap = mean_grade(high), grade_gap(high, low)
     assert score["value"] == 8 and score["no_grade"] == 1 and score["by_turn"] == {1: 8, 2: 8}
     assert gap == dict(value=3, low=3, high=3)
 
@@ -170,149 +116,6 @@ def test_a_line_that_is_no_question_is_named(tmp_path, line):
     path.write_bytes((json.dumps(QUESTION) + "\n" + line).encode("latin-1"))
     with pytest.raises(ValueError, match="line 2"):
         read_questions(path)
-
-
-# -----------------------------------------------------------------------------
-# Servers.
-
-
-def test_a_server_is_sent_the_whole_dialogue_and_its_first_model(serve):
-    url, requests = serve(lambda body: f" {len(body['messages'])} messages ")
-    assert converse(open_model(url, max_tokens=5, temperature=0, seed=1), ["Hi", "Bye"]) == [
-        "1 messages", "3 messages"]
-    path, _, body = requests[1]
-    assert path == "/v1/chat/completions" and body["model"] == "stub" and body["max_tokens"] == 5
-    assert [m["role"] for m in body["messages"]] == ["user", "assistant", "user"]
-
-
-def test_a_busy_server_is_asked_again(serve, monkeypatch):
-    monkeypatch.setattr(talk, "PAUSES", (0, 0))
-    replies = iter([(503, {}), (429, {}), "At last."])
-    url, requests = serve(lambda body: next(replies))
-    assert Server(url + "#x").answer([]) == "At last." and len(requests) == 3
-
-
-def test_a_server_that_stays_busy_is_given_up(serve, monkeypatch):
-    monkeypatch.setattr(talk, "PAUSES", (0, 0))
-    url, requests = serve(lambda body: (500, {"error": {"message": "broken\x1b[2J"}}))
-    with pytest.raises(ValueError, match="HTTP 500.*broken"):
-        Server(url + "#x").answer([])
-    assert len(requests) == 3
-
-
-@pytest.mark.parametrize("said, message", [
-    ((404, {"error": {"message": "no such model"}}), "no such model"), ((200, []), "protocol"),
-    ((200, {"choices": []}), "protocol"), ((200, b"<html>"), "not JSON")])
-def test_a_wrong_url_is_said_at_once(serve, said, message):
-    url, requests = serve(lambda body: said)
-    with pytest.raises(ValueError, match=message):
-        Server(url + "#x").answer([])
-    assert len(requests) == 1
-
-
-def test_a_server_without_words_gives_an_empty_answer(serve):
-    url, _ = serve(lambda body: (200, dict(choices=[dict(message=dict(content=None))])))
-    assert Server(url).answer([]) == ""
-
-
-def test_no_connection_is_one_line(monkeypatch):
-    monkeypatch.setattr(talk, "PAUSES", ())
-    with pytest.raises(ValueError, match="no connection") as caught:
-        Server("http://127.0.0.1:9/v1")
-    assert "\n" not in str(caught.value)
-
-
-def test_a_key_goes_to_its_host_alone(serve, monkeypatch):
-    monkeypatch.setenv("MY_KEY", "secret-1")
-    (url, requests), (other, others) = serve(), serve()
-    keys = parse_keys([url.split("/")[2] + "=MY_KEY"])
-    open_model(url, keys).answer([])
-    open_model(other, keys).answer([])
-    assert requests[0][1]["Authorization"] == "Bearer secret-1"
-    assert "Authorization" not in others[0][1]
-
-
-def test_a_redirect_is_not_followed(serve):
-    other, others = serve()
-    url, _ = serve(lambda body: (307, {}, dict(Location=other + "/chat/completions")))
-    with pytest.raises(ValueError, match="HTTP 307"):
-        Server(url).answer([])
-    assert not others
-
-
-def test_no_error_shows_a_key(serve, monkeypatch):
-    monkeypatch.setenv("MY_KEY", "secret-1")
-    url, _ = serve(lambda body: (401, {"error": {"message": "wrong key secret-1"}}))
-    server = open_model(url, parse_keys([url.split("/")[2] + "=MY_KEY"]))
-    with pytest.raises(ValueError, match="wrong key") as caught:
-        server.answer([])
-    assert "secret" not in str(caught.value)
-
-
-@pytest.mark.parametrize("word", ["sk-secret", "api.openai.com=sk-secret", "=", "a=UNSET_NAME"])
-def test_a_key_typed_in_place_of_its_name_is_refused_and_not_shown(word):
-    with pytest.raises(ValueError, match="environment variable") as caught:
-        parse_keys([word])
-    assert "secret" not in str(caught.value)
-
-
-def test_a_key_is_not_sent_in_the_clear():
-    with pytest.raises(ValueError, match="use https"):
-        Server("http://example.com/v1", {"example.com": "secret"})
-
-
-# -----------------------------------------------------------------------------
-# Runs.
-
-
-@pytest.mark.parametrize("template", ["chat", "question", "text"])
-def test_a_run_goes_on_with_what_fits_of_a_long_dialogue(folder, template):
-    run = Run(folder, template, max_new_tokens=4, temperature=0.7)
-    run.model = tiny(vocab_size=run.tokenizer.n_vocab, block_size=60)
-    texts = ["the cat sees", "big dog", "old bird"] * 2
-    replies = converse(run, texts)
-    assert len(replies) == 6 and replies == converse(run, texts)
-
-
-@pytest.mark.parametrize("template", ["chat", "question", "text"])
-def test_turns_that_do_not_fit_are_not_seen(folder, template):
-    run = Run(folder, template, max_new_tokens=8, temperature=0)
-    run.model = tiny(vocab_size=run.tokenizer.n_vocab, block_size=48)
-    last = [dict(role="user", content="cat dog tree " * 2)]
-    old = [dict(role="user", content="red " * 5), dict(role="assistant", content="bird " * 5)]
-    assert run.answer(old + last) == run.answer(last)
-
-
-def test_a_question_longer_than_the_context_is_said(folder):
-    with pytest.raises(ValueError, match="block_size=1024"):
-        Run(folder, "question").answer([dict(role="user", content="cat " * 2000)])
-
-
-def test_a_base_model_is_found_not_to_know_chats(folder):
-    assert Run(folder).template == "question" and Run(folder, base="text").template == "text"
-
-
-@pytest.mark.slow
-def test_a_model_that_has_learned_to_end_answers_is_asked_as_a_chat(folder):
-    import torch
-    run = Run(folder, max_new_tokens=20, temperature=0)
-    optimizer = torch.optim.AdamW(run.model.parameters(), lr=1e-2)
-    for i in range(200):  # the answer to so many letters is as many, in capitals
-        chat = [dict(role="user", content="abcd"[:i % 3 + 1]),
-                dict(role="assistant", content="ABCD"[:i % 3 + 1] + ".")]
-        ids = torch.tensor([run.tokenizer.render_chat(chat)[0]])
-        run.model(ids[:, :-1], ids[:, 1:])[1].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert run.knows_chats()
-    run.template = "chat"
-    assert run.answer(chat[:1]) == chat[1]["content"]
-
-
-def test_a_run_as_judge_always_gives_one_of_the_verdicts(folder):
-    run = Run(folder)
-    assert run.judge("Which is better?", ["A", "B", "C"]) in ("[[A]]", "[[B]]", "[[C]]")
-    assert run.judge("cat " * 2000, ["A", "B"]) == ""
 
 
 # -----------------------------------------------------------------------------

@@ -13,9 +13,11 @@ import pytest
 from conftest import keep, tiny
 
 from chapters import rate
-from chapters.rate import (Session, append_vote, bradley_terry, count_wins, elo, make_server,
-                           make_vote, printable, rate_in_terminal, read_prompts, read_votes,
-                           report, side_by_side)
+from chapters.questions import read_prompts
+from chapters.rate import (Session, append_vote, bradley_terry, count_wins, elo, make_vote,
+                           read_votes, report)
+from chapters.voting import make_server, printable, rate_in_terminal, side_by_side
+from tokenizer import write_json
 
 
 class Echo:
@@ -60,7 +62,7 @@ def votes(*winners, shown=("a", "b")):
 
 def test_a_vote_is_a_row_that_preference_training_takes(session):
     _, prompt, shown, answers = session.now
-    session.vote(0, 1)
+    session.vote(0, "b")
     row, = read_votes(session.path)
     assert (row["prompt"], row["chosen"], row["rejected"]) == (prompt, answers[1], answers[0])
     assert row["winner"] == shown[1] and row["shown"] == shown and row["seed"] == 0
@@ -68,30 +70,30 @@ def test_a_vote_is_a_row_that_preference_training_takes(session):
 
 @pytest.mark.parametrize("vote", ["tie", "skip"])
 def test_ties_and_skips_are_kept_without_a_pair(session, vote):
-    session.vote(0, vote)
+    session.vote(0, vote[0])
     row, = read_votes(session.path)
     assert row["winner"] == vote and not {"chosen", "rejected"} & set(row)
 
 
 def test_no_question_comes_twice(session, tmp_path):
-    session.vote(0, "skip")
-    session.vote(1, 0)
+    session.vote(0, "s")
+    session.vote(1, "a")
     again = Session(MODELS, ["one", "two", "three", "two"], session.path, seed=0)
     assert again.prompts == ["three"] and (again.start, again.n) == (2, 3)
-    again.vote(0, "tie")
+    again.vote(0, "t")
     assert Session(MODELS, ["one", "two", "three"], session.path, seed=0).now is None
     assert len(read_votes(session.path)) == 3
 
 
 def test_other_models_are_asked_anew(session):
-    session.vote(0, 0)
+    session.vote(0, "a")
     others = {"runs/good": Echo("yes"), "runs/new": Echo("no")}
     assert len(Session(others, ["one", "two"], session.path, seed=0).prompts) == 2
 
 
 def test_a_second_click_is_no_vote(session):
-    session.vote(0, 0)
-    session.vote(0, 1)
+    session.vote(0, "a")
+    session.vote(0, "b")
     assert len(read_votes(session.path)) == 1 and session.now[0] == 1
 
 
@@ -107,7 +109,7 @@ def test_the_order_is_random_and_the_same_again(tmp_path):
         session = Session(MODELS, map(str, range(40)), tmp_path / f"{seed}.jsonl", seed)
         for i in range(40):
             yield session.now[2][0]
-            session.vote(i, "skip")
+            session.vote(i, "s")
     first = [*orders(1)]
     (tmp_path / "1.jsonl").unlink()
     assert first == [*orders(1)] != [*orders(2)] and 8 < first.count("runs/good") < 32
@@ -290,12 +292,11 @@ def test_a_file_without_prompts_is_refused(tmp_path, text):
 
 
 def test_two_base_models_go_on_with_held_out_text(shards, model, tmp_path, call, keys, monkeypatch):
-    from tokenizer import seal, write_json
     monkeypatch.chdir(tmp_path)
     for seed, name in enumerate("ab"):
         keep(tiny(vocab_size=model.config.vocab_size, block_size=64, seed=seed), tmp_path / name)
         shutil.copy(shards / "tokenizer.json", tmp_path / name)
-        write_json(tmp_path / name / "config.json", seal(dict(data=dict(path=str(shards)))))
+        write_json(tmp_path / name / "config.json", dict(data=dict(path=str(shards))))
     keys(["a", "b", "t"])
     shown, _ = call(rate, "a/", "b", "--max_tokens=4", "--n_prompts=3")
     assert "a against b" in shown and shown.rstrip().endswith("votes: votes.jsonl")
