@@ -123,7 +123,7 @@ def grade_gap(rows, others):
     both = [None not in (row["grade"], other["grade"]) for row, other in zip(rows, others)]
     if not any(both):
         return None
-    gap = difference("grade", grade_sums(others, both), grade_sums(rows, both))
+    gap = difference(grade_sums(others, both), grade_sums(rows, both))
     return dict(zip(("value", "low", "high"), gap))
 
 

@@ -30,7 +30,7 @@ CHOICES = {PAIR: ["A", "B", "C"], GRADE: [str(number) for number in range(1, 11)
 # Questions.
 
 
-def is_question(row):
+def is_mt_bench_row(row):
     """Whether a value read from JSON is a question in MT-Bench's format."""
     if not isinstance(row, dict) or not {"question_id", "category", "turns"} <= set(row):
         return False
@@ -45,7 +45,7 @@ def read_questions(path=QUESTIONS):
     there are right answers; ValueError names the first line that is none."""
     questions = []
     for number, row in read_jsonl(path):
-        if not is_question(row):
+        if not is_mt_bench_row(row):
             raise ValueError(f'{path}, line {number} is not a question like {{"question_id": 1, '
                              '"category": "math", "turns": ["What is 1 + 1?", "Twice that?"]}')
         questions.append(row)
@@ -59,7 +59,7 @@ def read_prompts(path):
     if Path(path).suffix != ".jsonl":
         prompts = Path(path).read_text("utf-8-sig", "replace").splitlines()
     else:
-        prompts = [row["turns"][0] if is_question(row) else
+        prompts = [row["turns"][0] if is_mt_bench_row(row) else
                    isinstance(row, dict) and row.get("prompt") for _, row in read_jsonl(path)]
     if not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError(f"{path}: each row must be like {{\"prompt\": \"What is 1 + 1?\"}}")

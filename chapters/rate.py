@@ -181,7 +181,7 @@ class Session:
 
 def beginnings(folder, tokenizer, n):
     """The first words of n paragraphs, from all over the text that was held out from training."""
-    _, tokens = held_out(folder, tokenizer, None, 1 << 20)
+    _, tokens = held_out(folder, tokenizer, max_tokens=1 << 20)
     texts = tokenizer.decode(tokens.tolist()).split(tokenizer.decode([tokenizer.eot]))
     blocks = (block.split(" ") for text in texts for block in re.split(r"\n\s*\n", text.strip()))
     starts = [*dict.fromkeys(" ".join(words[:BEGINNING]) for words in blocks if len(words) > 2)]

@@ -1,4 +1,4 @@
-"""chapters/judge.py and dialogue.py: who wins, what the order does to a judge, what is remembered."""
+"""chapters/judge.py, dialogue.py: who wins, what the order does to a judge, what is recalled."""
 
 import json
 import re

@@ -124,7 +124,8 @@ def test_the_command_answers_line_by_line(folder, call, monkeypatch):
 
 
 @pytest.mark.parametrize("words, message", [
-    (["--template=text", "--system=x"], "takes no --system"), (["--template=x"], "unknown template"),
+    (["--template=text", "--system=x"], "takes no --system"),
+    (["--template=x"], "unknown template"),
     (["--temprature=1"], "did you mean --temperature?"), (["--top_p=2"], "top_p=2")])
 def test_a_mistake_ends_in_one_line(folder, call, words, message):
     _, error = call(talk, folder, *words)
@@ -159,15 +160,16 @@ def test_a_question_longer_than_the_context_is_said(folder):
 
 
 def test_a_base_model_is_found_not_to_know_chats(folder):
-    assert LocalModel(folder).template == "question" and LocalModel(folder, base="text").template == "text"
+    assert LocalModel(folder).template == "question"
+    assert LocalModel(folder, base="text").template == "text"
 
 
 def test_a_model_that_has_learned_to_end_answers_is_asked_as_a_chat(folder):
     run = LocalModel(folder, max_new_tokens=20, temperature=0)
     optimizer = torch.optim.AdamW(run.model.parameters(), lr=1e-2)
-    for i in range(200):  # the answer to so many letters is as many, in capitals
-        chat = [dict(role="user", content="abcd"[:i % 3 + 1]),
-                dict(role="assistant", content="ABCD"[:i % 3 + 1] + ".")]
+    texts = [("a", "A."), ("ab", "AB."), ("abc", "ABC."), ("Hi", "Hello.")]
+    for question, answer in texts * 50:
+        chat = [dict(role="user", content=question), dict(role="assistant", content=answer)]
         ids = torch.tensor([run.tokenizer.render_chat(chat)[0]])
         run.model(ids[:, :-1], ids[:, 1:])[1].backward()
         optimizer.step()
