@@ -6,15 +6,12 @@ Text to token ids and back: byte-level BPE, trained here.
     python tokenizer.py encode "def hello(name):"
     python tokenizer.py decode 100 101 102
     python tokenizer.py compare corpus.txt gpt2 o200k_base other.json
-    python tokenizer.py export --format=huggingface --out=folder
 """
 
 import argparse
-import base64
 import codecs
 import contextlib
 import difflib
-import functools
 import hashlib
 import heapq
 import json
@@ -29,8 +26,8 @@ import types
 import unicodedata
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import MISSING, fields
-from itertools import chain, islice
+from dataclasses import MISSING, dataclass, fields
+from itertools import chain, islice, starmap
 from pathlib import Path
 from typing import get_args, get_origin
 
@@ -50,40 +47,27 @@ O200K_SPLIT = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}
 # cl100k_base, as tiktoken reads it today, keeps white space at the end of the text together.
 CL100K_SPLIT = GPT4_SPLIT.replace(r"|\s*[\r\n]", r"|\s+(?!\s|\S)|\s*[\r\n]")
 SPLITS = {"gpt2": GPT2_SPLIT, "gpt4": GPT4_SPLIT, "cl100k": CL100K_SPLIT, "o200k": O200K_SPLIT}
+ASCII_SPLITS = {  # the same for ASCII text in Python's own `re`, which needs half the time
+    GPT2_SPLIT: re.compile(
+        r"(?a)[A-Za-z]+| [A-Za-z]+|'(?:[sdmt]|ll|ve|re)|[^\sA-Za-z0-9]+|[0-9]+"
+        r"| [^\sA-Za-z0-9]+| [0-9]+|\s+(?!\S)|\s+"),
+    GPT4_SPLIT: re.compile(
+        r"(?a)'(?i:[sdmt]|ll|ve|re)|[^\r\nA-Za-z0-9]?[A-Za-z]+|[0-9]{1,3}"
+        r"| ?[^\sA-Za-z0-9]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")}
 PLAIN = {  # tiktoken writes two of them with possessive quantifiers, which many engines lack
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s": GPT2_SPLIT,
     (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
      r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"): CL100K_SPLIT}
-# A pattern that comes in a file may have these parts alone. Others, such as a repeated group in a
-# repeated group, could fill all memory while they are compiled.
-SIMPLE_SPLIT = re.compile(r"""(?:\(\?(?:i?:|<?[=!])|\)\??|\||     # (?: (?i: (?! ... ) )? |
-    (?:\\[pP]\{\w+\}|\\[bdDsSwWnrt]|\\[^\w\s]|                    # \p{L} \s \.
-       \[(?:\\.|[^]\\])+\]|[^][(){}|\\*+?])                       # [^\s\p{L}], plain characters
-    (?:[*+?]|\{\d{1,3}(?:,\d{0,3})?\})?[+?]?)*""", re.VERBOSE)  # once or repeated
 SPECIAL_TOKENS = ["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|end|>"]
-
-# A chat is a document: <|endoftext|>, then for each message <|role|>text<|end|>, with nothing
-# between. This is the same in Jinja, for Hugging Face. There a special token in a text would become
-# its id, so the template refuses it; render_chat and render_prompt encode each text as plain text.
 ROLES = ["system", "user", "assistant", "tool"]
-CHAT_TEMPLATE = (
-    "{{ '<|endoftext|>' }}{% for message in messages %}"
-    f"{{% for name in {SPECIAL_TOKENS} if name in message['content'] %}}"
-    "{{ raise_exception('a text must not contain ' + name) }}{% endfor %}"
-    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
 
-PIECE = 1 << 22  # characters that one process splits at a time
-BLOCK = 1 << 14  # characters that are looked at together
+BLOCK = 1 << 22  # characters of a file that are read at a time
+JOB = 1 << 24  # characters that one process counts at a time; to start it takes a second
 PATIENCE = 10  # seconds of work for a split, and one more for each 10,000 characters: 100 would do
+BLANKS = 1 << 14  # so many in a row are more than tiktoken can take
 LARGEST_ID = 1 << 22  # a tokenizer lists what it has up to its last id
 CACHE = 1 << 16  # chunks whose ids a tokenizer remembers, none longer than 32 characters
-FORMAT, VERSION = "byte-level BPE", 1
-LARGEST_JSON = 1 << 28  # bytes; a vocabulary of a million tokens is smaller
-WRONG = (KeyError, TypeError, ValueError, AttributeError, IndexError,
-         RecursionError)  # what a wrong file may raise
-HF_SPLIT = dict(type="Split", behavior="Isolated", invert=False)  # Hugging Face's names
-HF_BYTES = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True)
+FORMAT, VERSION = "byte-level BPE", 2
 
 # GPT-2 writes bytes as characters that print: most stand for themselves, the others are moved up.
 # Its vocabulary, like those of tiktoken, also numbers the bytes in this order.
@@ -97,6 +81,12 @@ CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
 # What every command shares: options, errors in one line, files never half written, all cores.
 
 
+def nearest(name, known):
+    """", did you mean ...?" with the name that comes nearest, or "" where none does."""
+    near = difflib.get_close_matches(str(name), known, 1)
+    return f", did you mean {near[0]}?" if near else ""
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, but a wrong option ends in one line with the nearest right one and exit code 2."""
 
@@ -107,10 +97,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         unknown = re.search(r"unrecognized arguments: (--[^\s=]+)", message)
         if unknown:
-            options = [option.replace("-", "_") for option in self._option_string_actions]
-            near = difflib.get_close_matches(unknown[1].replace("-", "_"), options, 1)
             message = f"unknown option {unknown[1]}"
-            message += f", did you mean {near[0].replace('__', '--', 1)}?" if near else ""
+            message += nearest(unknown[1], self._option_string_actions)
         self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
 
 
@@ -118,52 +106,44 @@ def parse_options(doc, *config_classes):
     """The options that were typed, as one dict a dataclass: parse_options(__doc__, TrainConfig).
 
     A field with "help" in its metadata is an option, or an argument if `positional` is there, too.
-    A bool is --name or --no-name, a list may be given again and again. Of two equal names the first
-    counts.
+    A bool is --name or --no-name, a list may be typed again and again. A name counts once.
     """
-    parser, known = Parser(doc), set()
-    groups = [[f for f in fields(config) if "help" in f.metadata] for config in config_classes]
-    for config, options in zip(config_classes, groups):
+    parser, parts = Parser(doc), []
+    for config in config_classes:
         group = parser.add_argument_group(config.__doc__.splitlines()[0].rstrip("."))
-        for f in options:
-            if f.name not in known:
-                add_option(group, f)
-                known.add(f.name)
+        options = {f.name: f for f in fields(config) if "help" in f.metadata}
+        parts.append([name for name in options if not any(name in part for part in parts)])
+        for name in parts[-1]:
+            add_option(group, options[name])
     typed = vars(parser.parse_intermixed_args())
-    known, parts = set(), []
-    for options in groups:
-        names = {f.name for f in options} - known
-        parts.append({name: value for name, value in typed.items() if name in names})
-        known |= names
-    return parts
+    return [{name: typed[name] for name in part if name in typed} for part in parts]
 
 
 def add_option(group, f):
-    """Add a dataclass field to a group of argparse; it is SUPPRESSed where nobody types it."""
+    """Make a dataclass field an option; where nobody types it, it is not among the options."""
     kind, item = field_kind(f)
     default = f.default_factory() if f.default is MISSING else f.default
     shown = "" if default in (None, "", (), []) else f" (default {default})"
     options = dict(default=argparse.SUPPRESS, help=f.metadata["help"].replace("%", "%%") + shown)
     if kind is bool:
-        options.update(action=argparse.BooleanOptionalAction)
+        options["action"] = argparse.BooleanOptionalAction
     else:
-        options.update(type=item, metavar=f.name.upper() if kind is str else item.__name__.upper())
+        options |= dict(type=item, metavar=item.__name__.upper())
     if f.metadata.get("positional"):
-        group.add_argument(f.name, nargs="*" if kind in (list, tuple) else "?", **options)
-    else:
-        if kind in (list, tuple):
-            options.update(action="append")
-        group.add_argument(f"--{f.name}", **options)
+        options |= dict(nargs="*" if kind is list else "?", metavar=f.name.upper())
+    elif kind is list:
+        options["action"] = "append"
+    group.add_argument(f.name if f.metadata.get("positional") else f"--{f.name}", **options)
 
 
 def field_kind(f):
-    """(type, type of its items) of a dataclass field: int | None is (int, int), list[int] is
-    (list, int), list (list, str)."""
+    """The type of a dataclass field and of its items: int | None is (int, int), and list[int]
+    (list, int), list alone (list, str)."""
     kind = f.type
     if isinstance(kind, types.UnionType):
         kind = next(part for part in get_args(kind) if part is not type(None))
     base = get_origin(kind) or kind
-    return base, (get_args(kind) or (str,))[0] if base in (list, tuple) else base
+    return (list, (get_args(kind) or [str])[0]) if base in (list, tuple) else (base, base)
 
 
 def run_command(main):
@@ -186,22 +166,6 @@ def run_command(main):
         sys.exit(130)
 
 
-def share_cores():
-    """To be called before torch is imported: its threads spin only shortly while they wait for one
-    another. That costs nothing, and where other programs run it can save half the time."""
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-
-
-def sync_folder(folder):
-    """Let a new name in a folder outlive a power cut, where the system can be asked to."""
-    with contextlib.suppress(OSError):  # Windows opens no folders, some file systems sync none
-        number = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        finally:
-            os.close(number)
-
-
 @contextlib.contextmanager
 def replacing(path):
     """Open a binary file that appears at `path` complete or not at all: temporary name, rename."""
@@ -216,7 +180,6 @@ def replacing(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-        sync_folder(path.parent)
     except OSError as error:  # a full disk does not say which file it was
         error.filename = error.filename or str(path)
         raise
@@ -233,9 +196,6 @@ def write_json(path, values):
 
 def read_json(path):
     """The values in a JSON file; ValueError for a file that holds something else."""
-    if os.path.getsize(path) > LARGEST_JSON:
-        raise ValueError(f"{path} has {os.path.getsize(path):,} bytes, at most {LARGEST_JSON:,} of "
-                         "JSON are read")
     with reading(path):
         return json.loads(Path(path).read_bytes())
 
@@ -252,10 +212,9 @@ def reading(path):
         raise
     except Exception as error:  # a damaged file can make a parser raise anything
         reason = str(error) if isinstance(error, ValueError) else repr(error)
-        if isinstance(error, ValueError) and reason.startswith(str(path)):
+        if reason.startswith(str(path)):
             raise
-        reason = " ".join(reason.split())
-        raise ValueError(f"{path} cannot be read: {reason:.200}") from error
+        raise ValueError(f"{path} cannot be read: {' '.join(reason.split()):.200}") from error
 
 
 def check_fields(dataclass, values, path):
@@ -266,73 +225,39 @@ def check_fields(dataclass, values, path):
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds {values!r:.40}: it must be a dict of fields")
     known = {f.name: f for f in fields(dataclass)}
-    for name in values:
+    for name, value in values.items():
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            near = f", did you mean {near[0]}?" if near else ""
-            raise ValueError(f"{path}: unknown field {name!r:.40}{near}")
-    for f in known.values():
-        if f.name in values:
-            check_field(f, values[f.name], path)
-        elif f.default is MISSING and f.default_factory is MISSING:
-            raise ValueError(f"{path}: the field {f.name} is missing")
-    with reading(path):  # its own __post_init__ may refuse more
+            raise ValueError(f"{path}: unknown field {name!r:.40}{nearest(name, known)}")
+        kind, _ = field_kind(known[name])
+        kinds = {float: (int, float), list: (list, tuple)}.get(kind, kind)
+        number, null = kind in (int, float), type(None) in get_args(known[name].type)
+        right = isinstance(value, kinds) and not (
+            number and (isinstance(value, bool) or not abs(value) < 2**31))
+        if not (right or null and value is None):
+            limit = " below 2**31" * number + " or null" * null
+            raise ValueError(f"{path}: {name}={value!r:.40} must be {kind.__name__}{limit}")
+    with reading(path):  # which says what is missing, or what its own __post_init__ refuses
         return dataclass(**values)
-
-
-def check_field(f, value, path):
-    """ValueError unless a value has the type of its dataclass field."""
-    kind, _ = field_kind(f)
-    allowed = {float: (int, float), list: (list, tuple), tuple: (list, tuple)}.get(kind, kind)
-    empty = value is None and type(None) in get_args(f.type)
-    number = kind in (int, float)
-    if not empty and (not isinstance(value, allowed) or number and (
-            isinstance(value, bool) or not -2**31 < value < 2**31)):
-        kind = f"{kind.__name__}" + " below 2**31" * number
-        kind += " or null" * (type(None) in get_args(f.type))
-        raise ValueError(f"{path}: {f.name}={value!r:.40} must be {kind}")
-
-
-def seal(values):
-    """A dict with its own sha256 in it: read_sealed() sees whether a bit of it has changed."""
-    text = json.dumps(values, sort_keys=True)
-    return values | {"sha256": hashlib.sha256(text.encode()).hexdigest()}
-
-
-def read_sealed(path):
-    """The dict that write_json(path, seal(values)) wrote; ValueError if it is not as it was."""
-    values = read_json(path)
-    if not isinstance(values, dict) or "sha256" not in values:
-        raise ValueError(f"{path} has no sha256: it is foreign, or an older version wrote it")
-    found = values.pop("sha256")
-    if seal(values)["sha256"] != found:
-        raise ValueError(f"{path} is damaged or was edited: its content has another sha256 than "
-                         "it says")
-    return values
 
 
 def on_all_cores(function, jobs):
     """Yield function(*job) for each job, in order, from a process per core; a single job runs here.
 
-    Processes start fresh: a fork would copy the locks that torch's threads hold at that moment.
+    Processes start fresh, as a fork would copy the locks that torch's threads hold. So each imports
+    the user's script again: what that does must stand below `if __name__ == "__main__":`. In a
+    process that was started so, jobs run right there, one by one.
     """
-    jobs, results, main = iter(jobs), deque(), sys.modules["__main__"]
+    jobs, results = iter(jobs), deque()
     first = list(islice(jobs, min(os.cpu_count() or 1, 32)))
-    if len(first) < 2 or multiprocessing.current_process().daemon:  # which may not have children
-        for job in chain(first, jobs):
-            yield function(*job)
+    script = getattr(sys.modules["__main__"], "__file__", ".")  # "<stdin>" cannot be imported
+    if len(first) < 2 or multiprocessing.parent_process() or not os.path.exists(script):
+        yield from starmap(function, chain(first, jobs))
         return
-    # A fresh process would run the user's script once more; it is shown an empty one instead.
-    shown = main if function.__module__ == "__main__" else types.ModuleType("__main__")
     pool = ProcessPoolExecutor(len(first), multiprocessing.get_context("spawn"),
                                signal.signal, (signal.SIGINT, signal.SIG_IGN))
     try:
         for job in chain(first, jobs):
-            sys.modules["__main__"] = shown
-            try:
-                results.append(pool.submit(function, *job))
-            finally:
-                sys.modules["__main__"] = main
+            results.append(pool.submit(function, *job))
             if len(results) > 2 * len(first):  # jobs wait in memory: only a few
                 yield results.popleft().result()
         while results:
@@ -348,8 +273,7 @@ def on_all_cores(function, jobs):
 def well_formed(text):
     """The text as UTF-8 can hold it: a pair of surrogates is a character, a lone one U+FFFD."""
     try:
-        for i in range(0, len(text), BLOCK):  # in blocks: a copy of all would take memory
-            text[i:i + BLOCK].encode()
+        text.isascii() or text.encode()
         return text
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -366,59 +290,44 @@ def compile_split(pattern):
     return compiled
 
 
-def check_split(pattern):
-    """ValueError unless a pattern that comes in a file is of SIMPLE_SPLIT."""
-    if len(pattern) > 1000 or not SIMPLE_SPLIT.fullmatch(pattern):
-        raise ValueError(f"split pattern {pattern!r:.99} is not made of single characters, each "
-                         "repeated or not, in groups that are not repeated")
-
-
 def compile_special(special_tokens):
     """A pattern that finds special tokens, the longer first. None may be empty or double."""
     names = sorted(special_tokens, key=len, reverse=True)
-    if "" in names:
-        raise ValueError("a special token is empty; give it a name, such as <|endoftext|>")
-    for name, count in Counter(names).items():
-        if count > 1:
-            raise ValueError(f"special token {name!r} is given {count} times; give it once")
+    if "" in names or len({*names}) < len(names):
+        raise ValueError(f"special tokens {names!r:.200}: one is empty or given twice")
     return regex.compile("(" + ("|".join(map(regex.escape, names)) or "(?!)") + ")")
 
 
-@functools.lru_cache
-def ascii_split(pattern):
-    r"""A pattern of SPLITS for ASCII text in Python's own `re`, which needs half the time.
+def split_chunks(text, compiled):
+    """The chunks of a text, in a list.
 
-    ascii_split(r"\p{L}+|[^\s\p{N}]").pattern == r"[A-Za-z]+|[^\t-\r 0-9]"
+    split_chunks("we've 2", compile_split(GPT2_SPLIT)) == ["we", "'ve", " 2"]
     """
-    ranges = {r"\p{L}": "A-Za-z", r"\p{Lu}": "A-Z", r"\p{Ll}": "a-z", r"\p{N}": "0-9",
-              r"\s": r"\t-\r ", r"\S": r"\x00-\x08\x0e-\x1f!-\x7f"}
-    classes = re.sub(r"(\[[^]]*\])|(\\p\{\w+\}|\\[sS])", r"\1[\2]", pattern).replace("[]", "")
-    return re.compile(re.sub(r"\\p\{\w+\}|\\[sS]", lambda x: ranges.get(x[0], ""), classes))
+    if compiled.pattern not in SPLITS.values():
+        return [*find_chunks(text, compiled)]
+    return (text.isascii() and ASCII_SPLITS.get(compiled.pattern) or compiled).findall(text)
 
 
-def split(text, compiled):
-    """The chunks of a text: split("we've 2", compile_split(GPT2_SPLIT)) == ["we", "'ve", " 2"]."""
-    if compiled.pattern in SPLITS.values() and text.isascii():
-        return ascii_split(compiled.pattern).findall(text)
-    with in_time(compiled, text) as timeout:
-        chunks = compiled.findall(text, timeout=timeout)
-    lost = len(text) - sum(map(len, chunks))
-    if lost:
-        raise ValueError(f"split pattern {compiled.pattern!r} loses {lost} of {len(text)} "
-                         r"characters; let it match all, if need be by ending it with |[\s\S]")
-    return chunks
+def find_chunks(text, compiled):
+    """Yield the chunks of a text one by one.
 
-
-@contextlib.contextmanager
-def in_time(compiled, text):
-    """Yield how long a split of the text may take; ValueError if it takes longer, which patterns do
-    that try all ways to match."""
-    timeout = PATIENCE + len(text) / 10_000
+    ValueError for a pattern that leaves characters out, or takes too long, as patterns may that try
+    all ways to match.
+    """
+    end, seconds = 0, PATIENCE + len(text) / 10_000
+    known = compiled.pattern in SPLITS.values()  # a limit would double the time
     try:
-        yield timeout
+        for found in compiled.finditer(text, timeout=None if known else seconds):
+            if found.start() != end:
+                break
+            end = found.end()
+            yield found[0]
     except TimeoutError:
-        raise ValueError(f"split pattern {compiled.pattern!r} takes more than {timeout:.0f} s for "
+        raise ValueError(f"split pattern {compiled.pattern!r} takes more than {seconds:.0f} s for "
                          f"{len(text):,} characters: take another") from None
+    if end != len(text):
+        raise ValueError(f"split pattern {compiled.pattern!r} loses character {end} of {len(text)}: "
+                         r"let it match all, if need be by ending it with |[\s\S]")
 
 
 def count_chunks(texts, special_tokens, pattern):
@@ -427,47 +336,43 @@ def count_chunks(texts, special_tokens, pattern):
     counts = Counter()
     for text in texts:
         for part in special.split(well_formed(text))[::2]:
-            counts.update(split(part, compiled))
+            counts.update(split_chunks(part, compiled))
     return Counter({chunk.encode(): count for chunk, count in counts.items() if chunk})
 
 
-def cut(blocks, special_tokens, pattern):
-    """Yield a text that comes in blocks in parts: cut after a letter at the end of a line.
-
-    There a chunk of the patterns of SPLITS ends. With another pattern the text stays whole.
-    """
-    seam = regex.compile(r"(?r)\p{L}(?=[\r\n])")  # r: the last one
-    known = pattern in SPLITS.values() and not any(map(seam.search, special_tokens))
-    rest = []
-    for block in blocks:
-        found = seam.search(block) if known else None
-        if found:
-            yield "".join(rest) + block[:found.end()]
-            rest, block = [], block[found.end():]
-        rest.append(block)
-    yield "".join(rest)
-
-
-def gather(texts, special_tokens, pattern):
-    """Yield jobs for count_chunks of some PIECE characters: short texts together, long ones cut."""
-    batch, length = [], 0
+def group_texts(texts):
+    """Yield lists of whole texts of some JOB characters together."""
+    group, length = [], 0
     for text in texts:
-        blocks = (text[i:i + PIECE] for i in range(0, len(text), PIECE))
-        for part in cut(blocks, special_tokens, pattern):
-            batch.append(part)
-            length += len(part)
-            if length >= PIECE:
-                yield batch, special_tokens, pattern
-                batch, length = [], 0
-    yield batch, special_tokens, pattern
+        group.append(text)
+        length += len(text)
+        if length >= JOB:
+            yield group
+            group, length = [], 0
+    yield group
 
 
-def read_files(paths, special_tokens=SPECIAL_TOKENS, pattern=GPT4_SPLIT):
-    """Yield the texts of files of any size in parts; ValueError for a file that is not UTF-8."""
+def read_blocks(file):
+    """Yield an open text file in blocks of some BLOCK characters, with the chunks of the whole.
+
+    A block ends after a letter at the end of a line, where a chunk of each of SPLITS ends. Where no
+    such letter comes within BLOCK characters, or with another pattern, a chunk may be cut in two.
+    """
+    seam, rest = regex.compile(r"(?r)\p{L}(?=[\r\n])"), ""  # r: the last one
+    while block := file.read(BLOCK):
+        found = seam.search(block)
+        end = found.end() if found else len(block)
+        yield rest + block[:end]
+        rest = block[end:]
+    yield rest
+
+
+def read_files(paths):
+    """Yield the texts of files of any size in blocks; ValueError for a file that is not UTF-8."""
     for path in paths:
         with open(path, encoding="utf-8", newline="") as file:
             try:
-                for text in cut(iter(lambda: file.read(PIECE), ""), special_tokens, pattern):
+                for text in read_blocks(file):
                     if "\0" in text:
                         raise ValueError(f"{path} is not text: it has a zero byte; give text files")
                     yield text
@@ -527,13 +432,26 @@ def train_plain(texts, vocab_size, special_tokens=SPECIAL_TOKENS, pattern=GPT4_S
     return merges
 
 
-class Row:
-    """All distinct chunks in one row of tokens, and the pairs of neighbours in it.
+class PairIndex:
+    """All distinct chunks in one row of tokens, and where each pair of neighbours stands in it.
 
-    pairs[i] is left * base + right for the pair whose left token starts at place i, where -1 stands
-    for the end of a chunk; before[i] is the place of the token before it. A pair has all its places
-    when it appears: later merges only take some away, and its count only falls. So pairs wait in
-    bands of similar counts. When nothing is ready, the highest band is counted again and sorted.
+    Of the chunks "aab", which occurs 3 times, and "ab", 5 times, the row is drawn below, and what
+    merge() makes of it when it joins a and b to X, which it does at the positions 2 and 5:
+
+        position      0     1     2     3     4     5     6     7
+        token         |     a     a     b     |     a     b     |      | ends a chunk, its id is -1
+        counts        0     3     3     3     3     5     5     5      how often its chunk occurs
+        pairs        |a    aa    ab    b|    |a    ab    b|    ||      one number: a * base + b
+        previous     -1     0     1     2     3     4     5     6      the position of the one before
+
+        token         |     a     X           |     X           |
+        pairs        |a    aX    X|    -1    |X    X|    -1    ||
+        previous     -1     0     1           2     4           5
+
+    A pair has all its positions when it appears: later merges only take some away, and its count
+    only falls. So a count that is out of date is too high, and is put right when its turn comes.
+    Pairs wait in buckets of similar counts. When the heap is empty, the bucket of the highest
+    counts is counted again and put on the heap.
     """
 
     def __init__(self, counts, n_merges):
@@ -543,66 +461,67 @@ class Row:
         self.counts = np.repeat(np.array([0, *counts.values()]), lengths)
         self.vocab = [bytes([i]) for i in range(256)]
         # They sort tokens downwards; the last character is above all bytes: the longer comes first.
-        self.orders = [chr(255 - i) + "\u0100" for i in range(256)]
+        self.sort_keys = [chr(255 - i) + "\u0100" for i in range(256)]
         self.base = 257 + min(n_merges, len(ids))
         self.pairs = ids * self.base + np.append(ids[1:], -1)
-        self.before = np.arange(-1, len(ids) - 1)
-        self.ready, self.waiting, self.band = [], defaultdict(list), math.inf
+        self.previous = np.arange(-1, len(ids) - 1)
+        self.heap, self.buckets, self.bucket = [], defaultdict(list), math.inf
         self.add((ids >= 0).nonzero()[0])
 
-    def add(self, places):
-        """Add the pairs at these places, which are all the places that they have."""
-        if not len(places):
+    def add(self, positions):
+        """Add the pairs at these positions, which are all the positions that they have."""
+        if not len(positions):
             return
-        keys = self.pairs.take(places)
+        keys = self.pairs.take(positions)
         order = keys.argsort()
-        keys, places = keys.take(order), places.take(order)
+        keys, positions = keys.take(order), positions.take(order)
         starts = np.concatenate([[0], (keys[1:] != keys[:-1]).nonzero()[0] + 1])
-        counts = np.add.reduceat(self.counts.take(places), starts).tolist()
-        keys, starts = keys.take(starts).tolist(), [*starts.tolist(), len(places)]
+        counts = np.add.reduceat(self.counts.take(positions), starts).tolist()
+        keys, starts = keys.take(starts).tolist(), [*starts.tolist(), len(positions)]
         for i, count in enumerate(counts):
             if count < 2 or keys[i] < 0 or (keys[i] + 1) % self.base == 0:
                 continue
-            band, pair = int(8 * math.log2(count)), (keys[i], places[starts[i]:starts[i + 1]])
-            if band < self.band:
-                self.waiting[band].append(pair)
+            bucket, pair = int(8 * math.log2(count)), (keys[i], positions[starts[i]:starts[i + 1]])
+            if bucket < self.bucket:
+                self.buckets[bucket].append(pair)
             else:
-                left, right = divmod(keys[i], self.base)
-                heapq.heappush(self.ready, (-count, self.orders[left], self.orders[right], *pair))
+                left, right = map(self.sort_keys.__getitem__, divmod(keys[i], self.base))
+                heapq.heappush(self.heap, (-count, left, right, *pair))
 
     def pop(self):
-        """The most frequent pair as (left, right, places); None when no pair occurs twice."""
-        while self.ready or self.waiting:
-            while self.ready:
-                *_, key, places = heapq.heappop(self.ready)
-                here = self.pairs.take(places) == key
-                if here.all():
-                    return *divmod(key, self.base), places
-                self.add(places.compress(here))
-            if self.waiting:
-                self.band = max(self.waiting)
-                keys, places = zip(*self.waiting.pop(self.band))
-                keys, places = np.repeat(keys, [*map(len, places)]), np.concatenate(places)
-                self.add(places.compress(self.pairs.take(places) == keys))
+        """The most frequent pair as (left, right, positions); None when no pair occurs twice."""
+        while self.heap or self.buckets:
+            while self.heap:
+                *_, key, positions = heapq.heappop(self.heap)
+                found = self.pairs.take(positions) == key
+                if found.all():
+                    return *divmod(key, self.base), positions
+                self.add(positions.compress(found))
+            if self.buckets:
+                self.bucket = max(self.buckets)
+                keys, positions = zip(*self.buckets.pop(self.bucket))
+                keys, positions = np.repeat(keys, [*map(len, positions)]), np.concatenate(positions)
+                self.add(positions.compress(self.pairs.take(positions) == keys))
         return None
 
-    def merge(self, left, right, places):
-        """Join the pair at its places, add the pairs that appear, return the merge as bytes."""
+    def merge(self, left, right, positions):
+        """Join the pair at its positions, add the pairs that appear, return the merge as bytes."""
         pairs, new, size = self.pairs, len(self.vocab), len(self.vocab[left])
         if left == right:  # the pairs in "aaa" overlap: of such a run take every other one
-            places, index = np.sort(places), np.arange(len(places))
-            starts = np.where(np.diff(places, prepend=-1 - size) == size, 0, index)
-            places = places[(index - np.maximum.accumulate(starts)) % 2 == 0]
+            positions, index = np.sort(positions), np.arange(len(positions))
+            starts = np.where(np.diff(positions, prepend=-1 - size) == size, 0, index)
+            positions = positions[(index - np.maximum.accumulate(starts)) % 2 == 0]
         self.vocab.append(self.vocab[left] + self.vocab[right])
-        self.orders.append(self.orders[left][:-1] + self.orders[right])
-        second = places + size
-        pairs[places] = pairs.take(second) + (new - right) * self.base
+        self.sort_keys.append(self.sort_keys[left][:-1] + self.sort_keys[right])
+        second = positions + size
+        pairs[positions] = pairs.take(second) + (new - right) * self.base
         pairs[second] = -1  # no token starts here any more
-        self.before[places + len(self.vocab[new])] = places
-        before = self.before.take(places)
-        pairs[before] += new - left
-        places = places.compress(pairs.take(places) != new * self.base + new)  # is in before, too
-        self.add(np.concatenate([before, places]))
+        self.previous[positions + len(self.vocab[new])] = positions
+        previous = self.previous.take(positions)
+        pairs[previous] += new - left
+        # a new token right behind a new one is already in `previous`
+        positions = positions.compress(pairs.take(positions) != new * self.base + new)
+        self.add(np.concatenate([previous, positions]))
         return self.vocab[left], self.vocab[right]
 
 
@@ -611,17 +530,17 @@ def train_fast(texts, vocab_size, special_tokens=SPECIAL_TOKENS, pattern=GPT4_SP
     n_merges = room_for_merges(vocab_size, special_tokens)
     texts = [texts] if isinstance(texts, str) else texts
     counts, quiet = Counter(), dict(disable=None, delay=1, leave=False)
-    jobs = gather(texts, special_tokens, pattern)
-    for some in tqdm(on_all_cores(count_chunks, jobs), "split", unit="piece", **quiet):
+    jobs = ((group, special_tokens, pattern) for group in group_texts(texts))
+    for some in tqdm(on_all_cores(count_chunks, jobs), "split", unit="job", **quiet):
         counts.update(some)
     if not counts:
         raise ValueError("there is no text to train on: the input is empty")
-    row, merges = Row(counts, n_merges), []
+    index, merges = PairIndex(counts, n_merges), []
     for _ in tqdm(range(n_merges), "merge", unit="merge", **quiet):
-        found = row.pop()
-        if found is None:
+        pair = index.pop()
+        if pair is None:
             break
-        merges.append(row.merge(*found))
+        merges.append(index.merge(*pair))
     return merges
 
 
@@ -649,34 +568,23 @@ def invert(byte_order):
 def apply_merges(ids, merged):
     """Merge pairs in `merged` (pair -> new id) until none is left, the lowest new id first.
 
-    A merge makes only pairs of higher new ids, so each id has its turn once. The tokens left are
-    linked. Together that takes about n log n steps, also for one chunk of a million bytes.
+    Of equal pairs the leftmost comes first. The tokens left are linked, so that it takes about
+    n log n steps, also for one chunk of a million bytes.
     """
-    ids, n = list(ids), len(ids)
-    before, after = list(range(-1, n - 1)), list(range(1, n + 1))
-    places, queue = {}, []  # where the pair of a new id stands, and which new ids wait
-
-    def wait(left, right):
-        new = merged.get((ids[left], ids[right])) if left >= 0 and right < n else None
-        if new is not None:
-            if new not in places:
-                places[new] = []
-                heapq.heappush(queue, new)
-            places[new].append(left)
-
-    for i in range(n - 1):
-        wait(i, i + 1)
-    while queue:
-        new = heapq.heappop(queue)
-        for i in sorted(places.pop(new)):
-            j = after[i]
-            if j == n or merged.get((ids[i], ids[j])) != new:
-                continue  # another merge took one of the two
-            ids[i], ids[j], after[i] = new, -1, after[j]
-            if after[i] < n:
-                before[after[i]] = i
-            wait(before[i], i)
-            wait(i, after[i])
+    ids = [*ids, -1]  # no pair has -1 in it: it ends the chunk, and stands where a token was taken
+    before, after = [*range(-1, len(ids) - 1)], [*range(1, len(ids) + 1)]
+    heap = [(merged[pair], i) for i, pair in enumerate(zip(ids, ids[1:])) if pair in merged]
+    heapq.heapify(heap)
+    while heap:
+        new, i = heapq.heappop(heap)
+        j = after[i]
+        if merged.get((ids[i], ids[j])) != new:
+            continue  # another merge took one of the two
+        ids[i], ids[j], after[i] = new, -1, after[j]
+        before[after[i]] = i
+        for left, right in (before[i], i), (i, after[i]):
+            if (ids[left], ids[right]) in merged:
+                heapq.heappush(heap, (merged[ids[left], ids[right]], left))
     return [token for token in ids if token >= 0]
 
 
@@ -711,30 +619,28 @@ def awkward(text):
 
     Each knows its own version of Unicode, and many thousand blanks in a row overflow its stack.
     """
-    if any(text[i:i + BLOCK].isspace() for i in range(0, len(text) - BLOCK + 1, BLOCK)):
-        return True
-    return not text.isascii() and any(char == "\u0295" or unicodedata.category(char) == "Cn"
-                                      for char in {*text})
+    blank = any(text[i:i + BLANKS].isspace() for i in range(0, len(text) - BLANKS + 1, BLANKS))
+    return blank or not text.isascii() and any(
+        char == "\u0295" or unicodedata.category(char) == "Cn" for char in {*text})
 
 
 def check_chat(messages, last):
-    """ValueError unless messages are turns {"role": ..., "content": ...} and the last is of `last`.
+    """ValueError unless messages are a chat that one of the roles in `last` ends.
 
-    The first is the system's or the user's; the system speaks only first.
+    It is a list of {"role": ..., "content": ...}. The system or the user begins, and the system
+    speaks only first.
     """
     if not isinstance(messages, (list, tuple)) or not messages:
-        raise ValueError("a chat is a list of messages like {'role': 'user', 'content': 'Hi'}, and "
-                         f"this is a {type(messages).__name__} without one")
+        raise ValueError("a chat is a list of messages like {'role': 'user', 'content': 'Hi'}, not "
+                         f"{messages!r:.40}")
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             raise ValueError(f"message {i} is {message!r:.60}: it must be a dict with a role and "
                              "a content, which is a str")
         role = message.get("role")
-        if role not in ROLES:
-            raise ValueError(f"message {i} has role {role!r}: it must be one of {', '.join(ROLES)}")
-        if role == "system" and i or role in ("assistant", "tool") and not i:
-            raise ValueError(f"message {i} has role {role}: the first is the system's or the "
-                             "user's, and the system speaks only first")
+        known = ROLES[1:] if i else ROLES[:2]
+        if role not in known:
+            raise ValueError(f"message {i} has role {role!r}: it must be {' or '.join(known)}")
     if role not in last:
         raise ValueError(f"the last message has role {role}: it must be {' or '.join(last)}")
 
@@ -759,6 +665,17 @@ class StreamDecoder:
 # The tokenizer: merges, special tokens and a split pattern.
 
 
+@dataclass
+class TokenizerFile:
+    """What a tokenizer.json holds; bytes are written in printable characters."""
+    format: str
+    version: int
+    pattern: str  # the name of one of SPLITS, or a pattern
+    special_tokens: dict  # name -> id
+    bytes: str  # of the ids 0 to 255
+    merges: list  # "left right"
+
+
 class Tokenizer:
     """Text to ids and back. Ids are the 256 bytes, the merges in order, then the special tokens.
 
@@ -768,7 +685,7 @@ class Tokenizer:
     def __init__(self, merges, special_tokens=SPECIAL_TOKENS, pattern=GPT4_SPLIT,
                  byte_order=bytes(range(256))):
         self.merges, self.pattern, self.byte_order = list(merges), pattern, bytes(byte_order)
-        self.find_chunks = compile_split(pattern)
+        self.split_pattern = compile_split(pattern)
         self.find_special = compile_special(special_tokens)
         self.byte_ids, self.cache, self.twin = invert(self.byte_order), {}, None
         self.tokens = {id: bytes([byte]) for id, byte in enumerate(self.byte_order)}
@@ -789,7 +706,6 @@ class Tokenizer:
                                  f"{LARGEST_ID:,}")
             self.tokens[id] = name.encode()
         self.n_vocab, self.eot = max(self.tokens) + 1, self.special.get("<|endoftext|>")
-        self.chat_template = CHAT_TEMPLATE if {*SPECIAL_TOKENS} <= {*self.special} else None
 
     @classmethod
     def train(cls, texts, vocab_size, special_tokens=SPECIAL_TOKENS, pattern=GPT4_SPLIT):
@@ -798,9 +714,8 @@ class Tokenizer:
 
     @classmethod
     def train_files(cls, paths, vocab_size, special_tokens=SPECIAL_TOKENS, pattern=GPT4_SPLIT):
-        """Train on UTF-8 text files of any size, read a part at a time."""
-        texts = read_files(paths, special_tokens, pattern)
-        return cls.train(texts, vocab_size, special_tokens, pattern)
+        """Train on UTF-8 text files of any size, which are read in blocks: see read_blocks."""
+        return cls.train(read_files(paths), vocab_size, special_tokens, pattern)
 
     def encode(self, text, special=False):
         """The ids of a text; special tokens in it become their ids only with special=True.
@@ -812,7 +727,7 @@ class Tokenizer:
             if i % 2:
                 ids.append(self.special[part])
                 continue
-            for chunk in split(part, self.find_chunks):
+            for chunk in split_chunks(part, self.split_pattern):
                 ids += self.cache.get(chunk) or self.encode_chunk(chunk)
         return ids
 
@@ -828,18 +743,10 @@ class Tokenizer:
     def encode_iterable(self, texts):
         """Yield the ids of texts, one text after the other; a text is encoded chunk by chunk."""
         for text in texts:
-            text, end = well_formed(text), 0
-            with in_time(self.find_chunks, text) as timeout:
-                for found in self.find_chunks.finditer(text, timeout=timeout):
-                    chunk = found[0]
-                    if found.start() != end:
-                        break
-                    end = found.end()
-                    if len(self.cache) > CACHE >> 4:
-                        self.cache.clear()  # to stay below a megabyte
-                    yield from self.cache.get(chunk) or self.encode_chunk(chunk)
-            if end != len(text):
-                split(text, self.find_chunks)  # which says how much is lost
+            for chunk in find_chunks(well_formed(text), self.split_pattern):
+                if len(self.cache) > CACHE >> 4:
+                    self.cache.clear()  # to stay below a megabyte
+                yield from self.cache.get(chunk) or self.encode_chunk(chunk)
 
     def encode_batch(self, texts):
         """A list with encode(text) of each text, by the fast twin on all cores.
@@ -863,24 +770,24 @@ class Tokenizer:
         return StreamDecoder(self.tokens)
 
     def render_chat(self, messages, last=("assistant",)):
-        """The ids of a chat to train on, and for each id whether it is the assistant's to learn.
+        """The ids of a chat to train on, and its loss mask: True where the assistant speaks.
 
         Messages are dicts with role (system, user, assistant or tool) and content. The chat begins
-        with <|endoftext|>, as each document does; a message is <|role|>text<|end|>. The assistant
-        learns its texts and the <|end|> after each; who speaks next is not its to say. The roles
-        in `last` may end the chat.
+        with <|endoftext|>, as each document does; a message is <|role|>text<|end|>, with nothing
+        between. The assistant learns its texts and the <|end|> after each; who speaks next is not
+        its to say. The roles in `last` may end the chat.
         """
         check_chat(messages, last)
         missing = [name for name in SPECIAL_TOKENS if name not in self.special]
         if missing:
             raise ValueError(f"this tokenizer cannot render chats: it lacks {', '.join(missing)}; "
                              "train it with the SPECIAL_TOKENS of tokenizer.py")
-        ids, learn = [self.eot], [False]
+        ids, loss_mask = [self.eot], [False]
         for message in messages:
             text = [*self.encode(message["content"]), self.special["<|end|>"]]
             ids += [self.special[f"<|{message['role']}|>"], *text]
-            learn += [False] + [message["role"] == "assistant"] * len(text)
-        return ids, learn
+            loss_mask += [False] + [message["role"] == "assistant"] * len(text)
+        return ids, loss_mask
 
     def render_prompt(self, messages):
         """The ids of a chat up to where the assistant begins; it ends its answer with <|end|>."""
@@ -903,30 +810,25 @@ class Tokenizer:
 
     def save(self, path):
         """Write a JSON file, complete or not at all."""
-        state = dict(format=FORMAT, version=VERSION, sha256=self.hash(), **self.definition(),
-                     chat_template=self.chat_template)
-        write_json(path, state)
+        names = {pattern: name for name, pattern in SPLITS.items()}
+        pattern = names.get(self.pattern, self.pattern)
+        write_json(path, dict(format=FORMAT, version=VERSION) | self.definition()
+                   | dict(pattern=pattern))
 
     @classmethod
     def load(cls, path):
-        """Read what save() wrote; ValueError for a file that is something else, or damaged."""
-        state = read_json(path)
-        if not isinstance(state, dict) or state.get("format") != FORMAT:
+        """Read what save() wrote; ValueError for a file that is something else, or wrong."""
+        values = read_json(path)
+        if not isinstance(values, dict) or values.get("format") != FORMAT:
             raise ValueError(f"{path} is not a tokenizer of this program: no format {FORMAT!r}")
-        if state.get("version") != VERSION:
-            raise ValueError(f"{path} has version {state.get('version')!r:.9}; this is {VERSION}")
-        if state.get("chat_template") not in (None, CHAT_TEMPLATE):
-            raise ValueError(f"{path} is damaged: its chat_template is another; train again")
-        try:
-            merges = [tuple(map(to_bytes, line.split(" "))) for line in state["merges"]]
-            byte_order = to_bytes(state["bytes"])
-            check_split(state["pattern"])
-            tokenizer = cls(merges, state["special_tokens"], state["pattern"], byte_order)
-        except WRONG as error:
-            raise ValueError(f"{path} is damaged ({error!r:.200}); train again") from None
-        if tokenizer.hash() != state.get("sha256"):
-            raise ValueError(f"{path} is damaged: its sha256 is another; train again")
-        return tokenizer
+        if values.get("version") != VERSION:
+            raise ValueError(f"{path} has version {values.get('version')!r:.9}, this program reads "
+                             f"{VERSION}: train again")
+        file = check_fields(TokenizerFile, values, path)
+        with reading(path):
+            merges = [tuple(map(to_bytes, line.split(" "))) for line in file.merges]
+            pattern = SPLITS.get(file.pattern, file.pattern)
+            return cls(merges, file.special_tokens, pattern, to_bytes(file.bytes))
 
     def to_tiktoken(self):
         """The fast twin: a tiktoken.Encoding with the same ids, made once.
@@ -948,26 +850,6 @@ class Tokenizer:
         pattern = PLAIN.get(encoding._pat_str, encoding._pat_str)
         return cls(merges, encoding._special_tokens, pattern, byte_order)
 
-    def to_rank_file(self, path):
-        """Write the tokens as tiktoken's files hold them: base64 and rank, without special ones."""
-        with replacing(path) as file:
-            for id in range(256 + len(self.merges)):
-                file.write(base64.b64encode(self.tokens[id]) + f" {id}\n".encode())
-
-    @classmethod
-    def from_rank_file(cls, path, special_tokens=SPECIAL_TOKENS, pattern=GPT4_SPLIT):
-        """Read a .tiktoken file; which special tokens and pattern belong to it, it does not say."""
-        tokens = {}
-        for n, line in enumerate(Path(path).read_bytes().splitlines(), 1):
-            try:
-                token, rank = line.split()
-                tokens[int(rank)] = base64.b64decode(token, validate=True)
-            except ValueError:
-                raise ValueError(f"{path} is not a rank file: line {n} must be a token in base64 "
-                                 f"and its rank, not {line!r:.40}") from None
-        merges, byte_order = recover_merges(tokens, path)
-        return cls(merges, special_tokens, pattern, byte_order)
-
     @classmethod
     def from_vocab(cls, vocab, merges, pattern):
         """From printable tokens with their ids; what is neither byte nor merge is special."""
@@ -986,67 +868,12 @@ class Tokenizer:
         Of special_tokens, those that vocab.json lacks get the next ids.
         """
         vocab = read_json(vocab_json)
-        try:
+        with reading(f"{vocab_json}, {merges_txt}"):
             lines = Path(merges_txt).read_text(encoding="utf-8").split("\n")
             lines = lines[lines[0].startswith("#version"):]
             for name in special_tokens:
                 vocab.setdefault(name, max(vocab.values()) + 1)
             return cls.from_vocab(vocab, [line.split(" ") for line in lines if line], GPT2_SPLIT)
-        except WRONG as error:
-            raise ValueError(f"{vocab_json}, {merges_txt}: not GPT-2's ({error!r:.200})") from None
-
-    def to_huggingface(self, folder):
-        """Write tokenizer.json and tokenizer_config.json for Hugging Face's libraries.
-
-        They give the same ids (a pattern other than those of SPLITS must mean the same in Ruby's
-        syntax), but read special tokens in any text, so encode(special=True) is what they do.
-        """
-        path, plain = Path(folder, "tokenizer.json"), range(256 + len(self.merges))
-        if path.exists() and f'"format": "{FORMAT}"' in path.read_text(encoding="utf-8")[:99]:
-            raise ValueError(f"{path} is a tokenizer of this program; give another folder")
-        vocab = {to_chars(self.tokens[id]): id for id in plain}
-        for name, id in self.special.items():
-            if vocab.setdefault(name, id) != id:
-                raise ValueError(f"special token {name!r} is written as token {vocab[name]} is: "
-                                 "Hugging Face cannot tell them apart; rename it")
-        flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-        added = [dict(id=id, content=name, **flags) for name, id in self.special.items()]
-        steps = [dict(HF_SPLIT, pattern={"Regex": self.pattern}), dict(HF_BYTES, use_regex=False)]
-        model = dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None,
-                     end_of_word_suffix=None, fuse_unk=False, byte_fallback=False, vocab=vocab,
-                     merges=self.definition()["merges"])
-        state = dict(version="1.0", truncation=None, padding=None, added_tokens=added,
-                     normalizer=None, pre_tokenizer=dict(type="Sequence", pretokenizers=steps),
-                     post_processor=None, decoder=dict(HF_BYTES, use_regex=True), model=model)
-        eot = None if self.eot is None else "<|endoftext|>"
-        config = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=eot, eos_token=eot,
-                      clean_up_tokenization_spaces=False, chat_template=self.chat_template)
-        write_json(path, state)
-        write_json(path.with_name("tokenizer_config.json"), config)
-
-    @classmethod
-    def from_huggingface(cls, path):
-        """The tokenizer of a tokenizer.json (or its folder) that is a byte-level BPE like ours."""
-        path = Path(path, "tokenizer.json") if Path(path).is_dir() else Path(path)
-        state = read_json(path)
-        try:
-            first, model = state["pre_tokenizer"], state["model"]
-            *before, last = first.get("pretokenizers", [first])
-            pattern = before[0]["pattern"]["Regex"] if before else GPT2_SPLIT
-            check_split(pattern)
-            isolate = [dict(HF_SPLIT, pattern={"Regex": pattern})] if before else []
-            last = {**last, "trim_offsets": True}  # which concerns no id
-            for found, known in ((state["normalizer"], None), (model["type"], "BPE"),
-                                 (before, isolate), (last, dict(HF_BYTES, use_regex=not before))):
-                if found != known:
-                    raise ValueError(f"it has {found!r:.99} where {known!r:.99} is known")
-            added = {token["content"]: token["id"] for token in state["added_tokens"]}
-            merges = [pair.split(" ") if isinstance(pair, str) else pair
-                      for pair in model["merges"]]
-            return cls.from_vocab(model["vocab"] | added, merges, pattern)
-        except WRONG as error:
-            raise ValueError(f"{path} cannot be read as Hugging Face's byte-level BPE: "
-                             f"{error!r:.200}") from None
 
 
 # -----------------------------------------------------------------------------
@@ -1055,18 +882,17 @@ class Tokenizer:
 
 def train_command(args):
     """Train on files, save, and say in one line what came of it."""
-    start, out = time.time(), args.out or "tokenizer.json"
-    texts = read_files(args.input, pattern=SPLITS[args.pattern])
+    start, texts = time.time(), read_files(args.input)
     sample = next(filter(None, texts), "")  # a pipe can be read only once
-    texts = chain([sample], texts)
-    tokenizer = Tokenizer.train(texts, args.vocab_size, pattern=SPLITS[args.pattern])
-    tokenizer.save(out)
+    tokenizer = Tokenizer.train(chain([sample], texts), args.vocab_size,
+                                pattern=SPLITS[args.pattern])
+    tokenizer.save(args.out)
     ratio = len(sample.encode()) / len(tokenizer.encode_batch([sample])[0])
     few = f" (of {args.vocab_size}: no other pair occurs twice)"
-    few = few if tokenizer.n_vocab < args.vocab_size else ""
-    print(f"{len(tokenizer.merges)} merges, {tokenizer.n_vocab} tokens{few}, {ratio:.2f} bytes per "
-          f"token, {time.time() - start:.1f} s, {out}; next: "
-          f'python tokenizer.py show "some text" --tokenizer={out}')
+    print(f"{len(tokenizer.merges)} merges, {tokenizer.n_vocab} tokens"
+          f"{few if tokenizer.n_vocab < args.vocab_size else ''}, {ratio:.2f} bytes per token, "
+          f"{time.time() - start:.1f} s, {args.out}; next: "
+          f'python tokenizer.py show "some text" --tokenizer={args.out}')
 
 
 def encode_command(args):
@@ -1096,11 +922,10 @@ def show_command(args):
 
 
 def open_twin(name):
-    """A tokenizer's fast twin, by our file, Hugging Face's folder or the name OpenAI gave it."""
+    """A tokenizer's fast twin, by our file or the name OpenAI gave it."""
     import tiktoken
     if Path(name).exists():
-        read = Tokenizer.from_huggingface if Path(name).is_dir() else Tokenizer.load
-        return read(name).to_tiktoken()
+        return Tokenizer.load(name).to_tiktoken()
     try:
         return tiktoken.get_encoding(name)
     except OSError:
@@ -1130,34 +955,22 @@ def compare_command(args):
         print(f"{name:24}{twin.n_vocab:12,}{n:12,}{size / n:18.2f}{speed:8.1f}")
 
 
-def export_command(args):
-    """Write the tokenizer for other libraries."""
-    write, name = EXPORTS[args.format]
-    write(Tokenizer.load(args.tokenizer), args.out or name)
-    print(f"{args.tokenizer} for {args.format}: {args.out or name}")
-
-
 COMMANDS = {"train": train_command, "encode": encode_command, "decode": decode_command,
-            "show": show_command, "compare": compare_command, "export": export_command}
-EXPORTS = {"huggingface": (Tokenizer.to_huggingface, "huggingface"),
-           "tiktoken": (Tokenizer.to_rank_file, "tokenizer.tiktoken")}
+            "show": show_command, "compare": compare_command}
 
 
 def main():
+    if sys.argv[1:2] == ["export"]:
+        raise ValueError("export has moved: python -m chapters.export tokenizer.json")
     parser = Parser(__doc__)
     parser.add_argument("command", choices=COMMANDS)
-    parser.add_argument("input", nargs="*", help="train: files; encode, show: a text; decode: ids; "
-                        "compare: a file, then others' tokenizers or names of OpenAI's encodings")
+    parser.add_argument("input", nargs="+", help="train: files; encode, show: a text; decode: ids; "
+                        "compare: a file, then other tokenizers or names of OpenAI's encodings")
     parser.add_argument("--vocab_size", type=int, default=4096, help="default %(default)s")
     parser.add_argument("--pattern", choices=SPLITS, default="gpt4", help="default %(default)s")
-    parser.add_argument("--format", choices=EXPORTS, default="huggingface", help="of export")
-    parser.add_argument("--out", help="train writes it (tokenizer.json), and export")
+    parser.add_argument("--out", default="tokenizer.json", help="train writes it")
     parser.add_argument("--tokenizer", default="tokenizer.json", help="the others read it")
     args = parser.parse_intermixed_args()
-    if not args.input and args.command != "export":
-        parser.error("the following arguments are required: input")
-    if args.input and args.command == "export":
-        parser.error("export takes no input, but --tokenizer")
     COMMANDS[args.command](args)
 
 
