@@ -1,0 +1,303 @@
+"""
+Norm, rotary positions and loss in CUDA C: between torch's matrix products each number is read and
+written about once. NVRTC, which CUDA builds of torch bring along, compiles the kernels when they
+are first used: no compiler, no toolkit. chapters/kernels.py offers them as the row "cuda".
+"""
+
+import ctypes
+import sys
+from functools import lru_cache
+
+import torch
+
+from model import FusedLoss, fused_loss, once_differentiable, plain_norm, plain_rotary
+
+NUMBERS = {  # what a tensor holds; every sum is kept in float
+    torch.float32: """
+typedef float Number;
+__device__ float widen(Number x) { return x; }
+__device__ void narrow(float x, Number& y) { y = x; }""",
+    torch.bfloat16: """
+struct Number { unsigned short bits; };  // the upper half of a float
+__device__ float widen(Number x) { return __uint_as_float((unsigned)x.bits << 16); }
+__device__ void narrow(float x, Number& y) {  // to the nearest, of two to the even one
+    unsigned bits = __float_as_uint(x);
+    y.bits = x != x ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}""",
+    torch.float16: """
+struct Number { unsigned short bits; };
+__device__ float widen(Number x) {
+    float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits)); return y;
+}
+__device__ void narrow(float x, Number& y) {
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+}"""}
+SOURCE = r"""
+typedef long long Int;  // offsets can exceed 2^31
+extern __shared__ float shared[];  // the first 32 belong to over_block()
+#define MINE(n) for (Int i = threadIdx.x; i < (n); i += blockDim.x)  // this thread's part of a row
+
+// The sum of x over the threads of the block, or the largest; all get it.
+__device__ float over_block(float x, bool largest = false) {
+    const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
+    for (int again = 1; again >= 0; again--) {
+        for (int step = 16; step; step /= 2) {
+            const float other = __shfl_xor_sync(~0u, x, step);
+            x = largest ? fmaxf(x, other) : x + other;
+        }
+        if (!again) break;
+        __syncthreads();  // all have read what the last call left
+        if (lane == 0) shared[threadIdx.x / 32] = x;
+        __syncthreads();
+        x = lane < warps ? shared[lane] : largest ? -3e38f : 0;
+    }
+    return x;
+}
+
+// A block for each row n: y is the norm of x; stats: the row's mean and scale.
+extern "C" __global__ void norm_forward(const Number* x, const float* weight, const float* bias,
+        Number* y, float* stats, Int C, Int center, float eps) {
+    const Int n = blockIdx.x;
+    x += n * C, y += n * C;
+    float total = 0, mean = 0;
+    if (center) {  // not E[x^2] - E[x]^2: few digits would be left
+        MINE(C) total += widen(x[i]);
+        mean = over_block(total) / C;
+        total = 0;
+    }
+    MINE(C) total += (widen(x[i]) - mean) * (widen(x[i]) - mean);
+    const float scale = rsqrtf(over_block(total) / C + eps);
+    if (threadIdx.x == 0) stats[2 * n] = mean, stats[2 * n + 1] = scale;
+    MINE(C) narrow((widen(x[i]) - mean) * scale * weight[i] + (bias ? bias[i] : 0), y[i]);
+}
+
+// Each block goes through some rows, and sums d_weight and d_bias of them: d_params (blocks, 2, C).
+extern "C" __global__ void norm_backward(const Number* d_y, const Number* x, const float* weight,
+        const float* stats, Number* d_x, float* d_params, Int rows, Int C, Int center) {
+    float *d_w = shared + 32, *d_b = d_w + C;
+    MINE(C) d_w[i] = d_b[i] = 0;
+    for (Int n = blockIdx.x; n < rows; n += gridDim.x) {
+        const Int row = n * C;
+        const float mean = stats[2 * n], scale = stats[2 * n + 1];
+        float along = 0, total = 0;
+        MINE(C) {
+            const float unit = (widen(x[row + i]) - mean) * scale, d = widen(d_y[row + i]);
+            d_w[i] += d * unit, d_b[i] += d;
+            along += d * weight[i] * unit, total += d * weight[i];
+        }
+        along = over_block(along) / C;  // what would only lengthen or shift x changes nothing
+        total = center ? over_block(total) / C : 0;
+        MINE(C) {
+            const float unit = (widen(x[row + i]) - mean) * scale;
+            narrow((widen(d_y[row + i]) * weight[i] - total - unit * along) * scale, d_x[row + i]);
+        }
+    }
+    MINE(C) {
+        d_params[blockIdx.x * 2 * C + i] = d_w[i];
+        d_params[blockIdx.x * 2 * C + C + i] = d_b[i];
+    }
+}
+
+// A block for each row: y is x rotated by the angles of its position, or back where way is -1.
+extern "C" __global__ void rotate(const Number* x, Number* y, const float* cos, const float* sin,
+        Int D, Int heads, Int positions, Int way) {
+    const Int row = (Int)blockIdx.x * D, half = D / 2;
+    const Int angles = (unsigned)blockIdx.x / (unsigned)heads % (unsigned)positions * half;
+    MINE(half) {
+        const float a = widen(x[row + i]), b = widen(x[row + half + i]);
+        const float c = cos[angles + i], s = way * sin[angles + i];
+        narrow(a * c - b * s, y[row + i]);
+        narrow(b * c + a * s, y[row + half + i]);
+    }
+}
+
+// A block turns a row of V logits into the row's loss, and if learn into their gradient in place.
+__device__ float cap(float x, float softcap) { return softcap ? softcap * tanhf(x / softcap) : x; }
+extern "C" __global__ void loss(Number* logits, const Int* targets, float* losses, Int V,
+        Int stride, Int learn, float softcap, float smoothing, float z_loss) {
+    logits += blockIdx.x * stride;
+    const Int target = targets[blockIdx.x];
+    const float hit = target < 0 ? 0 : cap(widen(logits[target]), softcap);
+    float row_max = -3e38f, total = 0, mean = 0;
+    MINE(V) {
+        const float logit = cap(widen(logits[i]), softcap);
+        if (logit > row_max) total *= expf(row_max - logit), row_max = logit;
+        total += expf(logit - row_max), mean += logit;
+    }
+    const float top = over_block(row_max, true);
+    const float logsumexp = top + logf(over_block(total * expf(row_max - top)));
+    mean = over_block(mean) / V;
+    if (threadIdx.x == 0) losses[blockIdx.x] = target < 0 ? 0 : logsumexp
+        - (1 - smoothing) * hit - smoothing * mean + z_loss * logsumexp * logsumexp;
+    if (learn) MINE(V) {
+        const float logit = cap(widen(logits[i]), softcap);
+        float d = expf(logit - logsumexp) * (1 + 2 * z_loss * logsumexp) - smoothing / V;
+        if (i == target) d -= 1 - smoothing;
+        if (softcap) d *= 1 - logit / softcap * (logit / softcap);
+        narrow(target < 0 ? 0 : d, logits[i]);
+    }
+}
+"""
+KERNEL_NAMES = ("norm_forward", "norm_backward", "rotate", "loss")
+
+
+@lru_cache(maxsize=None)
+def compiled(device, dtype):
+    """SOURCE compiled for a device and a dtype
+    -> run(name, grid, block, n_bytes, values, types), which launches one of its kernels."""
+    from cuda.bindings import driver, nvrtc  # torch's CUDA builds bring it along
+
+    def get(result):
+        status, *values = result
+        if status:
+            raise RuntimeError(f"cuda.bindings says {status.name}")
+        return values[0] if values else None
+
+    source = f"{NUMBERS[dtype]}\n{SOURCE}".encode()
+    program = get(nvrtc.nvrtcCreateProgram(source, b"model.cu", 0, [], []))
+    options = ["-arch=sm_{}{}".format(*torch.cuda.get_device_capability(device)), "-std=c++17"]
+    status, = nvrtc.nvrtcCompileProgram(program, 2, [option.encode() for option in options])
+    if status:
+        log = bytearray(get(nvrtc.nvrtcGetProgramLogSize(program)))
+        get(nvrtc.nvrtcGetProgramLog(program, log))
+        raise RuntimeError(f"{status.name} {log.decode().rstrip(chr(0))}")
+    code = bytearray(get(nvrtc.nvrtcGetCUBINSize(program)))
+    get(nvrtc.nvrtcGetCUBIN(program, code))
+    context = get(driver.cuDevicePrimaryCtxRetain(get(driver.cuDeviceGet(device.index or 0))))
+    get(driver.cuCtxSetCurrent(context))
+    module = get(driver.cuModuleLoadData(bytes(code)))
+    kernels = {name: get(driver.cuModuleGetFunction(module, name.encode()))
+               for name in KERNEL_NAMES}
+
+    def run(name, grid, block, n_bytes, values, types):
+        with torch.cuda.device(device):
+            get(driver.cuCtxSetCurrent(context))  # the thread of backward may have none yet
+            stream = torch.cuda.current_stream().cuda_stream
+            get(driver.cuLaunchKernel(kernels[name], grid, 1, 1, block, 1, 1, n_bytes, stream,
+                                      (values, types), 0))
+    return run
+
+
+def launch(name, grid, block, *args, shared=0):
+    """Run a kernel on args, of which the first is a tensor: `grid` blocks of `block` threads, with
+    `shared` floats for each block. None becomes a null pointer."""
+    kinds = {bool: ctypes.c_longlong, int: ctypes.c_longlong, float: ctypes.c_float}
+    values = [x.data_ptr() if isinstance(x, torch.Tensor) else x or 0 for x in args]
+    types = [kinds.get(type(x), ctypes.c_void_p) for x in args]
+    if grid:
+        run = compiled(args[0].device, args[0].dtype)
+        run(name, grid, block, 4 * (32 + shared), tuple(values), tuple(types))
+
+
+def problem(device, dtype):
+    """Why the kernels cannot run on a device, in a line; "" if they can."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return f"they need an NVIDIA GPU, and the model is on {device}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0) if dtype == torch.bfloat16 else capability < (7, 0):
+        return "the GPU's compute capability {}.{} is too low".format(*capability)
+    try:
+        compiled(device, dtype if dtype in NUMBERS else torch.float32)
+    except Exception as error:  # NVRTC, driver or binding missing, too old: errors of many kinds
+        return " ".join(f"{error}".split())[:200] or repr(error)
+    return ""
+
+
+@lru_cache(maxsize=None)
+def warn_once(text):
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def covered(x):
+    """Whether the kernels take x: dense, in a dtype they know, rows that fit into shared memory."""
+    return x.dtype in NUMBERS and x.is_contiguous() and x.size(-1) <= 4096
+
+
+def n_threads(n):
+    """How many threads share a row of n numbers: a power of two from 32 to 512."""
+    return min(512, max(32, 1 << (n // 4).bit_length()))
+
+
+class CudaNorm(torch.autograd.Function):
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, center, eps):
+        C, rows = x.size(-1), x.numel() // x.size(-1)
+        y, stats = torch.empty_like(x), x.new_empty(rows, 2, dtype=torch.float32)
+        launch("norm_forward", rows, n_threads(C), x, weight.float(),
+               None if bias is None else bias.float(), y, stats, C, center, eps)
+        ctx.save_for_backward(x, weight, stats)
+        ctx.center, ctx.biased = center, bias is not None
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_y):
+        x, weight, stats = ctx.saved_tensors
+        C, rows = x.size(-1), len(stats)
+        d_x, d_params = torch.empty_like(x), stats.new_empty(min(rows, 2**20 // C), 2, C)
+        launch("norm_backward", len(d_params), n_threads(C), d_y.contiguous(), x, weight.float(),
+               stats, d_x, d_params, rows, C, ctx.center, shared=2 * C)
+        d_weight, d_bias = d_params.sum(dim=0).to(weight.dtype)
+        return d_x, d_weight, d_bias if ctx.biased else None, None, None
+
+
+def cuda_norm(x, weight, bias=None, center=False, eps=1e-6):
+    """plain_norm in one kernel each way."""
+    take = CudaNorm.apply if covered(x) else plain_norm
+    return take(x, weight, bias, center, eps)
+
+
+class CudaRotary(torch.autograd.Function):
+
+    @staticmethod
+    def rotate(x, cos, sin, way):
+        y, D = torch.empty_like(x), x.size(-1)
+        launch("rotate", x.numel() // D, n_threads(2 * D), x, y, cos, sin, D, x.size(-2),
+               cos.numel() // cos.size(-1), way)
+        return y
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return CudaRotary.rotate(x, cos, sin, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_y):
+        return CudaRotary.rotate(d_y.contiguous(), *ctx.saved_tensors, -1), None, None
+
+
+def cuda_rotary(x, cos, sin):
+    """plain_rotary in one kernel each way."""
+    if not covered(x):
+        return plain_rotary(x, cos, sin)
+    return CudaRotary.apply(x, cos.float().contiguous(), sin.float().contiguous())
+
+
+def cuda_loss_tile(x, weight, targets, softcap, smoothing, z_loss, with_gradient):
+    """loss_tile in one kernel: the gradient takes the place of the logits."""
+    (N, V), stride = (len(x), len(weight)), -(-len(weight) // 8) * 8
+    logits = x.new_empty(N, stride)[:, :V]  # products are slow where rows start at odd addresses
+    torch.mm(x, weight.T, out=logits)
+    losses = x.new_empty(N, dtype=torch.float32)
+    launch("loss", N, 512, logits, targets.contiguous(), losses, V, stride, with_gradient,
+           float(softcap), float(smoothing), float(z_loss))
+    return losses.sum(), logits
+
+
+class CudaLoss(FusedLoss):
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        return FusedLoss.forward(ctx, *inputs, tile=cuda_loss_tile)
+
+
+def cuda_loss(x, weight, targets, softcap=0.0, smoothing=0.0, z_loss=0.0):
+    """fused_loss with one kernel between the products."""
+    if x.dtype not in NUMBERS:
+        return fused_loss(x, weight, targets, softcap, smoothing, z_loss)
+    return CudaLoss.apply(x, weight, targets, softcap, smoothing, z_loss)
+
+
+FASTER = dict(norm=cuda_norm, rotary=cuda_rotary, loss=cuda_loss)

@@ -1,0 +1,179 @@
+"""
+The accelerator: faster twins of functions that model.py computes with. GPT.use takes them from here
+where this file is there; without it all works and gives the same results, only slower.
+
+    rows(KERNELS, device, dtype)     {"fused": ..., "torch": ..., "cuda": ...}, the functions of each
+    GraphedStep(step)                a whole training step as one CUDA graph
+
+Each function has the arguments and the result of its plain twin in model.py; tests/benchmark.py
+prints what each is worth. Those in CUDA C are in chapters/cuda_kernels.py.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from chapters import cuda_kernels
+from model import once_differentiable, plain_activation, plain_rotary, sum_dtype
+
+# -----------------------------------------------------------------------------
+# A linear layer that writes a few tokens.
+
+FEW_ROWS = 16  # up to here a CPU spends its time reading weights, not multiplying
+
+
+def as_type(x, dtype):
+    """x, or None, in a dtype: asking costs a fifth of a .to() that changes nothing, and to write a
+    token takes a hundred of them."""
+    return x if x is None or x.dtype == dtype else x.to(dtype)
+
+
+def fused_linear(x, weight, bias=None):
+    """plain_linear; a few rows in float32 on a CPU are multiplied from the right, so that the
+    weights are read in order."""
+    weight, bias = as_type(weight, x.dtype), as_type(bias, x.dtype)
+    if (torch.is_grad_enabled() or x.dtype != torch.float32 or x.device.type != "cpu"
+            or not 1 < x.numel() // x.size(-1) <= FEW_ROWS):
+        return F.linear(x, weight, bias)
+    y = weight @ x.reshape(-1, x.size(-1)).T                             # (F, rows)
+    y = y if bias is None else y + bias[:, None]
+    return y.T.reshape(*x.shape[:-1], -1)
+
+
+# -----------------------------------------------------------------------------
+# Norms, with backward by hand: x alone is kept, which the stream holds anyway, and a number a row.
+
+
+def inverse_rms(x, eps):
+    """1 / root mean square over the last dimension of x (..., C), as (..., 1)."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=sum_dtype(x.dtype))
+    return (length.square_() / x.size(-1)).add_(eps).rsqrt_().to(x.dtype)
+
+
+class FusedRMSNorm(torch.autograd.Function):
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        scale = inverse_rms(x, eps)
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_y):
+        x, weight, scale = ctx.saved_tensors
+        unit = x * scale
+        d_weight = (d_y * unit).flatten(0, -2).sum(dim=0, dtype=weight.dtype)
+        d_unit = d_y * weight.to(d_y.dtype)
+        # what points along x would only lengthen it, and the norm takes lengths away
+        along = torch.linalg.vecdot(d_unit, unit).unsqueeze(-1) / unit.size(-1)  # (..., 1)
+        return d_unit.addcmul_(unit, along, value=-1).mul_(scale), d_weight, None
+
+
+def fused_norm(x, weight, bias=None, center=False, eps=1e-6):
+    """plain_norm in fewer passes over memory, keeping less of it; LayerNorm's is torch's own."""
+    if center or not torch.is_grad_enabled():
+        weight, bias = as_type(weight, x.dtype), as_type(bias, x.dtype)
+        return (F.layer_norm(x, weight.shape, weight, bias, eps) if center else
+                F.rms_norm(x, weight.shape, weight, eps))
+    return FusedRMSNorm.apply(x, weight, eps)
+
+
+# -----------------------------------------------------------------------------
+# Rotary positions and SwiGLU, with backward by hand.
+
+
+class FusedRotary(torch.autograd.Function):
+    """Two passes forward; backward rotates the gradient back by the same angles."""
+
+    @staticmethod
+    def rotate(x, cos, sin):
+        (a, b), out = x.chunk(2, dim=-1), torch.empty_like(x)
+        c, d = out.chunk(2, dim=-1)
+        torch.mul(a, cos, out=c).addcmul_(b, sin, value=-1)
+        torch.mul(b, cos, out=d).addcmul_(a, sin)
+        return out
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        cos, sin = (y.unsqueeze(-2).to(x.dtype) for y in (cos, sin))     # (..., T, 1, D/2)
+        ctx.save_for_backward(cos, sin)
+        return FusedRotary.rotate(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_y):
+        cos, sin = ctx.saved_tensors
+        return FusedRotary.rotate(d_y, cos, -sin), None, None
+
+
+def fused_rotary(x, cos, sin):
+    """plain_rotary in fewer passes over memory."""
+    return FusedRotary.apply(x, cos, sin) if torch.is_grad_enabled() else plain_rotary(x, cos, sin)
+
+
+class FusedSwiGLU(torch.autograd.Function):
+    """Keeps what comes in alone: the activation is cheap to make again, and F is the widest."""
+
+    @staticmethod
+    def forward(ctx, x, gate):
+        ctx.save_for_backward(x, gate)
+        return F.silu(gate).mul_(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_y):
+        x, gate = ctx.saved_tensors
+        return F.silu(gate).mul_(d_y), torch.ops.aten.silu_backward(d_y * x, gate)
+
+
+def fused_activation(x, gate, activation):
+    """plain_activation with nothing stored between the gate and the product."""
+    if activation != "swiglu" or gate is None or not torch.is_grad_enabled():
+        return plain_activation(x, gate, activation)
+    return FusedSwiGLU.apply(x, gate)
+
+
+# -----------------------------------------------------------------------------
+# What can run where, and a whole step at once.
+
+FASTER = dict(linear=fused_linear, norm=fused_norm, rotary=fused_rotary, activate=fused_activation)
+
+
+def rows(kernels, device, dtype):
+    """model.KERNELS {name: functions} with the twins above, all but the plain row; and a row "cuda"
+    where an NVIDIA GPU runs the kernels of chapters/cuda_kernels.py."""
+    found = {name: functions if name == "plain" else functions | FASTER
+             for name, functions in kernels.items()}
+    problem = cuda_kernels.problem(device, dtype)
+    if not problem:
+        found["cuda"] = found["torch"] | cuda_kernels.FASTER
+    elif device.type == "cuda":
+        cuda_kernels.warn_once(f"the CUDA kernels of chapters/cuda_kernels.py cannot run here: {problem}")
+    return found
+
+
+class GraphedStep:
+    """step(xs, ys) -> (loss, norm), recorded once as a CUDA graph and then replayed on new batches:
+    the GPU gets all kernels of a step at once and never waits for Python. The first calls run as
+    they are, so that all is compiled, chosen and allocated when recording begins."""
+
+    def __init__(self, step, warm_up=3):
+        self.step, self.graph, self.warm_up = step, None, warm_up
+        self.stream = torch.cuda.Stream()
+
+    def __call__(self, xs, ys):
+        if self.warm_up:
+            self.warm_up -= 1
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                result = self.step(xs, ys)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return result
+        if self.graph is None:
+            self.graph, self.inputs = torch.cuda.CUDAGraph(), [*xs, *ys]
+            with torch.cuda.graph(self.graph):
+                self.result = self.step(xs, ys)
+        for own, new in zip(self.inputs, [*xs, *ys]):
+            own.copy_(new)
+        self.graph.replay()
+        return self.result
