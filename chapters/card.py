@@ -1,0 +1,209 @@
+"""
+What belongs beside a score: how much of a task the training text had, whether confidence can be
+trusted, and a run's model card.
+
+    python -m chapters.card runs/a               # writes runs/a/model_card.md from the run's files
+
+The card takes its scores from the last evaluation (scores.json); python -m chapters.exams --card
+evaluates and writes it.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from data import check_shards, read_split
+from evaluate import cells, score_choices
+from model import load_model, option
+from sample import newest_run
+from tokenizer import parse_options, read_json, reading, replacing, run_command
+
+OVERLAP = 13  # tokens in a row that tell what was trained on
+
+# -----------------------------------------------------------------------------
+# Overlap with the training text.
+
+
+def gram_hashes(ids):
+    """A number for each OVERLAP tokens in a row, nearly always another for others."""
+    ids, n = np.asarray(ids).astype(np.uint64), max(0, len(ids) - OVERLAP + 1)
+    numbers = np.zeros(n, np.uint64)
+    for i in range(OVERLAP):
+        numbers = (numbers + ids[i:i + n] + 1) * np.uint64(0x9E3779B97F4A7C15)
+        numbers ^= numbers >> np.uint64(32)
+    return numbers
+
+
+def overlaps(texts, shards):
+    """For each of texts, lists of ids, the share of its runs of 13 tokens that the shards have, too
+    (arXiv:2005.14165, appendix C); NaN for a shorter one."""
+    texts = [gram_hashes(text) for text in texts]
+    known = np.unique(np.concatenate([*texts, gram_hashes([])]))
+    found, table = np.zeros(len(known), bool), np.zeros(1 << 22, bool)
+    table[known % len(table)] = True  # most of what is looked up is not there: this is seen fast
+    for shard in shards if len(known) else ():
+        for start in tqdm(range(0, len(shard), 1 << 22), "overlap", disable=None, leave=False):
+            numbers = gram_hashes(shard[start:start + (1 << 22) + OVERLAP - 1])
+            found |= np.isin(known, numbers[table[numbers % len(table)]])
+    return [np.isin(text, known[found]).mean() if len(text) else math.nan for text in texts]
+
+
+def contamination(folder, tokenizer, texts):
+    """{task: how many of its texts are long enough, how many of them have a run of 13 tokens in
+    common with the run's training shards, and the share of such runs}, of {task: texts}; empty
+    where the shards are gone or another tokenizer's."""
+    path, report = Path(config_of(folder).get("data", {}).get("path", "")), {}
+    if not Path(path, "card.json").exists():
+        return {}
+    if check_shards(path, ("train",)).tokenizer != tokenizer.hash():
+        return {}
+    names = np.array([name for name, own in texts.items() for _ in own])
+    ids = tokenizer.encode_batch([text for own in texts.values() for text in own])
+    shares = np.array(overlaps(ids, read_split(path, "train")))
+    for name in texts:
+        long = shares[(names == name) & ~np.isnan(shares)]
+        report[name] = dict(long_enough=len(long), with_overlap=int((long > 0).sum()),
+                            share=float(long.mean()) if len(long) else None)
+    return report
+
+
+# -----------------------------------------------------------------------------
+# Calibration: of what a model holds for 70% sure, are 70% right?
+
+
+def calibration_counts(confidence, right, n_bins=10):
+    """What the calibration error sums over questions: how far the confidence, a probability, lies
+    above being right (0 or 1), in the bin of that confidence; and 1 for the question."""
+    counts = np.zeros(n_bins + 1)
+    counts[min(int(confidence * n_bins), n_bins - 1)], counts[-1] = confidence - right, 1
+    return counts
+
+
+def calibration_of_sums(sums):
+    return np.abs(sums[..., :-1]).sum(axis=-1) / sums[..., -1]
+
+
+def calibration_error(confidences, right):
+    """How far confidence and share of right answers lie apart, in the mean over ten bins of
+    confidence: calibration_error([0.9, 0.9], [1, 0]) == 0.4. arXiv:1706.04599"""
+    return float(calibration_of_sums(sum(map(calibration_counts, confidences, right))))
+
+
+def score_calibrated(model, tokenizer, questions, config=None):
+    """score_choices with the calibration error, where confidence is the likeliest choice's share of
+    the probability of all choices."""
+    outcomes, chance = score_choices(model, tokenizer, questions)
+    for outcome in outcomes:
+        sums = np.array(outcome["shown"]["scores"])
+        confidence = np.exp(sums.max() - np.logaddexp.reduce(sums))
+        counts = calibration_counts(confidence, outcome["acc"][0])
+        outcome["calibration error"] = counts.tolist()
+    return outcomes, chance
+
+
+# -----------------------------------------------------------------------------
+# The model card: arXiv:1810.03993.
+
+CARD = """# {run}
+
+A {architecture} language model of {parameters:,} parameters, {checkpoint}.
+
+## What it was trained on
+
+{data}
+
+## How it was trained
+
+{training}
+
+## How it scores
+
+{scores}
+
+Guessing is what a model gets that knows nothing; the interval holds 95 of 100 scores on other
+questions of this kind. Seed {seed}, {precision}.
+
+{overlap}
+
+## What it cannot do
+
+It continues text like that above; it does not know what is true. It has no knowledge of what its
+training text lacks, has learned what prejudice and errors are in it, and may repeat parts of it
+word for word. It sees {block_size} tokens at a time. It was not tested for use by people who have
+to rely on its answers: do not let it decide about anyone.
+"""
+
+
+def config_of(folder):
+    """What a run's config.json says: {"model", "train", "data"}, each a dict; {} without a file."""
+    path = Path(folder, "config.json")
+    with reading(path):
+        config = read_json(path) if path.exists() else {}
+        return {name: dict(part or {}) for name, part in config.items()}
+
+
+def overlap_lines(overlap):
+    """What contamination found, in words."""
+    return [f"{name}: {found['with_overlap']} of {found['long_enough']} texts of 13 tokens or more "
+            "have 13 tokens in a row in common with the training text"
+            for name, found in overlap.items() if found["long_enough"]]
+
+
+def training_figures(folder, model):
+    """The shape of a model and how its training went, as {name: value}."""
+    log, train = Path(folder, "log.jsonl"), config_of(folder).get("train", {})
+    steps = [json.loads(line) for line in log.read_bytes().splitlines()] if log.exists() else [{}]
+    shape = {name: getattr(model.config, name) for name in (
+        "n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "vocab_size")}
+    return shape | {name: known[name] for known, names in (
+        (train, ("optimizer", "learning_rate", "batch_size", "seed")),
+        (steps[-1], ("step", "loss", "val_loss", "elapsed"))) for name in names if name in known}
+
+
+def model_card(folder):
+    """What a run's files say about it, as Markdown."""
+    report, data = read_json(Path(folder, "scores.json")), config_of(folder).get("data", {})
+    model, _ = load_model(Path(folder, report["checkpoint"]))
+    lines = [f"- {source['name']}: {source.get('bytes', 0):,} bytes in {source.get('files', 0):,} "
+             "files" for source in data.get("sources", ())]
+    lines += [f"- {name}: {n:,}" for name, n in (data.get("counts") or {}).items()]
+    figures = [f"- {name}: {value:.4g}" if isinstance(value, float) else f"- {name}: {value}"
+               for name, value in training_figures(folder, model).items()]
+    head, *rows = (f"| {' | '.join(line)} |" for line in cells(report["scores"]))
+    scores = [head, "|" + "---|" * (head.count("|") - 1), *rows]
+    overlap = [f"- {line}" for line in overlap_lines(report.get("overlap", {}))]
+    return CARD.format(**report | dict(
+        architecture=model.config.architecture, parameters=model.n_parameters(),
+        block_size=model.config.block_size, training="\n".join(figures),
+        data="\n".join(lines) or "Its run folder does not say.", scores="\n".join(scores),
+        overlap="\n".join(overlap) or "Overlap with the training text was not looked for."))
+
+
+def write_card(folder):
+    """Write model_card.md into a run's folder -> its path."""
+    with reading(Path(folder, "scores.json")):
+        text = model_card(folder)
+    path = Path(folder, "model_card.md")
+    with replacing(path) as file:
+        file.write(text.encode())
+    return path
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the card is about."""
+    run: str | None = option(None, "a run folder with scores.json; without one the newest",
+                             positional=True)
+
+
+def main():
+    command = Command(**parse_options(__doc__, Command)[0])
+    print(f"card: {write_card(Path(command.run or newest_run()))}")
+
+
+if __name__ == "__main__":
+    run_command(main)
