@@ -19,8 +19,6 @@ import hashlib
 import json
 import math
 import os
-import re
-import time
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial, reduce, wraps
 from pathlib import Path
@@ -66,30 +64,46 @@ def check_known(name, known, what):
         raise ValueError(f"unknown {what} {name!r}: {hint}")
 
 
-def option(default, help, positional=False):
-    """A dataclass field that is also an option of a command line: its default and its help."""
-    metadata = dict(help=help, positional=positional)
+def option(default, help, low=0, below=2**31, positional=False):
+    """A dataclass field that is also an option of a command line: its default, its help, and for
+    numbers the range low <= value < below."""
+    metadata = dict(help=help, low=low, below=below, positional=positional)
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def check_options(config):
+    """ValueError for the first field of a dataclass of options that is out of its type or range."""
+    for f in fields(config):
+        value, kinds = getattr(config, f.name), getattr(f.type, "__args__", (f.type,))
+        low, below = f.metadata["low"], f.metadata["below"]
+        words = f"of type {kinds[0].__name__}"
+        right = isinstance(value, (*kinds, int) if float in kinds else kinds)
+        if kinds[0] in (int, float) and value is not None:
+            right = right and not isinstance(value, bool) and low <= value < below  # nan is not
+            high = "2^31" if below == 2**31 else below
+            words = f"at least {low} and below {high}" + ", a whole number" * (kinds[0] is int)
+        if not right:
+            raise ValueError(f"{f.name}={value!r:.40} must be {words}")
 
 
 @dataclass(frozen=True)
 class GPTConfig:
     """The shape of a model. What is None or 0 is filled in from the architecture's row."""
     architecture: str = option("modern", "gpt2 | modern | bert | transformer")
-    vocab_size: int = option(50257, "tokens that the model knows")
-    block_size: int = option(1024, "longest sequence, in tokens")
-    n_layer: int = option(12, "blocks")
-    n_head: int = option(12, "query heads")
+    vocab_size: int = option(50257, "tokens that the model knows", low=1)
+    block_size: int = option(1024, "longest sequence, in tokens", low=1)
+    n_layer: int = option(12, "blocks", low=1)
+    n_head: int = option(12, "query heads", low=1)
     n_kv_head: int = option(0, "key/value heads; 0: the architecture's share of n_head")
-    n_embd: int = option(768, "channels")
+    n_embd: int = option(768, "channels", low=1)
     n_encoder_layer: int = option(0, "blocks of the encoder, where cross; 0: as many as n_layer")
     n_classes: int = option(0, "0: tokens; 1: one number per text; more: a class per text")
     window: int = option(0, "a token attends to this many, itself the last; 0: all")
     softcap: float = option(0.0, "logits stay between -softcap and softcap; 0: no limit")
-    dropout: float = option(0.0, "share of activations dropped, while training")
-    label_smoothing: float = option(0.0, "share of each target that goes to all tokens alike")
+    dropout: float = option(0.0, "share of activations dropped, while training", below=1)
+    label_smoothing: float = option(0.0, "share of each target that all tokens get", below=1)
     z_loss: float = option(0.0, "weight of log(sum(exp(logits)))^2 in the loss")
     position: str | None = option(None, "learned | sinusoidal | rope | none")
     norm: str | None = option(None, "layernorm | rmsnorm")
@@ -101,17 +115,19 @@ class GPTConfig:
     causal: bool | None = option(None, "a token attends to earlier ones only")
     cross: bool | None = option(None, "an encoder reads a source, and each block attends to it")
     tied: bool | None = option(None, "the head shares the embedding's matrix")
-    rope_theta: float = option(10000.0, "base of the rotary frequencies")
+    rope_theta: float = option(10000.0, "base of the rotary frequencies", low=1)
 
     def __post_init__(self):
         check_known(self.architecture, ARCHITECTURES, "architecture")
         row = dict(ARCHITECTURES[self.architecture])
         queries_per_kv_head = row.pop("queries_per_kv_head")
-        self.fill_in(**{name: value for name, value in row.items() if getattr(self, name) is None})
-        self.check_values()
-        self.fill_in(
+        self.fill_in({name: value for name, value in row.items() if getattr(self, name) is None})
+        check_options(self)
+        self.fill_in(dict(
             n_kv_head=self.n_kv_head or self.n_head // math.gcd(self.n_head, queries_per_kv_head),
-            n_encoder_layer=(self.n_encoder_layer or self.n_layer) if self.cross else 0)
+            n_encoder_layer=(self.n_encoder_layer or self.n_layer) if self.cross else 0))
+        for name, known in ("position", POSITIONS), ("norm", NORMS), ("activation", ACTIVATIONS):
+            check_known(getattr(self, name), known, name)
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} is no multiple of n_head={self.n_head}")
         if self.n_head % self.n_kv_head:
@@ -119,30 +135,9 @@ class GPTConfig:
         if self.position == "rope" and self.head_size % 2:
             raise ValueError(f"n_embd / n_head = {self.head_size} must be even: rope rotates pairs")
 
-    def fill_in(self, **values):
+    def fill_in(self, values):
         for name, value in values.items():
             object.__setattr__(self, name, value)  # the one way to set a field of a frozen class
-
-    def check_values(self):
-        """ValueError for the first field of a wrong type or out of its range."""
-        for f in fields(self):
-            value, kinds = getattr(self, f.name), getattr(f.type, "__args__", (f.type,))
-            is_number = int in kinds or float in kinds
-            if (not isinstance(value, (*kinds, int) if float in kinds else kinds) or is_number
-                    and (isinstance(value, bool) or not 0 <= value < 2**31)):  # nan is not, either
-                names = "a number from 0 to below 2^31, as is" if is_number else "of type"
-                raise ValueError(f"{f.name}={value!r:.40} must be {names} {kinds[0].__name__}")
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("dropout", "label_smoothing"):
-            if getattr(self, name) >= 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be below 1")
-        if self.rope_theta == 0:
-            raise ValueError("rope_theta=0 must be above 0")
-        check_known(self.position, POSITIONS, "position")
-        check_known(self.norm, NORMS, "norm")
-        check_known(self.activation, ACTIVATIONS, "activation")
 
     @property
     def head_size(self):
@@ -513,12 +508,6 @@ def accelerator():
     return kernels
 
 
-def all_kernels(device, dtype):
-    """{name: the functions of that row} of all that can run on this device in this dtype."""
-    faster = accelerator()
-    return faster.rows(KERNELS, device, dtype) if faster else KERNELS
-
-
 # -----------------------------------------------------------------------------
 # The parts of a block.
 
@@ -782,42 +771,25 @@ class GPT(nn.Module):
         of being kept, far less memory, a third more work (arXiv:1604.06174). None of it is part of
         the model. -> the name of the row; auto leaves {name: seconds} of its trial in self.trial."""
         check_known(kernels, ("auto", "cuda", *KERNELS), "kernels")
-        rows = all_kernels(self.device, dtype or self.lm_head.weight.dtype)
-        if kernels not in ("auto", *rows):
-            raise ValueError("kernels=cuda needs an NVIDIA GPU, on which NVRTC works, and "
+        faster, self.dtype = accelerator(), dtype
+        rows = faster.rows(KERNELS, self.device, dtype) if faster else KERNELS
+        if kernels == "auto":
+            self.trial = faster.trial(self, rows, batch_size) if faster else {}
+            kernels = min(self.trial, key=self.trial.get, default="torch")
+        if kernels not in rows:
+            raise ValueError("kernels=cuda needs an NVIDIA GPU on which NVRTC works, and "
                              "chapters/kernels.py: kernels=auto takes what can run")
-        self.dtype = dtype
-        self.trial = {name: self.time_of(rows[name], batch_size)
-                      for name in rows if kernels == "auto" and name != "plain"}
-        kernels = min(self.trial, key=self.trial.get) if self.trial else kernels
         self.set_functions(rows[kernels])
         for stack in filter(None, (self.transformer, self.encoder)):
             stack.recompute = recompute
         return kernels
 
     def set_functions(self, functions):
+        """Set {name: function} on each module of a class that has a function of that name."""
         for module in self.modules():
             for name, function in functions.items():
                 if hasattr(type(module), name):
                     setattr(module, name, function)
-
-    def time_of(self, functions, batch_size, seconds=0.3):
-        """Seconds that a block takes, forward and backward, on batch_size whole sequences."""
-        self.set_functions(functions)
-        block, c = self.transformer.blocks[0], self.config
-        shape, times = (batch_size, c.block_size, c.n_embd), []
-        x = torch.randn(shape, device=self.device, dtype=self.dtype or self.lm_head.weight.dtype,
-                        generator=torch.Generator(self.device).manual_seed(0)).requires_grad_()
-        table = rotary_table(c, torch.arange(c.block_size, device=self.device))
-        begin = time.perf_counter()
-        while len(times) < 2 or time.perf_counter() - begin < seconds:
-            start = time.perf_counter()
-            y = block(x, table if c.position == "rope" else None, causal=self.transformer.causal,
-                      memory=(x.detach(), None), window=c.window)
-            grads = torch.autograd.grad(y.sum(), [x, *block.parameters()])
-            grads[0].flatten()[0].item()  # a GPU has then finished
-            times.append(time.perf_counter() - start)
-        return min(times)
 
     @property
     def device(self):

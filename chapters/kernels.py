@@ -9,11 +9,13 @@ Each function has the arguments and the result of its plain twin in model.py; te
 prints what each is worth. Those in CUDA C are in chapters/cuda_kernels.py.
 """
 
+import time
+
 import torch
 import torch.nn.functional as F
 
 from chapters import cuda_kernels
-from model import once_differentiable, plain_activation, plain_rotary, sum_dtype
+from model import once_differentiable, plain_activation, plain_rotary, rotary_table, sum_dtype
 
 # -----------------------------------------------------------------------------
 # A linear layer that writes a few tokens.
@@ -148,7 +150,29 @@ def rows(kernels, device, dtype):
     if not problem:
         found["cuda"] = found["torch"] | cuda_kernels.FASTER
     elif device.type == "cuda":
-        cuda_kernels.warn_once(f"the CUDA kernels of chapters/cuda_kernels.py cannot run here: {problem}")
+        cuda_kernels.warn_once(f"chapters/cuda_kernels.py cannot run here: {problem}")
+    return found
+
+
+def trial(model, rows, batch_size, seconds=0.3):
+    """{name: seconds} that a block of the model takes, forward and backward, on batch_size whole
+    sequences with the functions of each row but the plain one; the fastest of a few tries."""
+    block, c, found = model.transformer.blocks[0], model.config, {}
+    x = torch.randn(batch_size, c.block_size, c.n_embd, device=model.device,
+                    dtype=model.dtype or model.lm_head.weight.dtype,
+                    generator=torch.Generator(model.device).manual_seed(0)).requires_grad_()
+    table = rotary_table(c, torch.arange(c.block_size, device=model.device))
+    options = dict(table=table if c.position == "rope" else None, window=c.window,
+                   causal=model.transformer.causal, memory=(x.detach(), None))
+    for name in [name for name in rows if name != "plain"]:
+        model.set_functions(rows[name])
+        times, begin = [], time.perf_counter()
+        while len(times) < 2 or time.perf_counter() - begin < seconds:
+            start = time.perf_counter()
+            grads = torch.autograd.grad(block(x, **options).sum(), [x, *block.parameters()])
+            grads[0].flatten()[0].item()  # a GPU has then finished
+            times.append(time.perf_counter() - start)
+        found[name] = min(times)
     return found
 
 
