@@ -193,7 +193,8 @@ def grade_lines(names, report):
 @dataclass(frozen=True)
 class JudgeConfig:
     """Who is compared, and by whom."""
-    contestants: list = option([], "run folders or URLs: two to compare, else any number", True)
+    contestants: list = option([], "run folders or URLs: two to compare, else any number",
+                               positional=True)
     judge: str | None = option(None, "a run folder or URL")
     grade: bool = option(False, "grade each answer alone, from 1 to 10")
     dialogue: bool = option(False, "long dialogues; they need no judge")

@@ -204,7 +204,8 @@ def pick_prompts(config, models):
 @dataclass(frozen=True)
 class RateConfig:
     """Who is rated, and where."""
-    contestants: list = option([], "two run folders or URLs; none for the report alone", True)
+    contestants: list = option([], "two run folders or URLs; none for the report alone",
+                               positional=True)
     prompts: str | None = option(None, "a file with one prompt a line, or a .jsonl with \"prompt\" "
                                  "(default: questions, or beginnings of held-out text)")
     n_prompts: int = option(50, "beginnings to take")

@@ -197,7 +197,7 @@ def converse(model, texts):
 @dataclass(frozen=True)
 class TalkConfig:
     """Who talks."""
-    run: str | None = option(None, "run folder; without one the newest under runs/", True)
+    run: str | None = option(None, "run folder; without one the newest", positional=True)
     system: str = option("", "what the assistant is told first")
     template: str = option("auto", TEMPLATE_HELP)
     show: str = option("text", "text | logprobs: each token with its log-probability, coloured")
