@@ -1,0 +1,212 @@
+"""
+Tokenizers and weights of other libraries: out and in.
+
+    python -m chapters.export tokenizer.json --format=huggingface --out=folder
+    python -m chapters.export tokenizer.json --format=tiktoken --out=ours.tiktoken
+    python -m chapters.export folder --out=tokenizer.json   # from Hugging Face's tokenizer.json
+    python -m chapters.export theirs.tiktoken --pattern=cl100k --out=tokenizer.json
+
+load_gpt2(folder) makes a model of GPT-2's weights, of any of its sizes.
+"""
+
+import base64
+from dataclasses import dataclass
+from pathlib import Path
+
+from model import GPTConfig, check_known, from_weights, option, read_safetensors
+from tokenizer import (FORMAT, GPT2_SPLIT, GPT4_SPLIT, SPECIAL_TOKENS, SPLITS, Tokenizer,
+                       parse_options, read_json, reading, recover_merges, replacing, run_command,
+                       to_chars, write_json)
+
+# A chat in Jinja, as Tokenizer.render_chat encodes it. In Hugging Face's libraries a special token
+# in a message would become its id, so the template refuses it.
+CHAT_TEMPLATE = (
+    "{{ '<|endoftext|>' }}{% for message in messages %}"
+    f"{{% for name in {SPECIAL_TOKENS} if name in message['content'] %}}"
+    "{{ raise_exception('a text must not contain ' + name) }}{% endfor %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
+
+SPLIT = dict(type="Split", behavior="Isolated", invert=False)  # Hugging Face's names
+BYTES = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True)
+GPT2_NAMES = {"ln_1": "attn_norm", "attn.c_proj": "attn.o_proj", "ln_2": "mlp_norm",
+              "mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj"}
+
+# -----------------------------------------------------------------------------
+# Tokenizers in Hugging Face's tokenizer.json.
+
+
+def to_huggingface(tokenizer, folder):
+    """Write tokenizer.json and tokenizer_config.json for Hugging Face's libraries.
+
+    They give the same ids (a pattern other than those of SPLITS must mean the same in Ruby's
+    syntax), but read special tokens in any text, so encode(special=True) is what they do.
+    """
+    path = Path(folder, "tokenizer.json")
+    if path.exists() and FORMAT in path.read_text(encoding="utf-8", errors="replace")[:99]:
+        raise ValueError(f"{path} is a tokenizer of this program; give another folder")
+    vocab = {to_chars(tokenizer.tokens[id]): id for id in range(256 + len(tokenizer.merges))}
+    for name, id in tokenizer.special.items():
+        if vocab.setdefault(name, id) != id:
+            raise ValueError(f"special token {name!r} is written as token {vocab[name]} is: "
+                             "Hugging Face cannot tell them apart; rename it")
+    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    added = [dict(id=id, content=name, **flags) for name, id in tokenizer.special.items()]
+    steps = [dict(SPLIT, pattern={"Regex": tokenizer.pattern}), dict(BYTES, use_regex=False)]
+    model = dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None,
+                 end_of_word_suffix=None, fuse_unk=False, byte_fallback=False, vocab=vocab,
+                 merges=tokenizer.definition()["merges"])
+    write_json(path, dict(
+        version="1.0", truncation=None, padding=None, added_tokens=added, normalizer=None,
+        pre_tokenizer=dict(type="Sequence", pretokenizers=steps), post_processor=None,
+        decoder=dict(BYTES, use_regex=True), model=model))
+    eot = None if tokenizer.eot is None else "<|endoftext|>"
+    template = CHAT_TEMPLATE if {*SPECIAL_TOKENS} <= {*tokenizer.special} else None
+    write_json(path.with_name("tokenizer_config.json"), dict(
+        tokenizer_class="PreTrainedTokenizerFast", bos_token=eot, eos_token=eot,
+        clean_up_tokenization_spaces=False, chat_template=template))
+
+
+def from_huggingface(path):
+    """The tokenizer of a tokenizer.json, or of its folder, that is a byte-level BPE like ours."""
+    path = Path(path, "tokenizer.json") if Path(path).is_dir() else Path(path)
+    state = read_json(path)
+    with reading(path):
+        first, model = state["pre_tokenizer"], state["model"]
+        *before, last = first.get("pretokenizers", [first])
+        pattern = before[0]["pattern"]["Regex"] if before else GPT2_SPLIT
+        isolate = [dict(SPLIT, pattern={"Regex": pattern})] if before else []
+        last = {**last, "trim_offsets": True}  # which concerns no id
+        for found, known in ((state["normalizer"], None), (model["type"], "BPE"),
+                             (before, isolate), (last, dict(BYTES, use_regex=not before))):
+            if found != known:
+                raise ValueError(f"it has {found!r:.60} where only {known!r:.60} is known")
+        added = {token["content"]: token["id"] for token in state["added_tokens"]}
+        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        return Tokenizer.from_vocab(model["vocab"] | added, merges, pattern)
+
+
+# -----------------------------------------------------------------------------
+# Tokenizers in tiktoken's rank files.
+
+
+def to_rank_file(tokenizer, path):
+    """Write the tokens as tiktoken's files hold them: base64 and rank, without special ones."""
+    with replacing(path) as file:
+        for id in range(256 + len(tokenizer.merges)):
+            file.write(base64.b64encode(tokenizer.tokens[id]) + f" {id}\n".encode())
+
+
+def from_rank_file(path, special_tokens=SPECIAL_TOKENS, pattern=GPT4_SPLIT):
+    """Read a .tiktoken file; which special tokens and pattern belong to it, it does not say."""
+    with reading(path):
+        tokens = {}
+        for n, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+            try:
+                token, rank = line.split()
+                tokens[int(rank)] = base64.b64decode(token, validate=True)
+            except ValueError:
+                raise ValueError(f"line {n} must be a token in base64 and its rank, not "
+                                 f"{line!r:.40}") from None
+        merges, byte_order = recover_merges(tokens)
+        return Tokenizer(merges, special_tokens, pattern, byte_order)
+
+
+# -----------------------------------------------------------------------------
+# GPT-2's weights.
+
+
+def load_gpt2(folder):
+    """The GPT in a folder with Hugging Face's config.json and model.safetensors, of any of GPT-2's
+    sizes. Its vocabulary: Tokenizer.from_gpt2."""
+    path = Path(folder, "config.json")
+    shape = read_json(path)
+    with reading(path):
+        if shape.get("activation_function", "gelu_new") != "gelu_new" or shape.get("n_inner"):
+            raise ValueError("only GPT-2's own activation gelu_new and n_inner null are known")
+        block_size = shape.get("n_positions", shape.get("n_ctx"))
+        config = GPTConfig(architecture="gpt2", vocab_size=shape["vocab_size"],
+                           block_size=block_size, n_layer=shape["n_layer"],
+                           n_head=shape["n_head"], n_embd=shape["n_embd"])
+    path, pickle = Path(folder, "model.safetensors"), Path(folder, "pytorch_model.bin")
+    if pickle.exists() and not path.exists():
+        raise ValueError(f"{pickle} is a pickle, which can run code when it is read: convert it "
+                         "to model.safetensors")
+    found = read_safetensors(path)
+    with reading(path):
+        return from_weights(config, gpt2_weights(found), path)
+
+
+def gpt2_weights(found):
+    """Hugging Face's names and tensors of GPT-2 -> ours."""
+    weights = {}
+    for name, w in found.items():
+        name = name.removeprefix("transformer.")
+        if name.endswith((".attn.bias", ".attn.masked_bias")) or name == "lm_head.weight":
+            continue  # old files carry the causal mask; the head is the embedding
+        name = name.replace("h.", "blocks.", 1) if name.startswith("h.") else name
+        name = "transformer." + name.replace("ln_f.", "final_norm.")
+        for theirs, ours in GPT2_NAMES.items():
+            name = name.replace(f".{theirs}.", f".{ours}.")
+        if name.endswith("_proj.weight") or ".c_attn.weight" in name:
+            w = w.transpose(-2, -1)  # their Conv1D keeps its matrix transposed, and q, k, v in one
+        parts = {name: w}
+        if ".c_attn." in name:
+            parts = {name.replace("c_attn", f"{x}_proj"): part
+                     for x, part in zip("qkv", w.chunk(3))}
+        weights |= {name: part.float().contiguous() for name, part in parts.items()}
+    return weights
+
+
+# -----------------------------------------------------------------------------
+# The command.
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """What is written from what."""
+    source: str = option("tokenizer.json", "our tokenizer.json, which is exported; or a Hugging "
+                         "Face tokenizer or a .tiktoken file, of which ours is made",
+                         positional=True)
+    format: str = option("huggingface", "of an export: huggingface | tiktoken")
+    pattern: str = option("gpt4", "how a .tiktoken file splits: " + " | ".join(SPLITS))
+    out: str = option("", "what to write: a folder, or a file")
+
+    def __post_init__(self):
+        check_known(self.format, ["huggingface", "tiktoken"], "format")
+        check_known(self.pattern, SPLITS, "pattern")
+
+
+def read_foreign(config):
+    """Another library's tokenizer as ours; None where the source is one of ours."""
+    path = Path(config.source)
+    if path.suffix == ".tiktoken":
+        return from_rank_file(path, pattern=SPLITS[config.pattern])
+    values = None if path.is_dir() else read_json(path)
+    if path.is_dir() or isinstance(values, dict) and "model" in values:
+        return from_huggingface(path)
+    return None
+
+
+def main():
+    [options] = parse_options(__doc__, ExportConfig)
+    config = ExportConfig(**options)
+    tokenizer = read_foreign(config)
+    if tokenizer is not None:
+        out = Path(config.out or "tokenizer.json")
+        if out.exists():
+            raise ValueError(f"{out} is there already: give another --out")
+        tokenizer.save(out)
+    else:
+        tokenizer = Tokenizer.load(config.source)
+        if config.format == "huggingface":
+            out = config.out or "huggingface"
+            to_huggingface(tokenizer, out)
+        else:
+            out = config.out or "tokenizer.tiktoken"
+            to_rank_file(tokenizer, out)
+    print(f"{config.source}: {tokenizer.n_vocab:,} tokens in {out}")
+
+
+if __name__ == "__main__":
+    run_command(main)
