@@ -499,6 +499,15 @@ KERNELS = {"plain": PLAIN, "fused": PLAIN | dict(attention=fused_attention, loss
            "torch": PLAIN | dict(attention=torch_attention, loss=fused_loss)}
 
 
+def has_bf16_units(device):
+    """Whether a device has units for bfloat16 products, with which they are far faster."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported()
+                                     or torch.cpu._is_amx_tile_supported())
+
+
 def accelerator():
     """The module chapters/kernels.py with faster twins, or None where it is not there."""
     try:

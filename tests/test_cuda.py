@@ -1,4 +1,4 @@
-"""The CUDA kernels of model.py: they compile, and they agree with the plain twins in value and
+"""chapters/cuda_kernels.py: the kernels compile, and they agree with the plain twins in value and
 gradient. Without a GPU their C runs as C++ on the processor, a fiber for each CUDA thread."""
 
 import ctypes
@@ -11,13 +11,13 @@ import torch
 from conftest import tiny
 from test_model import close, value_and_gradients
 
-import model
-from model import (CUDA_NUMBERS, CUDA_SOURCE, GPT, cuda_loss, cuda_norm, cuda_problem,
-                   cuda_rotary, plain_loss, plain_norm, plain_rotary)
+from chapters import cuda_kernels
+from chapters.cuda_kernels import (KERNEL_NAMES, NUMBERS, SOURCE, cuda_loss, cuda_norm,
+                                   cuda_rotary, problem)
+from model import GPT, plain_loss, plain_norm, plain_rotary
 
 needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="there is no nvcc here")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
-KERNELS = ("norm_forward", "norm_backward", "loss")
 FLOAT, BRAIN, HALF = torch.float32, torch.bfloat16, torch.float16
 GPU = torch.device("cuda", 0)
 
@@ -94,9 +94,9 @@ def host_module(tmp_path_factory):
     def build(dtype):
         path = folder / f"{dtype}.so"
         if dtype not in libraries:
-            code = f"{HOST}{CUDA_NUMBERS[dtype]}{CUDA_SOURCE}" + "".join(
+            code = f"{HOST}{NUMBERS[dtype]}{SOURCE}" + "".join(
                 f'extern "C" void run_{name}(void** args, unsigned grid, unsigned block)'
-                f"{{ start({name}, args, grid, block); }}\n" for name in KERNELS)
+                f"{{ start({name}, args, grid, block); }}\n" for name in KERNEL_NAMES)
             path.with_suffix(".cpp").write_text(code)
             subprocess.run(["g++", "-std=c++17", "-O1", "-fno-strict-aliasing", "-shared", "-fPIC",
                             "-o", path, path.with_suffix(".cpp")], check=True)
@@ -106,14 +106,14 @@ def host_module(tmp_path_factory):
 
 MACHINES = [("host", FLOAT, 32), ("host", FLOAT, 64), ("host", FLOAT, None), ("host", BRAIN, 32)]
 if torch.cuda.is_available():
-    MACHINES += [("gpu", dtype, None) for dtype in CUDA_NUMBERS]
+    MACHINES += [("gpu", dtype, None) for dtype in NUMBERS]
 
 
 @pytest.fixture(params=MACHINES, ids=str)
 def agree(request, monkeypatch):
     """agree(kernels' function, plain one, inputs...): in value and gradient; kernels did run."""
     where, dtype, threads = request.param
-    launched, launch = [], model.launch
+    launched, launch = [], cuda_kernels.launch
     if where == "host":
         build = request.getfixturevalue("host_module")
 
@@ -123,7 +123,7 @@ def agree(request, monkeypatch):
                 pointers = (ctypes.c_void_p * len(cells))(*map(ctypes.addressof, cells))
                 getattr(build(dtype), f"run_{name}")(pointers, grid, threads or block)
             return run
-        monkeypatch.setattr(model, "cuda_module", module)
+        monkeypatch.setattr(cuda_kernels, "compiled", module)
 
     def record(name, *args, **options):
         launched.append(name)
@@ -138,39 +138,35 @@ def agree(request, monkeypatch):
         tolerance = dict(rtol=2e-4, atol=2e-5) if dtype == FLOAT else dict(rtol=0.05, atol=0.05)
         close([x.double() for x in mine], exact, **tolerance)
 
-    monkeypatch.setattr(model, "launch", record)
+    monkeypatch.setattr(cuda_kernels, "launch", record)
     torch.manual_seed(0)
     return agree
 
 
 @pytest.mark.parametrize("rows, C", [(1, 5), (2, 33), (3, 96), (7, 257), (5, 1000), (6, 32)])
-@pytest.mark.parametrize("residual", [True, False])
 @pytest.mark.parametrize("center, bias", [(False, False), (True, True), (True, False)])
-def test_norm_agrees(agree, rows, C, residual, center, bias):
-    inputs = [torch.randn(1, rows, C) + 3, torch.randn(C), *([torch.randn(C)] if bias else []),
-              *([torch.randn(1, rows, C)] if residual else [])]
+def test_norm_agrees(agree, rows, C, center, bias):
+    inputs = [torch.randn(1, rows, C) + 3, torch.randn(C), *([torch.randn(C)] if bias else [])]
 
-    def call(norm, x, weight, *rest):
-        rest = list(rest)
-        return norm(x, weight, rest.pop(0) if bias else None, rest[0] if residual else None, center)
+    def call(norm, x, weight, shift=None):
+        return norm(x, weight, shift, center)
 
     agree(*(lambda *x, f=f: call(f, *x) for f in (cuda_norm, plain_norm)), *inputs)
 
 
 @pytest.mark.parametrize("B, T, H, D", [(1, 1, 1, 2), (2, 3, 3, 10), (1, 5, 2, 64), (2, 2, 1, 96),
                                         (3, 7, 2, 16), (1, 2, 2, 258), (1, 1, 3, 1000)])
-@pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("batched", [True, False])
-def test_rotary_agrees(agree, B, T, H, D, norm, batched):
+def test_rotary_agrees(agree, B, T, H, D, batched):
     angles = torch.randn(*([B] if batched else []), T, D // 2)
 
-    def call(rotary, x, *weight):
+    def call(rotary, x):
         table = (y.to(x.device, x.dtype if rotary is plain_rotary else FLOAT)
                  for y in (angles.cos(), angles.sin()))
-        return rotary(x, *table, *weight)
+        return rotary(x, *table)
 
-    inputs = torch.randn(B, T, H, D), *([torch.randn(D)] if norm else [])
-    agree(*(lambda *x, f=f: call(f, *x) for f in (cuda_rotary, plain_rotary)), *inputs)
+    agree(*(lambda x, f=f: call(f, x) for f in (cuda_rotary, plain_rotary)),
+          torch.randn(B, T, H, D))
 
 
 @pytest.mark.parametrize("n, V", [(1, 50304), (2, 65), (7, 65), (5, 257), (3, 1000), (3, 8)])
@@ -184,8 +180,8 @@ def test_loss_agrees(agree, monkeypatch, n, V, options):
             for f in (cuda_loss, plain_loss)), torch.randn(n, 8), torch.randn(V, 8))
 
 
-def test_what_no_kernel_covers_falls_through_to_the_fused_twin(monkeypatch):
-    monkeypatch.setattr(model, "launch", None)  # calling it would raise
+def test_what_no_kernel_covers_falls_through_to_the_plain_twin(monkeypatch):
+    monkeypatch.setattr(cuda_kernels, "launch", None)  # calling it would raise
     x, weight = torch.randn(3, 8).double(), torch.randn(8)
     odd = torch.randn(8, 3).T
     for x in (x, odd, torch.randn(2, 5000)):
@@ -195,10 +191,10 @@ def test_what_no_kernel_covers_falls_through_to_the_fused_twin(monkeypatch):
 
 @needs_nvcc
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", CUDA_NUMBERS)
+@pytest.mark.parametrize("dtype", NUMBERS)
 def test_the_kernels_compile_for_ampere_and_hopper(tmp_path, dtype):
     source = tmp_path / "model.cu"
-    source.write_text(f"{CUDA_NUMBERS[dtype]}\n{CUDA_SOURCE}")
+    source.write_text(f"{NUMBERS[dtype]}\n{SOURCE}")
     targets = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in (80, 90)]
     words = ["nvcc", "-std=c++17", "-fatbin", *targets, "-o", tmp_path / "out", source]
     done = subprocess.run(words, capture_output=True, text=True)
@@ -235,9 +231,8 @@ def test_on_a_gpu_auto_takes_our_own_kernels_and_they_train():
 # Where the kernels cannot run, a line says why.
 
 
-def test_without_a_gpu_auto_is_fused_and_cuda_is_refused():
-    assert tiny().use("auto") == "fused"
-    with pytest.raises(ValueError, match="need an NVIDIA GPU, and the model is on cpu.*=auto"):
+def test_without_a_gpu_cuda_is_refused():
+    with pytest.raises(ValueError, match="needs an NVIDIA GPU.*kernels=auto"):
         tiny().use("cuda")
 
 
@@ -256,16 +251,16 @@ def test_where_the_kernels_do_not_compile_a_line_says_why(monkeypatch, capsys, c
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)  # so that importing it fails
     if module:
-        monkeypatch.setattr(model, "cuda_module", module)
+        monkeypatch.setattr(cuda_kernels, "compiled", module)
     net = tiny()
-    model.say_once.cache_clear()
+    cuda_kernels.warn_once.cache_clear()
     capsys.readouterr()
-    assert [net.use(), net.use("auto", BRAIN)] == ["torch", "torch"]
+    assert [net.use("torch"), net.use("torch", BRAIN)] == ["torch", "torch"]
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and words in said
-    with pytest.raises(ValueError, match="kernels=cuda cannot run"):
+    with pytest.raises(ValueError, match="kernels=cuda needs"):
         net.use("cuda")
 
 
 def test_kernels_refuse_what_is_not_on_the_gpu():
-    assert "on cpu" in cuda_problem(torch.device("cpu"), FLOAT)
+    assert "on cpu" in problem(torch.device("cpu"), FLOAT)
