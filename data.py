@@ -6,17 +6,15 @@ Documents to batches: read, clean, drop duplicates, split, tokenize, write shard
     python data.py shakespeare                   # or tinystories, wikitext, fineweb10B
 
 A source is a name, a file, a folder or a URL. A file is .txt .md .py or .jsonl (field "text"), each
-also as .gz; a .txt file may hold many documents, <|endoftext|> between them; chapters/curate.py
-makes .txt files of web pages. What is written: tokenizer.json, train_000000.bin ..., val_000000.bin
-..., and card.json, which says what went in and what was lost. Such a folder is used again for the
-same content and options.
+also as .gz; a .txt file may hold many documents, <|endoftext|> between them. What is written:
+tokenizer.json, train_000000.bin ..., val_000000.bin ..., and card.json, which says what went in and
+what was lost. Such a folder is used again for the same content and options.
 """
 
 import ast
 import contextlib
 import gzip
 import hashlib
-import http.client
 import io
 import itertools
 import json
@@ -24,15 +22,12 @@ import os
 import platform
 import re
 import shutil
-import sysconfig
 import tempfile
-import time
 import unicodedata
 import zipfile
-import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
@@ -52,28 +47,27 @@ FEW_DOCUMENTS = 20  # below this, each document gives its end to validation
 LOST = ["replaced bytes", "control characters", "empty documents", "exact duplicates",
         "skipped files"]
 PAGES = "python -m chapters.curate PAGE --out=FOLDER makes .txt files of web pages"
+CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # Unicode's Cc but \t \n \r
 
-# Texts to download, each pinned to one revision so that its size and sha256 can be checked.
+# Texts to download, each pinned to one revision: URL and sha256.
+HUB = "https://huggingface.co/datasets/"
 KNOWN = {
-    "shakespeare": dict(
-        n_bytes=1_115_394, url="https://raw.githubusercontent.com/karpathy/char-rnn/"
-        "6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/data/tinyshakespeare/input.txt",
-        sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
-    "tinystories": dict(
-        n_bytes=2_227_753_162, url="https://huggingface.co/datasets/roneneldan/TinyStories/resolve/"
-        "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64/TinyStoriesV2-GPT4-train.txt",
-        sha256="6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443"),
-    "wikitext": dict(
-        n_bytes=4_721_645, url="https://huggingface.co/datasets/ggml-org/ci/resolve/"
-        "927b3642933080f1b0e811e2f916e14c292992f9/wikitext-2-raw-v1.zip",
-        sha256="ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11"),
+    "shakespeare": ("https://raw.githubusercontent.com/karpathy/char-rnn/"
+                    "6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/data/tinyshakespeare/input.txt",
+                    "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
+    "tinystories": (HUB + "roneneldan/TinyStories/resolve/"
+                    "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64/TinyStoriesV2-GPT4-train.txt",
+                    "6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443"),
+    "wikitext": (HUB + "ggml-org/ci/resolve/"
+                 "927b3642933080f1b0e811e2f916e14c292992f9/wikitext-2-raw-v1.zip",
+                 "ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11"),
 }
 # Ready token shards: val_000000.bin and train_000001.bin to train_000103.bin, behind these words.
-FINEWEB = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main/fineweb_"
+FINEWEB = HUB + "kjj0/fineweb10B-gpt2/resolve/main/fineweb_"
 NAMES = ["stdlib", *KNOWN, "fineweb10B"]
 
 # -----------------------------------------------------------------------------
-# Reading: a file becomes documents, one str each.
+# Reading and cleaning: a file becomes documents, one str each, in one spelling.
 
 
 def read_txt(file):
@@ -93,12 +87,9 @@ def read_txt(file):
 def read_jsonl(file):
     """Yield the field "text" of the JSON object in each line."""
     for number, line in enumerate(file, 1):
-        if line.strip():
-            with reading(f"{file.name}, line {number}"):
-                row = json.loads(line)
-                if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                    raise ValueError('no JSON object with a "text"')
-            yield row["text"]
+        with reading(f"{file.name}, line {number}"):
+            if line.strip():
+                yield json.loads(line)["text"] + ""  # a TypeError for what is no str
 
 
 def read_whole(file):
@@ -119,10 +110,8 @@ def ending(path):
 
 @contextlib.contextmanager
 def open_text(path):
-    """Open a text file, plain or .gz, line ends as they are. Raises ValueError for any other file.
-
-    A byte that is not UTF-8 arrives as a lone surrogate, for clean() to count and replace.
-    """
+    """Open a text file, plain or .gz, line ends as they are; ValueError for any other file. A byte
+    that is not UTF-8 arrives as a lone surrogate, for clean() to count and replace."""
     if ending(path) not in READERS:
         raise ValueError(f"{path}: cannot read {path.suffix or 'a file without an ending'}, only "
                          f"{' '.join(READERS)}, each also as .gz; {PAGES}")
@@ -142,116 +131,10 @@ def read_documents(path):
         yield from READERS[ending(path)](file)
 
 
-# -----------------------------------------------------------------------------
-# Sources: a name, a file, a folder or a URL becomes a list of files.
-
-
-def file_hash(path):
-    """The sha256 of a file's content, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def download(url, path, n_bytes=0, sha256=None):
-    """Fetch url to path, unless it is there; what was cut off continues where it stopped.
-
-    Raises ValueError without a connection, for a page unless path is .html, and where the size or
-    sha256 is not the one given.
-    """
-    if path.exists():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    n_done = part.stat().st_size if part.exists() else 0
-    headers = {"User-Agent": "data.py (urllib)", "Range": f"bytes={n_done}-"}
-    try:
-        with urlopen(Request(url, headers=headers), timeout=30) as response:
-            if response.headers.get_content_type() == "text/html" and path.suffix != ".html":
-                raise ValueError(f"{url} is a web page, not text; {PAGES}")
-            n_done = n_done if response.status == 206 else 0  # 200: this server sends all of it
-            n_bytes = n_bytes or n_done + int(response.headers.get("Content-Length") or 0)
-            bar = dict(desc=path.name, total=n_bytes, initial=n_done, disable=None)
-            with (open(part, "ab" if n_done else "wb") as file,
-                  tqdm.wrapattr(file, "write", **bar) as counted):
-                shutil.copyfileobj(response, counted)
-    except (OSError, http.client.HTTPException) as error:
-        if n_done == 0 or getattr(error, "code", None) != 416:  # 416: nothing is missing
-            raise ValueError(f"{url}: {error}; start again to go on, or take stdlib") from None
-    n_done = part.stat().st_size
-    if n_done < n_bytes:
-        raise ValueError(f"{url}: cut off at {n_done:,} of {n_bytes:,} bytes; start again to go on")
-    if n_done > n_bytes > 0 or sha256 not in (None, file_hash(part)):
-        part.unlink()
-        raise ValueError(f"{url}: not the expected {n_bytes} bytes with sha256 {sha256}; removed")
-    os.replace(part, path)
-    return path
-
-
-def fetch(source, folder):
-    """Download a known name or a URL into a folder; return the text file."""
-    if source not in KNOWN:
-        name = re.sub(r"[^\w.-]+", "-", Path(urlsplit(source).path).name)
-        name += "" if ending(name) in READERS else ".txt"
-        return download(source, folder / f"{zlib.crc32(source.encode()):08x}-{name}")
-    path = folder / (source + Path(KNOWN[source]["url"]).suffix)
-    download(path=path, **KNOWN[source])
-    text = path.with_suffix(".txt")
-    if not text.exists():  # WikiText is one text: only a heading shows where an article starts
-        with zipfile.ZipFile(path) as archive, replacing(text) as file:
-            articles = archive.read("wikitext-2-raw/wiki.train.raw")
-            file.write(re.sub(rb"(?m)^(?= = [^=\n][^\n]* = $)", SEPARATOR.encode(), articles))
-    return text
-
-
-def text_files(folder, counts, skip=()):
-    """The files with text below a folder, in a fixed order, without hidden and `skip` folders."""
-    files = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if name not in skip and name[0] != "."]
-        for path in [Path(parent, name) for name in names if name[0] != "."]:
-            counts["skipped files"] += 1
-            with contextlib.suppress(ValueError, OSError), open_text(path) as file:
-                if file.read(1):
-                    files.append(path)
-                    counts["skipped files"] -= 1
-    return sorted(files)
-
-
-def find_files(source, downloads, counts, n_shards=1):
-    """The files of one source, in a fixed order. Raises ValueError where there is none."""
-    path = Path(source)
-    if source == "stdlib":
-        # encodings is left out, too: its tables of characters teach a small model to write tables
-        skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__",
-                "encodings"}
-        files = text_files(sysconfig.get_paths()["stdlib"], Counter(), skip)
-        return [file for file in files if file.suffix == ".py"]
-    if source == "fineweb10B":
-        if not 1 <= n_shards <= 103:
-            raise ValueError(f"fineweb10B has 1 to 103 training shards, not {n_shards}")
-        names = ["val_000000.bin"] + [f"train_{i:06d}.bin" for i in range(1, n_shards + 1)]
-        return [download(FINEWEB + name, downloads / source / name) for name in names]
-    if source in KNOWN or re.match("https?://", source):
-        return [fetch(source, downloads)]
-    if path.is_dir():
-        return text_files(path, counts)
-    if not path.exists():
-        raise ValueError(f"{source}: no such file or folder, and not one of {', '.join(NAMES)}")
-    return [path]
-
-
-# -----------------------------------------------------------------------------
-# Cleaning: the same text in one spelling, once, and on one side of the split.
-
-CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # Unicode's Cc but \t \n \r
-
-
 def clean(text, counts=None):
-    """One spelling for the same text: clean("a\\r\\n  b \\n") == "a\\n  b".
-
-    NFC, \\n at line ends, no control characters, no spaces before a line end, at most two blank
-    lines in a row; indentation stays. What is lost is added to `counts`.
-    """
+    """One spelling for the same text: clean("a\\r\\n  b \\n") == "a\\n  b". NFC, \\n at line ends,
+    no control characters, no spaces before a line end, at most two blank lines in a row;
+    indentation stays. What is lost is added to `counts`."""
     counts = Counter() if counts is None else counts
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     text, n_removed = CONTROL.subn("", text)
@@ -271,12 +154,99 @@ def text_hash(text):
 
 def exact_duplicates(texts):
     """The positions of texts that occurred before: exact_duplicates(["a", "b", "a"]) == [2]."""
-    seen, found = set(), []
-    for i, key in enumerate(map(text_hash, texts)):
-        if key in seen:
-            found.append(i)
-        seen.add(key)
-    return found
+    first = {}
+    return [i for i, text in enumerate(texts) if first.setdefault(text_hash(text), i) != i]
+
+
+# -----------------------------------------------------------------------------
+# Sources: a name, a file, a folder or a URL becomes a list of files.
+
+
+def folder_name(source):
+    """What to call the shards of a source: folder_name("texts/My book.txt.gz") == "My-book"."""
+    path = urlsplit(source).path if "://" in source else Path(source).absolute()
+    return re.sub(r"[^\w-]+", "-", Path(path).name.split(".")[0]).strip("-") or "text"
+
+
+def file_hash(path):
+    """The sha256 of a file's content, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def download(url, path, sha256=None):
+    """Fetch url to path, unless it is there; what was cut off continues where it stopped. Raises
+    ValueError without a connection, for a page unless path is .html, for a wrong sha256."""
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part, n_bytes = path.with_name(path.name + ".part"), 0
+    n_done = part.stat().st_size if part.exists() else 0
+    request = Request(url, headers={"User-Agent": "data.py (urllib)", "Range": f"bytes={n_done}-"})
+    try:
+        with reading(url), urlopen(request, timeout=30) as response:
+            if response.headers.get_content_type() == "text/html" and path.suffix != ".html":
+                raise ValueError(f"{url} is a web page, not text; {PAGES}")
+            n_done = n_done if response.status == 206 else 0  # 200: this server sends all of it
+            n_bytes = n_done + int(response.headers.get("Content-Length") or 0)
+            bar = dict(desc=path.name, total=n_bytes, initial=n_done, disable=None)
+            with (open(part, "ab" if n_done else "wb") as file,
+                  tqdm.wrapattr(file, "write", **bar) as counted):
+                shutil.copyfileobj(response, counted)
+    except OSError as error:
+        if n_done == 0 or getattr(error, "code", None) != 416:  # 416: nothing is missing
+            raise ValueError(f"{url}: {error}; start again to go on, or take stdlib") from None
+    n_done = part.stat().st_size
+    if n_done < n_bytes:
+        raise ValueError(f"{url}: cut off at {n_done:,} of {n_bytes:,} bytes; start again to go on")
+    if sha256 not in (None, file_hash(part)):
+        part.unlink()
+        raise ValueError(f"{url}: {n_done:,} bytes without the expected sha256 {sha256}; removed")
+    os.replace(part, path)
+    return path
+
+
+def text_files(folder, counts, skip=()):
+    """The files with text below a folder, in a fixed order, without hidden and `skip` folders."""
+    files = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name not in skip and name[0] != "."]
+        for path in [Path(parent, name) for name in names if name[0] != "."]:
+            counts["skipped files"] += 1
+            with contextlib.suppress(ValueError, OSError), open_text(path) as file:
+                if file.read(1):
+                    files.append(path)
+                    counts["skipped files"] -= 1
+    return sorted(files)
+
+
+def find_files(source, downloads, counts, n_shards=1):
+    """The files of one source, in a fixed order. Raises ValueError where there is none."""
+    if source == "stdlib":  # without encodings, whose tables teach a small model to write tables
+        skip = "test tests idle_test site-packages dist-packages encodings".split()
+        files = text_files(Path(os.__file__).parent, Counter(), skip)
+        return [path for path in files if path.suffix == ".py"]
+    if source == "fineweb10B":
+        if not 1 <= n_shards <= 103:
+            raise ValueError(f"fineweb10B has 1 to 103 training shards, not {n_shards}")
+        names = ["val_000000.bin"] + [f"train_{i:06d}.bin" for i in range(1, n_shards + 1)]
+        return [download(FINEWEB + name, downloads / source / name) for name in names]
+    if re.match("https?://", source):
+        name = re.sub(r"[^\w.-]+", "-", Path(urlsplit(source).path).name)
+        name += "" if ending(name) in READERS else ".txt"
+        return [download(source, downloads / f"{text_hash(source).hex()[:8]}-{name}")]
+    if source in KNOWN:
+        url, sha256 = KNOWN[source]
+        path = download(url, downloads / (source + Path(url).suffix), sha256)
+        text = path.with_suffix(".txt")
+        if not text.exists():  # WikiText is one text: only a heading shows where an article starts
+            with zipfile.ZipFile(path) as archive, replacing(text) as file:
+                articles = archive.read("wikitext-2-raw/wiki.train.raw")
+                file.write(re.sub(rb"(?m)^(?= = [^=\n][^\n]* = $)", SEPARATOR.encode(), articles))
+        return [text]
+    if not Path(source).exists():
+        raise ValueError(f"{source}: no such file or folder, and not one of {', '.join(NAMES)}")
+    return text_files(source, counts) if Path(source).is_dir() else [Path(source)]
 
 
 # -----------------------------------------------------------------------------
@@ -287,21 +257,21 @@ FORMATS = {(20240520, 1): "<u2", (20240801, 7): "<u4"}  # (magic, version): type
 
 
 def write_shards(arrays, folder, split, n_vocab, shard_tokens=10**8):
-    """Write arrays of ids as split_000000.bin, split_000001.bin ...; return {file name: tokens}."""
+    """Write arrays of ids as split_000000.bin, split_000001.bin ...; return {file name: tokens}.
+    A shard takes whole arrays until it has shard_tokens or more."""
     version, dtype = list(FORMATS.items())[n_vocab > 2**16]
-    arrays = (ids for ids in map(np.asarray, arrays) if len(ids))
-    ids, shards = next(arrays, None), {}
-    while ids is not None:
+    arrays, shards = (ids for ids in map(np.asarray, arrays) if len(ids)), {}
+    for ids in arrays:
         name, n_tokens = f"{split}_{len(shards):06d}.bin", 0
         with replacing(Path(folder, name)) as file:
             file.write(bytes(HEADER_BYTES))
-            while ids is not None and n_tokens < shard_tokens:
+            for ids in itertools.chain([ids], arrays):
                 if ids.max() >= n_vocab:
                     raise ValueError(f"token id {ids.max()} is not in the vocabulary of {n_vocab}")
-                head, rest = np.split(ids, [shard_tokens - n_tokens])
-                file.write(head.astype(dtype).tobytes())
-                n_tokens += len(head)
-                ids = rest if len(rest) else next(arrays, None)
+                file.write(ids.astype(dtype).tobytes())
+                n_tokens += len(ids)
+                if n_tokens >= shard_tokens:
+                    break
             file.seek(0)
             file.write(np.array([*version, n_tokens], "<i4").tobytes())
         shards[name] = n_tokens
@@ -312,13 +282,10 @@ def read_shard(path):
     """The tokens of a shard as a memory map. Raises ValueError for a foreign or damaged file."""
     magic, version, n_tokens, *_ = [*np.fromfile(path, "<i4", 3).tolist(), 0, 0, 0]
     if (magic, version) not in FORMATS:
-        raise ValueError(f"{path}: not a token shard that can be read (magic {magic}, version "
-                         f"{version}; known are {' and '.join(map(str, FORMATS))})")
+        raise ValueError(f"{path}: not a token shard (magic {magic}, version {version})")
     dtype = np.dtype(FORMATS[magic, version])
-    size, expected = os.path.getsize(path), HEADER_BYTES + n_tokens * dtype.itemsize
-    if n_tokens < 1 or size != expected:
-        raise ValueError(f"{path}: damaged, {size:,} bytes where {n_tokens:,} tokens need "
-                         f"{expected:,}; delete it and run data.py again")
+    if n_tokens < 1 or os.path.getsize(path) != HEADER_BYTES + n_tokens * dtype.itemsize:
+        raise ValueError(f"{path} is damaged, of another size than it says: delete it, run data.py")
     return np.memmap(path, dtype, "r", HEADER_BYTES, n_tokens)
 
 
@@ -333,17 +300,17 @@ def read_split(folder, split="train"):
 @dataclass(frozen=True)
 class Card:
     """What card.json says of a folder of shards."""
-    sources: list       # of {"name", "files", "bytes"}
-    python: str | None  # the version whose standard library was read
-    options: dict       # of prepare()
-    counts: dict        # documents and bytes, and what was lost
-    fingerprint: str    # the sha256 of content and options
-    split: str          # in words, what decides which documents validate
-    train: dict         # {"documents", "bytes", "tokens", "shards": {file name: tokens}}
+    fingerprint: str  # the sha256 of content and options
+    sources: list     # of {"name", "files"}
+    python: str       # the version, which decides what stdlib is
+    options: dict     # of prepare()
+    counts: dict      # documents and bytes, and what was lost
+    split: str        # in words, what decides which documents validate
+    train: dict       # {"documents", "bytes", "tokens", "shards": {file name: tokens}}
     val: dict
-    tokenizer: str      # its hash()
+    tokenizer: str    # its hash()
     vocab_size: int
-    checksums: dict     # {file name: sha256}
+    checksums: dict   # {file name: sha256}
 
     def __post_init__(self):
         counts = [split.get(n) for split in (self.train, self.val) for n in ("tokens", "bytes")]
@@ -361,20 +328,17 @@ def check_shards(folder, splits=("train", "val")):
     """The Card of a folder of shards. ValueError if a shard of these splits is not as it was
     written: a model would learn from the damage without a word."""
     card = read_card(folder)
-    paths = {path.name: path for name in splits for path in Path(folder).glob(f"{name}_??????.bin")}
-    missing = {name for name in card.checksums if name.startswith(splits)} - paths.keys()
-    if missing:
-        raise ValueError(f"{folder} lacks {min(missing)}: run data.py again")
+    names = {path.name for path in Path(folder).glob("*.bin")} | card.checksums.keys()
+    paths = [Path(folder, name) for name in sorted(names) if name.startswith(splits)]
     with ThreadPoolExecutor() as pool:  # hashing leaves Python to its other threads
-        for name, checksum in zip(paths, pool.map(file_hash, paths.values())):
-            if checksum != card.checksums.get(name):
-                raise ValueError(f"{paths[name]} is damaged: its checksum is not that in card.json;"
-                                 " delete it and run data.py again")
+        for path, checksum in zip(paths, pool.map(file_hash, paths)):
+            if checksum != card.checksums.get(path.name):
+                raise ValueError(f"{path} is damaged (wrong checksum): run data.py again")
     return card
 
 
 # -----------------------------------------------------------------------------
-# From text to shards: read, clean, drop duplicates, split, tokenize, write.
+# From sources to a finished folder of shards, made only when it is not there.
 
 
 class Documents:
@@ -401,31 +365,26 @@ def gather(files, file, counts):
     documents = Documents(file, sizes.cumsum() - sizes, sizes.cumsum())
     repeated = exact_duplicates(documents)
     unique = Documents(file, *np.delete([documents.starts, documents.ends], repeated, axis=1))
-    counts.update({"documents read": len(sizes), "empty documents": len(sizes) - len(documents),
-                   "exact duplicates": len(repeated), "documents": len(unique),
-                   "bytes": unique.n_bytes})
+    counts.update({"empty documents": len(sizes) - len(documents), "documents": len(unique),
+                   "exact duplicates": len(repeated), "bytes": unique.n_bytes})
     return unique
 
 
 def split(documents, val_ratio=None):
-    """Return Documents to train on, Documents to validate on, and in words what decides.
-
-    Whole documents go by their own hash, so none changes sides when others come or go.
-    """
-    starts, ends = documents.starts, documents.ends
-    if len(documents) < FEW_DOCUMENTS:
-        ratio = val_ratio or 0.1
+    """Return Documents to train on, Documents to validate on, and in words what decides. Whole
+    documents go by their own hash, so none changes sides when others come or go."""
+    starts, ends, are_few = documents.starts, documents.ends, len(documents) < FEW_DOCUMENTS
+    ratio = val_ratio or (0.1 if are_few else 0.05)
+    if are_few:
         rule = f"fewer than {FEW_DOCUMENTS} documents: the last {ratio:.0%} of each validates"
         cuts = starts + [len(text[:int(len(text) * (1 - ratio))].encode()) for text in documents]
     else:
-        ratio = val_ratio or 0.05
         rule = f"documents with a sha256 (as a fraction of 1) below {ratio} validate, at least one"
         hashes = [int.from_bytes(text_hash(text)[:8], "big") / 2**64 for text in documents]
         cuts = np.where(np.array(hashes) > max(ratio, min(hashes)), ends, starts)
     train, val = Documents(documents.file, starts, cuts), Documents(documents.file, cuts, ends)
     if not train or not val:
-        raise ValueError(f"{documents.n_bytes:,} bytes of text are too few to train and "
-                         f"validate on with val_ratio={ratio}: give more text or another ratio")
+        raise ValueError(f"{documents.n_bytes:,} bytes are too few at val_ratio={ratio}: give more")
     return train, val, rule
 
 
@@ -438,27 +397,14 @@ def tokenize(documents, tokenizer):
         yield np.array([id for ids in encoded for id in (*ids, tokenizer.eot)])
 
 
-def texts_to_ids(found, file, tokenizer, card, say):
-    """All stages before the shards, with the texts in `file`: return (tokenizer, {split: ids})."""
-    counts, vocab_size = card["counts"], card["options"]["vocab_size"]
-    documents = gather(itertools.chain(*found.values()), file, counts)
-    title = " ".join(found) if len(found) < 4 else f"{len(found)} sources"
-    lost = ", ".join(f"{counts[what]:,} {what}" for what in LOST if counts[what]) or "nothing"
-    if not documents:
-        raise ValueError(f"{title}: no text; only {' '.join(READERS)} are read (lost: {lost})")
-    say(f"{title}: {len(documents):,} document{'s' * (len(documents) > 1)}, "
-        f"{documents.n_bytes / 1e6:.1f} MB; lost: {lost}")
-    train, val, card["split"] = split(documents, card["options"]["val_ratio"])
-    if tokenizer is None:
-        start, every = time.perf_counter(), train.n_bytes // LEARN_BYTES + 1
-        tokenizer = Tokenizer.train(itertools.islice(train, 0, None, every), vocab_size)
-        say(f"tokenizer: {tokenizer.n_vocab:,} of {vocab_size:,} tokens, "
-            f"{time.perf_counter() - start:.1f} s")
-    return tokenizer, dict(train=tokenize(train, tokenizer), val=tokenize(val, tokenizer))
-
-
-# -----------------------------------------------------------------------------
-# Preparing: a finished folder of shards, made only when it is not there.
+def count_tokens(shards, tokenizer):
+    """How many documents, bytes of text and tokens are in shards."""
+    parts = (part for ids in shards for part in np.array_split(ids, len(ids) // GROUP_BYTES + 1))
+    uses = sum(np.bincount(part, minlength=tokenizer.n_vocab) for part in parts)      # (n_vocab,)
+    lengths = np.array([len(token) for token in tokenizer.token_bytes()])             # (n_vocab,)
+    lengths[tokenizer.eot] = 0
+    return dict(documents=int(uses[tokenizer.eot]), bytes=int(uses @ lengths),
+                tokens=int(uses.sum()))
 
 
 @contextlib.contextmanager
@@ -475,20 +421,10 @@ def locked(folder):
                 import fcntl
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            raise ValueError(f"{folder} is in use by another process: wait until it has ended, or "
-                             "give another folder") from None
+            raise ValueError(f"{folder} is in use by another process: wait for its end") from None
         except OSError:  # some network file systems know no locks
             pass
         yield
-
-
-def our_files(out):
-    """What a run writes to a folder, the card first. Refuses a folder that is somebody else's."""
-    shards = [*out.glob("train_??????.bin*"), *out.glob("val_??????.bin*")]
-    other = next(out.glob("[!.]*"), None)
-    if other and not shards:
-        raise ValueError(f"{out} holds other files ({other.name}): give a new or empty folder")
-    return [out / "card.json", out / "tokenizer.json", *shards]
 
 
 def load_tokenizer(tokenizer):
@@ -506,80 +442,68 @@ def load_tokenizer(tokenizer):
     return tokenizer
 
 
-def fingerprint(files, options):
-    """The sha256 of what decides the shards: contents and options, but no names and no dates."""
-    parts = [VERSION, options, [[ending(path), file_hash(path)] for path in files]]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def is_finished(out, key):
-    """Whether a folder was made for this fingerprint and holds all that its card lists."""
-    try:
-        card = check_shards(out)
-        return (card.fingerprint == key
-                and Tokenizer.load(out / "tokenizer.json").hash() == card.tokenizer)
-    except (OSError, ValueError):
-        return False
-
-
-def write_folder(out, splits, tokenizer, card):
-    """Write {split: arrays of ids}, the tokenizer, and last the Card: it says that all is there."""
-    lengths = np.array([len(token) for token in tokenizer.token_bytes()])
-    lengths[tokenizer.eot] = 0
-    for path in our_files(out):
-        path.unlink(missing_ok=True)
-    for name, arrays in splits.items():
-        counts, shards = Counter(), write_shards(arrays, out, name, tokenizer.n_vocab)
-        for ids in read_split(out, name):
-            for part in np.array_split(ids, len(ids) // GROUP_BYTES + 1):
-                counts.update(documents=int((part == tokenizer.eot).sum()),
-                              bytes=int(lengths[part].sum()), tokens=len(part))
-        card[name] = dict(counts, shards=shards)
-    tokenizer.save(out / "tokenizer.json")
-    checksums = {path.name: file_hash(path) for path in sorted(out.glob("*.bin"))}
-    card = Card(**card, tokenizer=tokenizer.hash(), vocab_size=tokenizer.n_vocab,
-                checksums=checksums)
-    write_json(out / "card.json", vars(card))
-    return card
+def build(out, found, tokenizer, card, say):
+    """All stages: read, clean, split, train a tokenizer, write the shards and, last, the card."""
+    ours = [*out.glob("train_??????.bin*"), *out.glob("val_??????.bin*")]
+    other = next(out.glob("[!.]*"), None)
+    if other and not ours:
+        raise ValueError(f"{out} holds other files ({other.name}): give a new or empty folder")
+    with locked(out), tempfile.TemporaryFile(dir=out.parent) as file:
+        if "fineweb10B" in found:
+            val, *train = map(read_shard, found["fineweb10B"])
+            card["split"], splits = "as published", dict(train=train, val=[val])
+        else:
+            counts, options = card["counts"], card["options"]
+            documents = gather(itertools.chain(*found.values()), file, counts)
+            lost = ", ".join(f"{counts[key]:,} {key}" for key in LOST if counts[key]) or "nothing"
+            if not documents:
+                raise ValueError(f"{' '.join(found)}: no text of {' '.join(READERS)}; lost: {lost}")
+            say(f"{counts['documents']:,} documents, {counts['bytes'] / 1e6:.1f} MB; lost: {lost}")
+            train, val, card["split"] = split(documents, options["val_ratio"])
+            if tokenizer is None:
+                sample = itertools.islice(train, 0, None, train.n_bytes // LEARN_BYTES + 1)
+                tokenizer = Tokenizer.train(sample, options["vocab_size"])
+                say(f"tokenizer: {tokenizer.n_vocab:,} of {options['vocab_size']:,} tokens")
+            splits = dict(train=tokenize(train, tokenizer), val=tokenize(val, tokenizer))
+        for path in [out / "card.json", *ours]:
+            path.unlink(missing_ok=True)
+        for name, arrays in splits.items():
+            shards = write_shards(arrays, out, name, tokenizer.n_vocab)
+            card[name] = count_tokens(read_split(out, name), tokenizer) | dict(shards=shards)
+        tokenizer.save(out / "tokenizer.json")
+        checksums = {path.name: file_hash(path) for path in sorted(out.glob("*.bin"))}
+        card |= dict(tokenizer=tokenizer.hash(), vocab_size=tokenizer.n_vocab, checksums=checksums)
+        write_json(out / "card.json", card)
 
 
 def prepare(sources, out, vocab_size=4096, tokenizer=None, val_ratio=None, n_shards=1, say=print):
-    """Turn sources (names, files, folders, URLs) into a folder of shards and return its Path.
-
-    A folder made from the same content with the same options is used as it is. tokenizer: a file,
-    "gpt2" or a Tokenizer; None trains one of vocab_size. n_shards is for fineweb10B only.
-    """
+    """Turn sources (names, files, folders, URLs) into a folder of shards and return its Path. One
+    made from the same content with the same options is used as it is. tokenizer: a file, "gpt2" or
+    a Tokenizer; None trains one of vocab_size. n_shards is for fineweb10B only."""
     sources = [sources] if isinstance(sources, (str, Path)) else sources
     sources, out, counts = list(map(str, sources)), Path(out), Counter(dict.fromkeys(LOST, 0))
-    is_ready = "fineweb10B" in sources
-    if is_ready and len(sources) > 1:
+    if "fineweb10B" in sources and len(sources) > 1:
         raise ValueError(f"{' '.join(sources)}: ready shards do not mix with another source")
     if val_ratio is not None and not 0 < val_ratio < 1:
         raise ValueError(f"val_ratio={val_ratio} is not between 0 and 1")
-    if tokenizer is not None or is_ready:
+    if tokenizer is not None or "fineweb10B" in sources:
         tokenizer, vocab_size = load_tokenizer(tokenizer or "gpt2"), None
     else:
         room_for_merges(vocab_size, SPECIAL_TOKENS)  # refuses a small one before all the work
     downloads, given = out.parent / "downloads", tokenizer and tokenizer.hash()
     found = {source: find_files(source, downloads, counts, n_shards) for source in sources}
     options = dict(vocab_size=vocab_size, tokenizer=given, val_ratio=val_ratio)
-    key = fingerprint(itertools.chain(*found.values()), options)
-    if is_finished(out, key):
-        say(f"{out}: used again, the content and the options are the same")
-        return out
-    our_files(out)  # refuses a wrong folder before all the work
-    origin = [dict(name=source, files=len(paths), bytes=sum(path.stat().st_size for path in paths))
-              for source, paths in found.items()]
-    python = platform.python_version() if "stdlib" in sources else None
-    card = dict(sources=origin, python=python, options=options, counts=counts, fingerprint=key)
-    with locked(out), tempfile.TemporaryFile(dir=out.parent) as file:
-        if is_ready:
-            val, *train = map(read_shard, found["fineweb10B"])
-            card["split"], splits = "as published", dict(train=train, val=[val])
-        else:
-            tokenizer, splits = texts_to_ids(found, file, tokenizer, card, say)
-        card = write_folder(out, splits, tokenizer, card)
-    train, val = card.train, card.val
+    contents = [[ending(path), file_hash(path)] for paths in found.values() for path in paths]
+    card = dict(fingerprint=text_hash(json.dumps([VERSION, options, contents])).hex(),
+                sources=[dict(name=source, files=len(paths)) for source, paths in found.items()],
+                python=platform.python_version(), options=options, counts=counts)
+    with contextlib.suppress(OSError, ValueError):  # of a folder that is not there or not whole
+        saved, saved_tokenizer = check_shards(out), Tokenizer.load(out / "tokenizer.json")
+        if (saved.fingerprint, saved.tokenizer) == (card["fingerprint"], saved_tokenizer.hash()):
+            say(f"{out}: used again, the content and the options are the same")
+            return out
+    build(out, found, tokenizer, card, say)
+    train, val = card["train"], card["val"]
     say(f"{out}: {train['tokens']:,} tokens to train on, {val['tokens']:,} to validate on, "
         f"{train['bytes'] / train['tokens']:.2f} bytes per token")
     return out
@@ -590,12 +514,10 @@ def prepare(sources, out, vocab_size=4096, tokenizer=None, val_ratio=None, n_sha
 
 
 class TokenLoader:
-    """Endless batches (x, y) of a shard folder: int64 (batch_size, block_size), y one token on.
-
-    A batch depends on (seed, position, rank, world_size) alone: to resume, give the position, which
+    """Endless batches (x, y) of a shard folder: int64 (batch_size, block_size), y one token on. A
+    batch depends on (seed, position, rank, world_size) alone: to resume, give the position, which
     is the number of the next batch. The ranks share one global batch: 2 ranks of 4 sequences read
-    what 1 rank of 8 reads. Each epoch cuts the tokens at another offset and shuffles the blocks.
-    """
+    what 1 rank of 8 reads. Each epoch cuts the tokens at another offset and shuffles the blocks."""
 
     def __init__(self, path, batch_size, block_size, rank=0, world_size=1, seed=0, position=0,
                  split="train"):
@@ -626,20 +548,14 @@ class TokenLoader:
         epoch, i = divmod(number, self.n_blocks)
         if epoch != self.epoch:
             random = np.random.RandomState([self.seed, epoch])  # default_rng may change with numpy
-            room = self.n_tokens - self.n_blocks * self.block_size
-            self.epoch, self.offset = epoch, random.randint(min(room, self.block_size))
+            spare = self.n_tokens - self.n_blocks * self.block_size
+            self.epoch, self.offset = epoch, random.randint(min(spare, self.block_size))
             self.order = random.permutation(self.n_blocks)
         start = self.offset + int(self.order[i]) * self.block_size
-        return self.tokens(start, start + self.block_size + 1)
-
-    def tokens(self, start, stop):
-        """Tokens start to stop of the split, over the ends of shards."""
-        parts, i = [], int(np.searchsorted(self.starts, start, "right")) - 1
-        while start < stop:
-            begin = start - self.starts[i]
-            parts.append(self.shards[i][begin:begin + stop - start])
-            start, i = start + len(parts[-1]), i + 1
-        return np.concatenate(parts)
+        stop = start + self.block_size + 1
+        first, last = np.searchsorted(self.starts, [start, stop - 1], "right") - 1
+        shards = zip(self.shards[first:last + 1], self.starts[first:])  # a block may lie in several
+        return np.concatenate([ids[max(0, start - begin):stop - begin] for ids, begin in shards])
 
 
 class MixedLoader(TokenLoader):
@@ -647,12 +563,10 @@ class MixedLoader(TokenLoader):
     each folder gives its share, spread evenly. n_tokens is read when the first was read once."""
 
     def __init__(self, shares, batch_size, block_size, rank=0, world_size=1, seed=0, position=0):
-        super().__init__(next(iter(shares)), batch_size, block_size, rank, world_size, seed,
-                         position)
+        super().__init__([*shares][0], batch_size, block_size, rank, world_size, seed, position)
         parts = [round(100 * share) for share in shares.values()]
         if min(parts) < 1 or sum(parts) != 100:
-            raise ValueError(f"shares {' + '.join(map(str, parts))} must each be at least 1 "
-                             "hundredth, and all of them 100")
+            raise ValueError(f"shares of {parts} hundredths must be at least 1 each, together 100")
         self.loaders = [TokenLoader(path, batch_size, block_size, seed=seed) for path in shares]
         self.n_tokens = self.n_tokens * 100 // parts[0]
         # Whose each of 100 sequences is: the j-th of a folder's n is due at (j + 1/2) / n.
@@ -665,27 +579,17 @@ class MixedLoader(TokenLoader):
         return self.loaders[i].block(rounds * self.parts[i] + self.turns[:n].count(i))
 
 
-# -----------------------------------------------------------------------------
-# The command.
-
-
-def folder_name(source):
-    """What to call the shards of a source: folder_name("texts/My book.txt.gz") == "My-book"."""
-    path = urlsplit(source).path if "://" in source else Path(source).absolute()
-    return re.sub(r"[^\w-]+", "-", Path(path).name.split(".")[0]).strip("-") or "text"
-
-
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("sources", nargs="*", default=["stdlib"], metavar="SOURCE",
-                        help=f"files, folders, URLs, or names: {', '.join(NAMES)} (default stdlib)")
-    parser.add_argument("--out", help="folder to write (default shards/NAME OF THE FIRST SOURCE)")
-    parser.add_argument("--vocab_size", type=int, default=4096, help="default %(default)s")
-    parser.add_argument("--tokenizer", help="use this tokenizer.json, or gpt2, and train none")
-    parser.add_argument("--val_ratio", type=float,
-                        help="share to validate on (default 0.05, or 0.1 with few documents)")
-    parser.add_argument("--shards", type=int, default=1, dest="n_shards", metavar="N",
-                        help="training shards of fineweb10B, 200 MB each (default %(default)s)")
+    add = parser.add_argument
+    add("sources", nargs="*", default=["stdlib"], metavar="SOURCE",
+        help=f"files, folders, URLs, or names: {', '.join(NAMES)} (default stdlib)")
+    add("--out", help="folder to write (default shards/NAME OF THE FIRST SOURCE)")
+    add("--vocab_size", type=int, default=4096, help="default %(default)s")
+    add("--tokenizer", help="use this tokenizer.json, or gpt2, and train none")
+    add("--val_ratio", type=float, help="share to validate on (default 0.05; few documents: 0.1)")
+    add("--shards", type=int, default=1, dest="n_shards", metavar="N",
+        help="training shards of fineweb10B, 200 MB each (default %(default)s)")
     args = parser.parse_intermixed_args()
     args.out = args.out or Path("shards", folder_name(args.sources[0]))
     print(f"next: python train.py --data={prepare(**vars(args))}")

@@ -4,6 +4,8 @@ import gzip
 import hashlib
 import io
 import json
+import os
+import shutil
 import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -38,9 +40,10 @@ def documents_of(texts):
     return data.Documents(io.BytesIO("".join(texts).encode()), ends - sizes, ends)
 
 
-def shards_of(tmp_path, n_tokens, shard_tokens=10**8):
+def shards_of(tmp_path, n_tokens, shard_tokens=1000):
     """A shard folder whose training tokens are 0, 1, 2, ..."""
-    write_shards([np.arange(n_tokens)], tmp_path / "counted", "train", n_tokens, shard_tokens)
+    parts = np.split(np.arange(n_tokens), range(shard_tokens, n_tokens, shard_tokens))
+    write_shards(parts, tmp_path / "counted", "train", n_tokens, shard_tokens)
     return tmp_path / "counted"
 
 
@@ -61,7 +64,6 @@ def prepared(tmp_path_factory):
 
 def test_the_examples_in_the_docstrings_are_true():
     assert clean("a\r\n  b \n") == "a\n  b"
-    assert data.html_to_text(b"<p>a &lt; <b>b</b>").strip() == "a < b"
     assert data.ending("notes.TXT.gz") == ".txt"
     assert data.exact_duplicates(["a", "b", "a"]) == [2]
     assert data.folder_name("texts/My book.txt.gz") == "My-book"
@@ -119,24 +121,28 @@ def test_jsonl_gives_its_texts_and_names_the_line_without(tmp_path):
             list(read_documents(path))
 
 
-def test_html_becomes_what_a_reader_sees(tmp_path):
-    page = """<!DOCTYPE html><html><head><title>T</title><style>p { x }</style></head>
-        <body></script><![if IE]><script>if (a < b) "</p>";</script><h1>Fish &amp; chips</h1>
-        <p>One <b>bold</b>
-        word<br>and&nbsp;&eacute;<ul><li>a<li>b</ul><pre>if x:\n    y</pre>end"""
-    (tmp_path / "a.html").write_text(page)
-    [text] = read_documents(tmp_path / "a.html")
-    assert clean(text) == "T\nFish & chips\nOne bold word\nand é\na\nb\nif x:\n    y\nend"
+def test_a_web_page_is_refused_with_the_command_that_reads_it(tmp_path):
+    (tmp_path / "a.html").write_text("<p>a")
+    with pytest.raises(ValueError, match="a.html: cannot read .html.* python -m chapters.curate"):
+        list(read_documents(tmp_path / "a.html"))
+
+
+def test_a_damaged_gz_file_is_refused_by_name(tmp_path):
+    packed = gzip.compress(b"text " * 99)
+    for content in b"no gzip", packed[:-9], packed[:-8] + bytes(8):
+        (tmp_path / "a.txt.gz").write_bytes(content)
+        with pytest.raises(ValueError, match="a.txt.gz"):
+            list(read_documents(tmp_path / "a.txt.gz"))
 
 
 def test_a_folder_is_read_in_order_and_skips_what_is_no_text(tmp_path):
     folder = folder_of(tmp_path, ["b", "c"])
-    for name, content in {"a.md": b"a", "z.txt": b"\x89PNG\0", "image.png": b"x", "empty.txt": b"",
-                          ".hidden.txt": b"x", "d.txt.gz": b"no gzip"}.items():
+    for name, content in {"a.md": b"a", "a.html": b"<p>", "z.txt": b"\x89PNG\0", "image.png": b"x",
+                          "empty.txt": b"", ".hidden.txt": b"x", "d.txt.gz": b"no gzip"}.items():
         (folder / name).write_bytes(content)
     counts = data.Counter()
     names = [path.name for path in data.find_files(str(folder), tmp_path, counts)]
-    assert names == ["000.txt", "001.txt", "a.md"] and counts["skipped files"] == 4
+    assert names == ["000.txt", "001.txt", "a.md"] and counts["skipped files"] == 5
 
 
 def test_the_standard_library_is_a_corpus_without_tests(tmp_path):
@@ -147,7 +153,7 @@ def test_the_standard_library_is_a_corpus_without_tests(tmp_path):
 
 
 def test_the_topics_of_pydoc_are_documents_of_prose():
-    path = Path(data.sysconfig.get_paths()["stdlib"], "pydoc_data", "topics.py")
+    path = Path(os.__file__).parent / "pydoc_data" / "topics.py"
     texts = list(read_documents(path))
     assert len(texts) > 50 and not any(text.startswith(("topics =", "# Auto")) for text in texts)
 
@@ -182,7 +188,7 @@ def test_few_documents_validate_on_their_ends():
     (65_536, 2, 20240520, 1), (65_537, 4, 20240801, 7)])
 def test_shards_are_in_the_format_of_llm_c(tmp_path, n_vocab, size, magic, version):
     ids = np.arange(10) + n_vocab - 10
-    shards = write_shards([ids[:3], [], ids[3:]], tmp_path, "train", n_vocab, shard_tokens=4)
+    shards = write_shards([ids[:4], [], *ids[4:].reshape(3, 2)], tmp_path, "train", n_vocab, 4)
     assert shards == {"train_000000.bin": 4, "train_000001.bin": 4, "train_000002.bin": 2}
     raw = (tmp_path / "train_000000.bin").read_bytes()
     assert np.frombuffer(raw[:12], "<i4").tolist() == [magic, version, 4]
@@ -237,6 +243,29 @@ def test_the_card_says_what_is_there(prepared):
         assert card[split]["documents"] == ids.count(tokenizer.eot)
         text = tokenizer.decode(ids).replace("<|endoftext|>", "")
         assert card[split]["bytes"] == len(text.encode())
+
+
+def test_a_card_can_be_edited_and_says_which_field_is_wrong(tmp_path, prepared):
+    card = card_of(prepared)
+    (tmp_path / "card.json").write_text(json.dumps(card | dict(sources=["my own notes"])))
+    assert data.read_card(tmp_path).sources == ["my own notes"]
+    for wrong, message in [(dict(vocab_size="x"), "vocab_size"), (dict(checksum={}), "checksums"),
+                           (dict(val={}), "tokens"), (dict(train=dict(tokens=0)), "tokens")]:
+        (tmp_path / "card.json").write_text(json.dumps(card | wrong))
+        with pytest.raises(ValueError, match=f"card.json.*{message}"):
+            data.read_card(tmp_path)
+
+
+def test_a_shard_that_changed_or_is_gone_is_named(tmp_path, prepared):
+    out = Path(shutil.copytree(prepared, tmp_path / "copy"))
+    path = out / "val_000000.bin"
+    path.write_bytes(path.read_bytes()[:-1] + b"\7")
+    assert data.check_shards(out, ("train",)) == data.read_card(prepared)
+    with pytest.raises(ValueError, match="val_000000.bin is damaged"):
+        data.check_shards(out)
+    path.unlink()
+    with pytest.raises(OSError, match="val_000000.bin"):
+        data.check_shards(out)
 
 
 def test_the_same_content_is_used_again_and_another_byte_is_not(tmp_path):
@@ -307,6 +336,7 @@ class Pages(BaseHTTPRequestHandler):
         self.server.starts.append(start)
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", len(body) - start)
+        self.send_header("Content-Type", self.server.type)
         self.end_headers()
         self.wfile.write(body[start:][:self.server.cut])
         self.server.cut = None
@@ -319,20 +349,27 @@ class Pages(BaseHTTPRequestHandler):
 def server(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with ThreadingHTTPServer(("127.0.0.1", 0), Pages) as server:
-        server.files, server.starts, server.cut = {}, [], None
+        server.files, server.starts, server.cut, server.type = {}, [], None, "text/plain"
         server.url = f"http://127.0.0.1:{server.server_port}"
         threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
         yield server
         server.shutdown()
 
 
-def test_a_page_is_downloaded_once(tmp_path, server):
-    server.files["/?c=1"] = b"<p>" + "\n".join(STORIES).encode()
+def test_a_text_is_downloaded_once(tmp_path, server):
+    server.files["/?c=1"] = "\n".join(STORIES).encode()
     for _ in range(2):
         out = prepare(f"{server.url}/?c=1", tmp_path / "shards" / "page", 300, **quiet)
-    [kept] = (tmp_path / "shards" / "downloads").iterdir()
-    assert kept.suffix == ".html" and len(server.starts) == 1
+    [path] = (tmp_path / "shards" / "downloads").iterdir()
+    assert path.suffix == ".txt" and len(server.starts) == 1
     assert card_of(out)["counts"]["documents"] == 1
+
+
+def test_a_url_that_gives_a_page_is_refused_with_the_command_that_reads_it(tmp_path, server):
+    server.files["/a.txt"], server.type = b"<p>a", "text/html; charset=utf-8"
+    with pytest.raises(ValueError, match="is a web page.* python -m chapters.curate"):
+        data.find_files(f"{server.url}/a.txt", tmp_path, data.Counter())
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_download_that_was_cut_off_continues_where_it_stopped(tmp_path, server):
@@ -347,14 +384,14 @@ def test_a_download_that_was_cut_off_continues_where_it_stopped(tmp_path, server
 
 
 def test_a_download_with_another_checksum_is_removed(tmp_path, server, monkeypatch):
-    server.files["/a.txt"] = b"right"
-    sha256 = hashlib.sha256(b"right").hexdigest()
-    row = dict(url=f"{server.url}/a.txt", n_bytes=5, sha256=sha256)
+    row = f"{server.url}/a.txt", hashlib.sha256(b"right").hexdigest()
     monkeypatch.setitem(data.KNOWN, "shakespeare", row)
-    assert data.fetch("shakespeare", tmp_path / "right").read_bytes() == b"right"
+    server.files["/a.txt"] = b"right"
+    [path] = data.find_files("shakespeare", tmp_path / "right", data.Counter())
+    assert path.read_bytes() == b"right"
     server.files["/a.txt"] = b"wrong"
-    with pytest.raises(ValueError, match="not the expected 5 bytes"):
-        data.fetch("shakespeare", tmp_path / "wrong")
+    with pytest.raises(ValueError, match="without the expected sha256"):
+        data.find_files("shakespeare", tmp_path / "wrong", data.Counter())
     assert not list((tmp_path / "wrong").iterdir())
 
 
@@ -372,8 +409,9 @@ def test_wikitext_is_cut_into_its_articles(tmp_path, server, monkeypatch):
     with zipfile.ZipFile(tmp_path / "wiki.zip", "w") as archive:
         archive.writestr("wikitext-2-raw/wiki.train.raw", text)
     server.files["/w.zip"] = (tmp_path / "wiki.zip").read_bytes()
-    monkeypatch.setitem(data.KNOWN, "wikitext", dict(url=f"{server.url}/w.zip"))
-    texts = list(map(clean, read_documents(data.fetch("wikitext", tmp_path / "downloads"))))
+    monkeypatch.setitem(data.KNOWN, "wikitext", (f"{server.url}/w.zip", None))
+    [path] = data.find_files("wikitext", tmp_path / "downloads", data.Counter())
+    texts = list(map(clean, read_documents(path)))
     assert texts == ["", " = Cat =\n\n Purrs .\n = = Food = =\n Fish .", " = Dog =\n Barks ."]
 
 

@@ -1,0 +1,115 @@
+"""
+Web pages to plain text that data.py reads.
+
+    python -m chapters.curate page.html saved/ https://example.org/ --out=texts
+    python data.py texts
+
+A page is a file (.html .htm .xhtml, each also as .gz), a folder of them, or a URL. One .txt file is
+written for each, under the name that the page has in its folder.
+"""
+
+import gzip
+import html
+import re
+import tempfile
+import zlib
+from pathlib import Path
+
+from data import download, folder_name
+from tokenizer import Parser, reading, replacing, run_command
+
+ENDINGS = ".html", ".htm", ".xhtml"
+
+# -----------------------------------------------------------------------------
+# From a page to its text.
+
+HIDDEN = re.compile(r"(?is)<!--.*?-->|<(script|style|template)\b.*?</\1\s*>")
+PRE = re.compile(r"(?is)<pre\b[^>]*>(.*?)</pre\s*>")  # the one place where white space counts
+TAG = re.compile(r"""</?([a-zA-Z!?][^\s/>]*)(?:"[^"]*"|'[^']*'|[^<>"'])*>""")
+INLINE = "a abbr b cite code em font i img kbd mark q s small span strong sub sup tt u var".split()
+
+
+def html_to_text(page):
+    """The visible text of a web page: html_to_text(b"<p>a &lt; <b>b</b>").strip() == "a < b".
+    A byte that is not UTF-8 arrives as a lone surrogate, as data.py counts and replaces it."""
+    parts = PRE.split(HIDDEN.sub("", page.decode("utf-8-sig", "surrogateescape")))
+    for i, part in enumerate(parts):  # the odd ones come from a <pre>
+        part = part if i % 2 else re.sub(r"\s+", " ", part)
+        part = TAG.sub(lambda tag: "" if tag[1].lower() in INLINE else "\n", part)
+        parts[i] = html.unescape(part)
+        if i % 2 == 0:
+            parts[i] = re.sub(r"\s+", lambda run: "\n" if "\n" in run[0] else " ", parts[i]).strip()
+    return "\n".join(parts)
+
+
+# -----------------------------------------------------------------------------
+# The command: pages to a folder of .txt files.
+
+
+def stem(path):
+    """The name of a page without its ending, None for another file: stem("b/A.htm.gz") == "A"."""
+    name = path.name[:-3] if path.suffix.lower() == ".gz" else path.name
+    return Path(name).stem if Path(name).suffix.lower() in ENDINGS else None
+
+
+def read_page(path):
+    """The bytes of a page; ValueError for a damaged or binary file."""
+    with reading(path):
+        page = path.read_bytes()
+        try:
+            page = gzip.decompress(page) if path.suffix.lower() == ".gz" else page
+        except gzip.BadGzipFile as error:  # an OSError that does not name the file
+            raise ValueError(str(error)) from None
+    if b"\0" in page[:8192]:
+        raise ValueError(f"{path} is a binary file, not a page (a page must be UTF-8)")
+    return page
+
+
+def find_pages(source, folder):
+    """Yield (path, name of its text) for the pages of a source; a URL is downloaded to `folder`."""
+    path = Path(source)
+    if re.match("https?://", source):
+        name = f"{folder_name(source)}-{zlib.crc32(source.encode()):08x}"
+        yield download(source, Path(folder, f"{name}.html")), name
+    elif path.is_dir():
+        pages = [page for page in sorted(path.rglob("*")) if page.is_file() and stem(page)]
+        if not pages:
+            raise ValueError(f"{source}: no pages ({' '.join(ENDINGS)}) in it")
+        for page in pages:
+            yield page, str(page.relative_to(path).with_name(stem(page)))
+    elif not path.exists():
+        raise ValueError(f"{source}: no such file or folder")
+    elif stem(path) is None:
+        raise ValueError(f"{source}: not a page, which ends in {' '.join(ENDINGS)}")
+    else:
+        yield path, stem(path)
+
+
+def curate(sources, out):
+    """Write the text of each page to a .txt file below `out`; return their paths."""
+    paths = []
+    with tempfile.TemporaryDirectory() as folder:
+        for source in sources:
+            for page, name in find_pages(source, folder):
+                text, n, path = html_to_text(read_page(page)), 1, Path(out, f"{name}.txt")
+                while path in paths:  # two pages of one name
+                    n, path = n + 1, Path(out, f"{name}-{n + 1}.txt")
+                with replacing(path) as file:
+                    file.write(text.encode("utf-8", "surrogateescape"))
+                paths.append(path)
+    return paths
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("sources", nargs="+", metavar="PAGE", help="files, folders or URLs")
+    parser.add_argument("--out", required=True, help="folder for the .txt files")
+    args = parser.parse_intermixed_args()
+    paths = curate(args.sources, args.out)
+    n_bytes = sum(path.stat().st_size for path in paths)
+    print(f"{len(paths):,} pages, {n_bytes / 1e6:.1f} MB of text")
+    print(f"next: python data.py {args.out}")
+
+
+if __name__ == "__main__":
+    run_command(main)
