@@ -5,39 +5,61 @@ picture, and the command of the best.
 
     python -m chapters.search --learning_rate=1e-3..1e-1 --n_layer=2,4,6 --max_steps=270
     python -m chapters.search --data=mybook.txt --size=nano --learning_rate=1e-3..1e-1 --runs=27
+    python -m chapters.search --find_lr --data=mybook.txt     # one sweep of the learning rate alone
 
-A..B is a range, drawn on a log scale (evenly if A is 0); A,B,C are choices; one value is fixed.
+A..B is a range, sampled on a log scale (evenly if A is 0); A,B,C are choices; one value is fixed.
 With --runs=9 and --keep=3, nine settings get a ninth of --max_steps, the best three of them a
 third, the best one all. The same command again goes on where it was interrupted.
 
 Each round trains from the beginning: going on from a checkpoint would save a fifth of the steps,
-but only under a constant rate. A rate that has decayed must be judged at its end, and a search
+but only under a constant rate. A rate that has decayed must be compared at its end, and a search
 without decay finds lower rates than a run with it wants.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
 import math
 import shlex
 import shutil
+import sys
+import tempfile
 import time
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from random import Random
 
-from sample import checkpoints, pick_device, pick_precision
-from tokenizer import Parser, replacing, run_command, share_cores, write_json
-from train import TrainConfig, find_shards, read_log, shape_of, split_batch, train
+from tqdm import tqdm
 
-OWN = {"out", "max_steps", "seed", "config", "resume", "find_lr", "epochs", "tokens", "minutes",
-       "eval_every"}  # decided here
+from model import GPTConfig, check_options, option
+from sample import checkpoints, pick_device, pick_precision
+from tokenizer import field_kind, parse_options, read_json, replacing, run_command, write_json
+from train import (TrainConfig, check_model, find_shards, micro_batches, model_shape, prepare_run,
+                   read_log, run_folder, set_rate, split_batch, take_step, train)
+
+OWN = {"out", "max_steps", "seed", "config", "resume", "epochs", "tokens", "minutes", "eval_every"}
 ONE = {"data", "mix", "vocab_size", "device", "precision"}  # a path may have commas of its own
 SHORTEST = 10              # steps below which a comparison says nothing
 
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """The search; each option of train.py is fixed or searched."""
+    runs: int = option(9, "settings", low=2)
+    keep: int = option(3, "of so many settings one goes on, for so many times the steps", low=2)
+    max_steps: int = option(270, "steps of the last round")
+    seed: int = option(1337, "of the settings, of weights and of batches")
+    out: str = option("", "folder; empty: runs/search- and the name of the data")
+    find_lr: bool = option(False, "instead: try ever higher rates, draw the losses, suggest one")
+
+    __post_init__ = check_options
+
+
 # -----------------------------------------------------------------------------
-# Options: what is fixed, and what is drawn from where.
+# Options: what is fixed, and what is searched.
 
 
 def parse_values(kind, text):
@@ -58,37 +80,34 @@ def parse_values(kind, text):
     return low, high
 
 
-def parse_options():
-    """-> (the search's own options, {option: value} that is fixed, {option: values} to search)"""
-    parser = Parser(__doc__)
-    parser.usage = "python -m chapters.search [--OPTION=VALUE or A..B or A,B,C ...]"
-    parser.add_argument("--runs", type=int, default=9, help="settings (default %(default)s)")
-    parser.add_argument("--keep", type=int, default=3, help="of so many settings one goes on, "
-                        "for so many times the steps (default %(default)s)")
-    parser.add_argument("--max_steps", type=int, default=270,
-                        help="steps of the last round (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=1337,
-                        help="of the draw, weights and batches (default %(default)s)")
-    parser.add_argument("--out", default="", help="folder (default runs/search- and the data)")
-    parser.epilog = "and the options of train.py, each fixed or searched"
-    for f in dataclasses.fields(TrainConfig):
-        kind = dict(type=f.type if f.name in ONE else partial(parse_values, f.type))
-        if f.type is bool:
-            kind = dict(action=argparse.BooleanOptionalAction)
+def searchable(config_class):
+    """A dataclass of the same options, but each takes several values."""
+    columns = []
+    for f in dataclasses.fields(config_class):
+        kind = field_kind(f)
+        if kind is not bool and f.name not in ONE:  # argparse calls a type, and shows its name
+            parse = partial(parse_values, kind)
+            kind = type(kind.__name__, (), {"__new__": lambda cls, text, parse=parse: parse(text)})
         if f.name not in OWN:
-            parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=argparse.SUPPRESS,
-                                **kind)
-    own = parser.parse_args()
-    given = {name: value for name, value in vars(own).items()
-             if name not in ("runs", "keep", "max_steps", "seed", "out")}
-    spaces = {name: values for name, values in given.items()
-              if isinstance(values, (tuple, list)) and len(values) > 1}
-    fixed = {name: value[0] if isinstance(value, list) else value
-             for name, value in given.items() if name not in spaces}
-    if not spaces:
-        raise ValueError("nothing to search: give an option several values, such as "
-                         "--learning_rate=1e-3..1e-1 or --n_layer=2,4,6")
-    return own, fixed, spaces
+            copy = dataclasses.field(default=f.default, metadata=f.metadata)
+            columns.append((f.name, kind, copy))
+    return dataclasses.make_dataclass(config_class.__name__, columns,
+                                      namespace=dict(__doc__=config_class.__doc__))
+
+
+def complete_config(options):
+    """{name: value} of train.py's options -> (TrainConfig, GPTConfig); ValueError if they cannot
+    be trained with."""
+    names = {f.name for f in dataclasses.fields(TrainConfig)}
+    config = TrainConfig(**{name: options[name] for name in options if name in names})
+    shape = {name: options[name] for name in options if name not in names}
+    shape = model_shape(config.size, config.vocab_size, shape)
+    check_model(shape, config), split_batch(config, 1)
+    return config, shape
+
+
+# -----------------------------------------------------------------------------
+# Settings, and how long each is trained.
 
 
 def spread(space, n, random):
@@ -98,26 +117,24 @@ def spread(space, n, random):
         return [space[i % len(space)] for i in range(n)]
     low, high = space
     shares = [(i + random.random()) / n for i in range(n)]
-    drawn = [low * (high / low) ** share if low else high * share for share in shares]
-    return [round(x) if isinstance(low, int) else float(f"{x:.3g}") for x in drawn]
+    values = [low * (high / low) ** share if low else high * share for share in shares]
+    return [round(x) if isinstance(low, int) else float(f"{x:.3g}") for x in values]
 
 
-def draw(spaces, n, seed):
+def sample_settings(spaces, n, seed):
     """-> at most n different settings, dicts; of choices alone no more than there are."""
     random = Random(seed)
     if all(isinstance(space, list) for space in spaces.values()):
         grid = list(itertools.product(*map(dict.fromkeys, spaces.values())))
-        drawn = random.sample(grid, min(n, len(grid)))
+        rows = random.sample(grid, min(n, len(grid)))
     else:
         columns = [spread(space, n, random) for space in spaces.values()]
-        drawn = dict.fromkeys(zip(*(random.sample(column, n) for column in columns)))
-    return [dict(zip(spaces, values)) for values in drawn]
+        rows = dict.fromkeys(zip(*(random.sample(column, n) for column in columns)))
+    return [dict(zip(spaces, values)) for values in rows]
 
 
 def rounds(n, keep, max_steps):
     """-> [(settings, steps of each)]: rounds(9, 3, 270) == [(9, 30), (3, 90), (1, 270)]."""
-    if n < 2 or keep < 2:
-        raise ValueError(f"{n} settings of which one in {keep} is kept: both must be at least 2")
     counts = [n]
     while counts[-1] > 1:
         counts.append(max(1, counts[-1] // keep))
@@ -128,14 +145,14 @@ def rounds(n, keep, max_steps):
     return [(count, max_steps * keep ** i // times) for i, count in enumerate(counts)]
 
 
-def words(options):
-    """The options of a setting as they are typed."""
+def as_typed(options):
+    """Options as they are typed: {"n_layer": 2, "bias": False} -> "--n_layer=2 --no-bias"."""
     return " ".join(shlex.quote(f"--{name}={value}") if not isinstance(value, bool) else
                     f"--{'' if value else 'no-'}{name}" for name, value in options.items())
 
 
 # -----------------------------------------------------------------------------
-# The folder: search.json has a row for each run that has ended.
+# The search. Its folder has search.json with a row for each run that has ended.
 
 
 def open_folder(out, name, plan):
@@ -146,12 +163,10 @@ def open_folder(out, name, plan):
         path = folder / "search.json"
         if not folder.exists() or folder.is_dir() and not any(folder.iterdir()):
             write_json(path, dict(plan=plan, trials=[]))
-        try:
-            saved = json.loads(path.read_text("utf-8"))
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # other files stay
+            saved = read_json(path)
             if saved["plan"] == plan:
                 return folder, saved["trials"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # something else, which is left as it is
     raise ValueError(f"{out} holds another search or other files: choose another --out")
 
 
@@ -163,9 +178,9 @@ def run_trial(options, folder):
     """Train in a new folder -> the trial's row; val_loss is None if the run diverged."""
     shutil.rmtree(folder, ignore_errors=True)  # what an interruption has left
     began, loss = time.perf_counter(), None
+    options = options | dict(out=str(folder), eval_every=options["max_steps"])
     try:
-        summary = train(TrainConfig(**options, out=str(folder), eval_every=options["max_steps"]),
-                        say=lambda text: None)
+        summary = train(*complete_config(options), say=lambda text: None)
         if summary["stopped"]:
             raise KeyboardInterrupt
         loss = summary["val_loss"] if math.isfinite(summary["val_loss"]) else None
@@ -194,7 +209,7 @@ def search(settings, fixed, plan, folder, trials):
                     for path in checkpoints(place).values():
                         path.unlink()
             done.append(trial)
-            print(f"  {i:3d}  {loss_of(trial):8.4f}  {trial['seconds']:6.1f} s  {words(setting)}")
+            print(f"  {i:3d}  {loss_of(trial):8.4f}  {trial['seconds']:6.1f} s  {as_typed(setting)}")
         done.sort(key=loss_of)
         settings = [trial["setting"] for trial in done if loss_of(trial) < math.inf]
         if not settings:
@@ -203,78 +218,128 @@ def search(settings, fixed, plan, folder, trials):
 
 
 # -----------------------------------------------------------------------------
+# The sweep of the learning rate.
+
+
+def running_mean(values, n):
+    """Means that follow the values: each value counts 1/n, the first ones more."""
+    means = []
+    for i, value in enumerate(values):
+        last = means[-1] if means else value
+        means.append(last + (value - last) / min(i + 1, n))
+    return means
+
+
+def find_rate(config, shape, n_steps=60, lowest=1e-4, highest=3.0):
+    """Train with ever higher rates until the loss takes off (arXiv:1506.01186), and throw the
+    weights away -> (path of the picture find_lr.png, the suggested rate, rates, mean losses)."""
+    rates, losses, means = [], [], [math.inf]
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        session = prepare_run(dataclasses.replace(config, out=folder), shape, print, stack)
+        run = session.run
+        for step in tqdm(range(n_steps), disable=not sys.stderr.isatty(), leave=False):
+            rates.append(lowest * (highest / lowest) ** (step / (n_steps - 1)))
+            set_rate(run.optimizer, rates[-1])
+            xs, ys = micro_batches(session.batches, session.accumulate, run.model, 1.0, 0.0)
+            losses.append(take_step(run, run.model, xs, ys, config.grad_clip)[0].item())
+            means = running_mean(losses, 5)
+            if not means[-1] < 1.3 * min(means):
+                break
+    rate = rates[means.index(min(means))] / 3
+    path = run_folder(config, session.shards) / "find_lr.png"
+    with picture(path, title="Loss while the learning rate grows", xlabel="learning rate",
+                 xscale="log", ylabel="loss, running mean (nats per token)") as ax:
+        ax.plot(rates, means, color="#4477aa", linewidth=2)
+        ax.axvline(rate, color="#cc6633", label=f"suggested: {rate:.1g}")
+    return path, rate, rates, means
+
+
+# -----------------------------------------------------------------------------
 # What is shown, and the command.
 
 
 def table(trials):
     """A line for each setting, the one that came furthest first: steps, loss, options."""
-    last = {words(trial["setting"]): trial for trial in sorted(trials, key=lambda t: t["steps"])}
+    last = {as_typed(trial["setting"]): trial for trial in sorted(trials, key=lambda t: t["steps"])}
     order = sorted(last.values(), key=lambda trial: (-trial["steps"], loss_of(trial)))
     return "\n".join(["  steps  validation  setting"] + [
-        f"{trial['steps']:7d}  {loss_of(trial):10.4f}  {words(trial['setting'])}"
+        f"{trial['steps']:7d}  {loss_of(trial):10.4f}  {as_typed(trial['setting'])}"
         for trial in order])
 
 
-def smooth(losses):
-    """Their running mean, over the last third of the steps so far, and at most 20."""
-    return [sum(part) / len(part) for part in
-            (losses[max(0, i - min(20, i // 3)):i + 1] for i in range(len(losses)))]
-
-
-def draw_search(folder, trials, winner):
-    """search.png: the training losses of all runs, bolder the further they came, and as a dot where
-    validation ended."""
+@contextlib.contextmanager
+def picture(path, **labels):
+    """Yield the axes of a picture with a title and labels; it is written at the end."""
     from matplotlib.figure import Figure
     fig = Figure(figsize=(9, 5), dpi=120)
-    ax, lengths, lowest = fig.subplots(), sorted({trial["steps"] for trial in trials}), []
-    for trial in sorted(trials, key=lambda trial: -trial["steps"]):
-        rows = [row for row in read_log(folder / trial["folder"]) if row["loss"] is not None]
-        means, level = smooth([row["loss"] for row in rows]), lengths.index(trial["steps"])
-        wins = trial["setting"] == winner["setting"]
-        look = dict(color="#cc6633" if wins else "#4477aa" if level else "#aabbcc",
-                    linewidth=1 + level, zorder=2 + level + wins)
-        label = words(trial["setting"]) if trial is winner or level == 1 and not wins else None
-        ax.plot([row["step"] for row in rows], means, label=label, **look)
-        ends = [loss_of(trial)] if loss_of(trial) < math.inf else []
-        ax.plot([trial["steps"]] * len(ends), ends, "o", markersize=5 + level, **look)
-        lowest += means[-1:] + ends
-    top, low = read_log(folder / winner["folder"])[0]["loss"], min(lowest)
-    ax.set(title=f"{folder.name}: {words(winner['setting'])}", xscale="log", xlabel="step",
-           ylim=(low - 0.05 * (top - low), top + 0.1 * (top - low)),
-           ylabel="loss (nats per token); dots: validation")
-    ax.xaxis.set_major_formatter("{x:g}")
+    ax = fig.subplots()
+    yield ax
+    ax.set(**labels)
     ax.grid(alpha=0.3)
     ax.legend(frameon=False)
-    with replacing(folder / "search.png") as file:
+    with replacing(path) as file:
         fig.savefig(file, format="png", bbox_inches="tight")
 
 
+def draw_search(folder, trials, winner):
+    """search.png: the training losses of all runs, thicker the further they came, and as a dot
+    where validation ended."""
+    lengths = sorted({trial["steps"] for trial in trials})
+    with picture(folder / "search.png", title=f"{folder.name}: {as_typed(winner['setting'])}",
+                 xlabel="step", xscale="log", yscale="log",
+                 ylabel="loss (nats per token); dots: validation") as ax:
+        for trial in sorted(trials, key=lambda trial: -trial["steps"]):
+            rows = [row for row in read_log(folder / trial["folder"]) if row["loss"] is not None]
+            means = running_mean([row["loss"] for row in rows], 20)
+            color = "#cc6633" if trial["setting"] == winner["setting"] else "#4477aa"
+            style = dict(color=color, alpha=0.4 if trial["steps"] == lengths[0] else 1)
+            label = as_typed(trial["setting"]) if trial["steps"] > lengths[0] else None
+            ax.plot([row["step"] for row in rows], means, label=label,
+                    linewidth=1 + lengths.index(trial["steps"]), **style)
+            if loss_of(trial) < math.inf:
+                ax.plot(trial["steps"], loss_of(trial), "o", **style)
+
+
 def main():
-    own, fixed, spaces = parse_options()
-    settings = draw(spaces, own.runs, own.seed)
+    own, *typed = parse_options(__doc__, SearchConfig, *map(searchable, (TrainConfig, GPTConfig)))
+    own, given = SearchConfig(**own), typed[0] | typed[1]
+    spaces = {name: values for name, values in given.items()
+              if isinstance(values, (tuple, list)) and len(values) > 1}
+    fixed = {name: value[0] if isinstance(value, list) else value
+             for name, value in given.items() if name not in spaces}
+    if own.find_lr:
+        if spaces:
+            raise ValueError(f"--find_lr tries learning rates alone: give --{min(spaces)} one value")
+        path, rate, rates, means = find_rate(*complete_config(fixed | dict(out=own.out, seed=own.seed)))
+        print(f"loss {means[0]:.3f}, then {min(means):.3f}, then {means[-1]:.3f} at rates from "
+              f"{rates[0]:.0e} to {rates[-1]:.0e}: see {path}; try --learning_rate={rate:.1g}")
+        return
+    if not spaces:
+        raise ValueError("nothing to search: give an option several values, such as "
+                         "--learning_rate=1e-3..1e-1 or --n_layer=2,4,6")
+    settings = sample_settings(spaces, own.runs, own.seed)
     rounds(len(settings), own.keep, own.max_steps)
-    device = pick_device(fixed.get("device", "auto"))
-    for setting in settings:  # all are looked at before the first is trained
+    for setting in settings:  # all are checked before the first is trained
         try:
-            config = TrainConfig(**fixed | setting)
-            shape_of(config, config.vocab_size), split_batch(config, 1)
+            complete_config(fixed | setting)
         except ValueError as error:
-            raise ValueError(f"{words(setting)}: {error}") from None
-    shards = find_shards(TrainConfig(**fixed), 0, print)
-    plan = json.loads(json.dumps(vars(own)))  # as it comes back from search.json
+            raise ValueError(f"{as_typed(setting)}: {error}") from None
+    shards = find_shards(TrainConfig(**{n: v for n, v in fixed.items() if n in ONE}), 0, print)
+    plan = json.loads(json.dumps(asdict(own) | given))  # as it comes back from search.json
     folder, trials = open_folder(own.out, shards.name, plan)
     if trials:
         print(f"{folder}: runs there already: {len(trials)}")
-    # auto measures which precision is fast, and all runs are to have the same
+    # auto measures which precision and kernels are fast, and all runs are to have the same
+    device = pick_device(fixed.get("device", "auto"))
     precision = pick_precision(fixed.get("precision", "auto"), device)[0]
     same = dict(data=str(shards), device=device, precision=precision, seed=own.seed)
     winner = search(settings, fixed | same, plan, folder, trials)
     draw_search(folder, trials, winner)
     best = winner["setting"] | dict(max_steps=own.max_steps, seed=own.seed)
     print(f"\n{table(trials)}\n\n{folder}/search.png shows them; the best, as a run of its own:")
-    print(f"python train.py {words(fixed | best)}")
+    print(f"python train.py {as_typed(fixed | best)}")
 
 
 if __name__ == "__main__":
-    share_cores()
     run_command(main)

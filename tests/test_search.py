@@ -1,4 +1,4 @@
-"""chapters/search.py: draws within bounds, keeps the best, goes on where it was interrupted."""
+"""chapters/search.py: samples within bounds, keeps the best, goes on where it was interrupted."""
 
 import argparse
 import json
@@ -8,11 +8,11 @@ import pytest
 from conftest import run
 
 from chapters import search
-from chapters.search import draw, parse_values, rounds
+from chapters.search import parse_values, rounds, running_mean, sample_settings
 from train import read_log
 
 SMALL = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=32", "--eval_sequences=8",
-         "--warmup_steps=2", "--device=cpu", "--precision=fp32"]
+         "--warmup_steps=2", "--device=cpu", "--precision=fp32", "--kernels=torch", "--no-bias"]
 
 
 @pytest.mark.parametrize("kind, text, values", [
@@ -32,7 +32,8 @@ def test_values_that_are_none_are_refused(kind, text):
 
 @pytest.mark.parametrize("n", [2, 9, 50])
 def test_settings_cover_a_range_and_all_choices(n):
-    settings = draw(dict(rate=(1e-4, 1e-1), layers=[2, 4], batch=(4, 64), drop=(0.0, 0.5)), n, 0)
+    spaces = dict(rate=(1e-4, 1e-1), layers=[2, 4], batch=(4, 64), drop=(0.0, 0.5))
+    settings = sample_settings(spaces, n, 0)
     rates = sorted(setting["rate"] for setting in settings)
     assert len(settings) == n and 1e-4 <= rates[0] and rates[-1] <= 1e-1
     assert max(b / a for a, b in zip(rates, rates[1:])) < 1000 ** (2 / n) * 1.02
@@ -42,11 +43,12 @@ def test_settings_cover_a_range_and_all_choices(n):
 
 def test_a_seed_gives_the_same_settings():
     spaces = dict(rate=(1e-4, 1e-1), layers=[2, 4])
-    assert draw(spaces, 9, 1) == draw(spaces, 9, 1) != draw(spaces, 9, 2)
+    first, again, other = (sample_settings(spaces, 9, seed) for seed in (1, 1, 2))
+    assert first == again != other
 
 
 def test_choices_alone_are_tried_once_each():
-    settings = draw(dict(a=[1, 2], b=["x", "y", "y"]), 9, 0)
+    settings = sample_settings(dict(a=[1, 2], b=["x", "y", "y"]), 9, 0)
     assert sorted((s["a"], s["b"]) for s in settings) == [(1, "x"), (1, "y"), (2, "x"), (2, "y")]
 
 
@@ -64,10 +66,13 @@ def test_fewer_settings_train_longer_until_one_has_all_steps(n, keep):
     (["--n_layer=2,many"], 2, "'2,many' is no int"),
     (["--optimizer=muon..adamw"], 2, "words have no range"),
     (["--vocab_size=300,400"], 2, "invalid int value"),
+    (["--n_layer=1,2", "--epochs=2"], 2, "unknown option --epochs"),
     (["--learning_rate=0.01"], 1, "nothing to search"),
+    (["--find_lr", "--n_layer=1,2"], 1, "give --n_layer one value"),
+    (["--architecture=bert", "--n_layer=1,2"], 1, "does not predict the next token"),
     (["--optimizer=muon,adamv"], 1, "did you mean adamw?"),
     (["--n_head=2,3", "--n_embd=32"], 1, "--n_head=3: n_embd=32 is no multiple of n_head=3"),
-    (["--n_layer=1,2", "--keep=1"], 1, "both must be at least 2"),
+    (["--n_layer=1,2", "--keep=1"], 1, "keep=1 must be at least 2"),
     (["--n_layer=1,2", "--max_steps=20"], 1, "give at least 30"),
     (["--n_layer=1,2", "--data=nowhere.txt"], 1, "nowhere.txt"),
 ])
@@ -89,7 +94,7 @@ def test_a_sane_learning_rate_beats_absurd_ones(shards, tmp_path, monkeypatch, c
     trials = json.loads((folder / "search.json").read_text("utf-8"))["trials"]
     assert [trial["steps"] for trial in trials] == [10, 10, 10, 30]
     assert (folder / "search.png").read_bytes().startswith(b"\x89PNG")
-    assert len(list(folder.glob("*/step_*.pt"))) == 1
+    assert len(list(folder.glob("*/step_*.safetensors"))) == 1
 
     again, _ = call(search, *words)
     assert "there already: 4" in again and again.splitlines()[-1] == command
@@ -118,13 +123,24 @@ def test_an_interrupted_search_has_lost_no_finished_run(shards, tmp_path, monkey
     words = f"--data={shards}", "--n_layer=1,2", "--max_steps=30", f"--out={tmp_path}", *SMALL[1:]
     train, n_started = search.train, []
 
-    def press_at_the_second(config, say):
-        n_started.append(config)
+    def press_at_the_second(*args, **options):
+        n_started.append(args)
         if len(n_started) == 2:
             raise KeyboardInterrupt
-        return train(config, say=say)
+        return train(*args, **options)
 
     monkeypatch.setattr(search, "train", press_at_the_second)
     assert "interrupted" in call(search, *words)[1]
     assert "there already: 1" in call(search, *words)[0]
     assert len(n_started) == 4  # the one that was cut off, the other of its round, the last
+
+
+def test_a_running_mean_begins_with_the_values_and_follows_them():
+    assert running_mean([4.0, 2.0, 3.0], 20) == [4.0, 3.0, 3.0]
+    assert running_mean([1.0, 1.0, 2.0], 2) == [1.0, 1.0, 1.5]
+
+
+def test_a_sweep_suggests_a_rate_and_leaves_a_picture_and_no_run(shards, tmp_path, call):
+    shown, _ = call(search, "--find_lr", f"--data={shards}", f"--out={tmp_path / 'run'}", *SMALL)
+    assert 1e-5 < float(shown.rpartition("=")[2]) < 3
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["find_lr.png"]
