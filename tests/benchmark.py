@@ -1,10 +1,8 @@
 """
-The figures of this project, measured here and now: medians, and ratios against the machine itself.
+The figures of this project, measured here and now: medians, and ratios against a peer in one run.
 
-    python tests/benchmark.py                # all
-    python tests/benchmark.py training bpe   # some of: training attention sampling saving bpe
-    python tests/benchmark.py decoding       # GPT-2's shape against the weights' way through memory
-    python tests/benchmark.py bpe100         # BPE training on 100 MB of installed packages
+    python tests/benchmark.py                # training attention twins sampling saving bpe
+    python tests/benchmark.py twins bpe      # some of these parts, or of: decoding muon bpe100
     python tests/benchmark.py --nanogpt=DIR  # training steps beside nanoGPT's, from a checkout
     python tests/benchmark.py learning --nanogpt=DIR [--text=FILE]  # time to a loss, beside its own
 """
@@ -13,9 +11,8 @@ import contextlib
 import importlib.util
 import itertools
 import json
-import math
-import multiprocessing
 import os
+import platform
 import re
 import shutil
 import statistics
@@ -23,9 +20,10 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import threading
 import time
 from collections import Counter
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,12 +33,35 @@ import torch
 import torch.nn.functional as F
 
 from data import find_files, prepare, read_documents
-from model import (GPT, SIZES, GPTConfig, Linear, fused_attention, plain_attention, tiles,
-                   torch_attention)
-from sample import generate, has_fast_bf16, pick_device, pick_precision
-from tokenizer import GPT2_SPLIT, SPECIAL_TOKENS, Tokenizer, train_fast
-from train import (GraphedStep, TrainConfig, keep_freed_memory, new_run, peak_memory, read_log,
-                   save_run, shape_of, snapshot, take_step, train)
+from model import (GPT, KERNELS, SIZES, GPTConfig, Linear, accelerator, fused_attention, option,
+                   plain_attention, rotary_table, torch_attention)
+from sample import generate, pick_device, pick_precision
+from tokenizer import (GPT2_SPLIT, SPECIAL_TOKENS, Tokenizer, parse_options, run_command,
+                       train_fast)
+from train import (TrainConfig, gradients, keep_freed_memory, matmul_rate, model_shape, new_run,
+                   peak_memory, read_log, save_run, snapshot, take_step, train, update)
+
+# -----------------------------------------------------------------------------
+# The machine, the clock, and what is printed.
+
+UNITS = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "AVX-512 bf16",
+         "amx_bf16": "AMX bf16", "asimd": "NEON", "bf16": "bf16"}  # by a processor's flags
+
+
+def machine():
+    """What this machine has, in a line: processor, cores, units, memory, torch, GPU."""
+    path = Path("/proc/cpuinfo")
+    text = path.read_text() if path.exists() else ""
+    name = re.search(r"model name\s*: (.*)|$", text)[1] or platform.processor()
+    flags = (re.search(r"(?:flags|Features)\s*: (.*)|$", text)[1] or "").split()
+    units = " ".join(unit for flag, unit in UNITS.items() if flag in flags) or "units unknown"
+    memory = "memory unknown"
+    with contextlib.suppress(AttributeError, ValueError):  # Windows has no sysconf
+        memory = f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else (
+        "Apple GPU" if torch.backends.mps.is_available() else "no GPU")
+    return (f"{name or platform.machine()}, {os.cpu_count()} cores, {units}, {memory}; "
+            f"torch {torch.__version__}, {torch.get_num_threads()} threads; {gpu}")
 
 
 def median_seconds(function, times=7):
@@ -58,88 +79,123 @@ def show(name, value):
     print(f"{name:58} {value}", flush=True)
 
 
-def matmul_seconds(model, B, T, dtype):
-    """How long the matrix products of a training step take alone, and their FLOPs: three for each
-    linear layer, seven for each pair of attention's tiles, on tensors of their shapes."""
-    c = model.config
-    linears = [m for m in model.modules() if isinstance(m, Linear)]
-    kinds = Counter(((), B * T, *m.weight.shape, 1) for m in linears)
-    for rows, columns in ((rows, columns) for rows, keys in tiles(T, T) for columns in keys):
-        t, s = rows.stop - rows.start, columns.stop - columns.start
-        kinds[(B * c.n_kv_head,), t * c.n_head // c.n_kv_head, s, c.head_size, 7 / 3] += c.n_layer
-    seconds = flops = 0
-    for (batch, rows, columns, inner, times), count in kinds.items():
-        x, weight, d_y = (torch.randn(*batch, *shape, dtype=dtype, device=model.device) for shape in
-                          ((rows, inner), (columns, inner), (rows, columns)))
-        three = [(x, weight.mT), (d_y, weight), (d_y.mT, x)]
-        seconds += sum(median_seconds(lambda: a @ b, 5) for a, b in three) * times * count
-        flops += 2 * 3 * math.prod(batch) * rows * columns * inner * times * count
-    return seconds, flops
+# -----------------------------------------------------------------------------
+# Training: whole steps, the optimizer's share, and each fast twin beside the plain one.
+
+DEVICE, DEFAULT = pick_device(), TrainConfig()
+BEST = pick_precision("auto", DEVICE)[0]
+SHAPE = model_shape(DEFAULT.size, DEFAULT.vocab_size)  # of the default run
 
 
-def default_model(device):
-    return GPT(shape_of(TrainConfig(), TrainConfig().vocab_size)).to(device)
+def prepare_step(shape, B, precision=BEST, kernels="auto", optimizer=DEFAULT.optimizer):
+    """-> (a run of a new model, ids (B, T) to train on, the kernels it uses)"""
+    torch.manual_seed(0)
+    model = GPT(shape).to(DEVICE)
+    kernels = model.use(kernels, pick_precision(precision, DEVICE)[1], batch_size=B)
+    run = new_run("", model, TrainConfig(optimizer=optimizer), DEVICE)
+    return run, torch.randint(shape.vocab_size, (B, shape.block_size), device=DEVICE), kernels
 
 
 def training():
-    """The step of the default run, in each precision, against the matrix products in it."""
-    config, device = TrainConfig(), pick_device()
-    best = pick_precision("auto", device)[0]
-    for precision in dict.fromkeys([best, "fp32"]):
-        dtype = pick_precision(precision, device)[1]
-        for kernels in ("plain", "auto"):
-            torch.manual_seed(0)
-            model = default_model(device)
-            kernels = model.use(kernels, dtype)
-            run = new_run("", model, config, device)
-            shape = (config.batch_size, model.config.block_size)
-            ids = torch.randint(config.vocab_size, shape, device=device)
-            seconds = median_seconds(lambda: take_step(run, model, [ids], [ids], 1.0)[0].item())
-            alone, flops = matmul_seconds(model, *shape, dtype)
-            show(f"training {config.size}, {device} {precision}, {kernels} kernels",
-                 f"{ids.numel() / seconds:,.0f} tokens/s; its matrix products alone take "
-                 f"{alone / seconds:.0%} of the step, at {flops / alone / 1e9:.0f} GFLOP/s")
+    """The step of the default run, in each precision, against this machine's matrix products."""
+    for precision, kernels in itertools.product(dict.fromkeys([BEST, "fp32"]), ("plain", "auto")):
+        run, ids, kernels = prepare_step(SHAPE, DEFAULT.batch_size, precision, kernels)
+        seconds = median_seconds(lambda: take_step(run, run.model, [ids], [ids], 1.0)[0].item())
+        best = matmul_rate(run.model.device, run.model.dtype)
+        used = run.model.flops_per_token() * ids.numel() / seconds / best
+        show(f"training {DEFAULT.size}, {DEVICE} {precision}, {kernels} kernels",
+             f"{ids.numel() / seconds:,.0f} tokens/s, {used:.0%} of the rate of matrix products")
+
+
+def muon():
+    """The optimizer's share of a step: GPT-2's of 32 sequences of 1,024 tokens, the default's."""
+    shapes = [("GPT-2", GPTConfig("gpt2", **SIZES["gpt2"]), 1, 32),
+              ("the default run", SHAPE, DEFAULT.batch_size, 1)]
+    for (name, shape, B, n_passes), optimizer in itertools.product(shapes, ("muon", "adamw")):
+        run, ids, _ = prepare_step(shape, B, optimizer=optimizer)
+        times = []
+        for _ in range(4):
+            times.append([time.perf_counter()])
+            gradients(run, run.model, [ids], [ids], 1.0)[0].item()
+            times[-1].append(time.perf_counter())
+            update(run)
+            next(run.model.parameters())[0, 0].item()  # a GPU has then finished
+            times[-1].append(time.perf_counter())
+        one, own = (statistics.median(row[i + 1] - row[i] for row in times[1:]) for i in (0, 1))
+        show(f"{optimizer}, {name}, {DEVICE} {BEST}",
+             f"{1000 * own:,.0f} ms, {own / (n_passes * one + own):.1%} of a step of {n_passes} x "
+             f"{B} sequences, which take {n_passes} x {1000 * one:,.0f} ms")
+
+
+def compare(name, functions, inputs, times=15):
+    """Show how long functions take on the same inputs, forward and backward, beside the first."""
+    leaves = [x for x in inputs if torch.is_grad_enabled() and getattr(x, "requires_grad", False)]
+
+    def call(function):
+        y = function(*inputs)
+        y = torch.autograd.grad(y, leaves, torch.ones_like(y))[0] if leaves else y
+        y.flatten()[0].item()  # a GPU has then finished
+
+    found = {f.__name__: median_seconds(lambda: call(f), times) for f in functions}
+    first = next(iter(found.values()))
+    show(name, ", ".join(f"{function} {1000 * seconds:.2f} ms ({seconds / first:.2f}x)"
+                         for function, seconds in found.items()))
+
+
+def twins():
+    """Each function of a model by every kernel that can run here, at the default run's shape."""
+    B, c, dtype = DEFAULT.batch_size, SHAPE, pick_precision(BEST, DEVICE)[1]
+    T, C, V, D, H, K = c.block_size, c.n_embd, c.vocab_size, c.head_size, c.n_head, c.n_kv_head
+    hidden = GPT(c).transformer.blocks[0].mlp.up_proj.weight.size(0)
+
+    def x(*shape, dtype=dtype):
+        return torch.randn(shape, dtype=dtype, device=DEVICE, requires_grad=True)
+
+    weight = x(hidden, C, dtype=torch.float32)
+    inputs = dict(
+        attention=(x(B, H, T, D), x(B, K, T, D), x(B, K, T, D)), linear=(x(B, T, C), weight),
+        loss=(x(B * T, C), x(V, C, dtype=torch.float32), torch.randint(V, (B * T,), device=DEVICE)),
+        norm=(x(B, T, C), x(C, dtype=torch.float32)),
+        rotary=(x(B, T, H, D), *rotary_table(c, torch.arange(T, device=DEVICE))),
+        activate=(x(B, T, hidden), x(B, T, hidden), c.activation))
+    rows = accelerator().rows(KERNELS, torch.device(DEVICE), dtype).values()
+    for name, given in inputs.items():
+        compare(f"{name}, {DEVICE} {BEST}", dict.fromkeys(row[name] for row in rows), given)
+    with torch.inference_mode():
+        compare(f"linear of eight tokens, {DEVICE} fp32", dict.fromkeys(
+            row["linear"] for row in rows), (torch.randn(8, 1, C, device=DEVICE), weight), 99)
 
 
 def attention():
-    """Forward and backward of attention, 12 heads of 64, against torch's own kernel."""
-    device = pick_device()
-    best = pick_precision("auto", device)[1]
-    for dtype, T in itertools.product(dict.fromkeys([best, torch.bfloat16]), (256, 1024, 4096)):
-        q, k, v, d_y = (torch.randn(1, 12, T, 64, device=device, dtype=dtype) for _ in range(4))
-        inputs = [x.requires_grad_() for x in (q, k, v)]
+    """Attention with 12 heads of 64 against torch's own kernel."""
+    for precision, T in itertools.product(dict.fromkeys([BEST, "bf16"]), (256, 1024, 4096)):
+        inputs = [torch.randn(1, 12, T, 64, device=DEVICE, requires_grad=True,
+                              dtype=pick_precision(precision, DEVICE)[1]) for _ in range(3)]
+        plain = [plain_attention] * (precision == BEST)  # in another it can take minutes
+        compare(f"attention, {DEVICE} {precision}, T={T}",
+                [torch_attention, fused_attention, *plain], inputs, 9 if T < 4096 else 3)
 
-        def milliseconds(function):
-            def both():
-                torch.autograd.grad(function(*inputs), inputs, d_y)
-                torch.zeros(1, device=device).item()  # a GPU has then finished
-            return 1000 * median_seconds(both, 9 if T < 4096 else 3)
 
-        ours, theirs = milliseconds(fused_attention), milliseconds(torch_attention)
-        plain = ""
-        if dtype == best:  # in another it can take minutes
-            plain = f", {ours / milliseconds(plain_attention):.2f}x of the plain twin"
-        show(f"attention forward and backward, {device} {dtype}, T={T}".replace("torch.", ""),
-             f"{ours:.1f} ms, {ours / theirs:.2f}x of torch's own" + plain)
-
+# -----------------------------------------------------------------------------
+# Beside nanoGPT, from a checkout: training steps, and the time to a loss.
 
 # What training steps are compared on: layers, heads, channels, B, T, vocabulary.
 SHAPES = {"GPT-2 124M": (12, 12, 768, 1, 1024, 50304), "10.7M": (6, 6, 384, 16, 256, 65),
           "0.8M": (4, 4, 128, 12, 64, 65)}
 
 
-def nanogpt_step(folder, shape, precision, device):
+def nanogpt_step(folder, shape, precision):
     """nanoGPT's training step: its own model, optimizer, autocast and clip; compiled on GPUs."""
     found = importlib.util.spec_from_file_location("nanogpt", Path(folder) / "model.py")
     nanogpt = importlib.util.module_from_spec(found)
     found.loader.exec_module(nanogpt)
     n_layer, n_head, n_embd, B, T, V = shape
     with contextlib.redirect_stdout(sys.stderr):
-        model = nanogpt.GPT(nanogpt.GPTConfig(T, V, n_layer, n_head, n_embd, 0.0, False)).to(device)
-        optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device)
-    model = torch.compile(model) if device == "cuda" else model
-    ids = torch.randint(V, (B, T), device=device)
-    low = torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
+        model = nanogpt.GPT(nanogpt.GPTConfig(T, V, n_layer, n_head, n_embd, 0.0, False)).to(DEVICE)
+        optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), DEVICE)
+    model = torch.compile(model) if DEVICE == "cuda" else model
+    ids = torch.randint(V, (B, T), device=DEVICE)
+    low = torch.autocast(DEVICE, torch.bfloat16, enabled=precision == "bf16")
 
     def step():
         with low:
@@ -152,17 +208,14 @@ def nanogpt_step(folder, shape, precision, device):
     return step
 
 
-def our_step(shape, precision, device, kernels="auto", cuda_graph=False, low_memory=False):
-    """Our step on the same architecture, as train.py takes it."""
+def our_step(shape, precision, optimizer="adamw", cuda_graph=False, low_memory=False):
+    """Our step on the same architecture, as train.py takes it; AdamW is nanoGPT's optimizer."""
     keep_freed_memory(low_memory)
     n_layer, n_head, n_embd, B, T, V = shape
-    model = GPT(GPTConfig("gpt2", V, T, n_layer, n_head, n_embd=n_embd, bias=False)).to(device)
-    model.use(kernels, pick_precision(precision, device)[1])
-    config = TrainConfig(device=device, precision=precision, cuda_graph=cuda_graph)
-    run = new_run("", model, config, device)
-    ids = torch.randint(V, (B, T), device=device)
-    take = GraphedStep(run, model, 1.0) if cuda_graph else (
-        lambda xs, ys: take_step(run, model, xs, ys, 1.0))
+    config = GPTConfig("gpt2", V, T, n_layer, n_head, n_embd=n_embd, bias=False)
+    run, ids, _ = prepare_step(config, B, precision, optimizer=optimizer)
+    take = partial(take_step, run, run.model, grad_clip=1.0)
+    take = accelerator().GraphedStep(take) if cuda_graph else take
     return lambda: take([ids], [ids])[0].item()
 
 
@@ -171,44 +224,32 @@ def contest(entry):
     folder, shape, options, times = json.loads(entry)
     torch.manual_seed(0)
     step = nanogpt_step(folder, shape, **options) if folder else our_step(shape, **options)
-    for _ in range(6 if options["device"] == "cuda" else 1):
+    for _ in range(6 if DEVICE == "cuda" else 1):
         step()
-    seconds = median_seconds(step, times)
-    print(json.dumps([shape[3] * shape[4] / seconds, peak_memory(options["device"])]))
+    rate = shape[3] * shape[4] / median_seconds(step, times)
+    print(json.dumps([rate, peak_memory(DEVICE)]))
 
 
 def nanogpt(folder):
     """Training steps of nanoGPT and of ours, turn by turn, each in a process of its own."""
-    device = pick_device()
-    on_gpu = device == "cuda"
-    fast = on_gpu or has_fast_bf16()
-    if not fast:
-        show("this CPU has no units for bfloat16", "all is compared in float32")
+    best, more = dict(precision=BEST), "cuda_graph" if DEVICE == "cuda" else "low_memory"
+    rivals = {"nanoGPT, fp32": (folder, dict(precision="fp32")), f"nanoGPT, {BEST}": (folder, best),
+              f"ours, {BEST}": ("", best), f"ours, {BEST}, --{more}": ("", best | {more: True}),
+              f"ours, {BEST}, Muon for AdamW": ("", best | dict(optimizer="muon"))}
     for name, shape in SHAPES.items():
-        shape = (*shape[:3], 32 * shape[3], *shape[4:]) if on_gpu else shape
-        times = 20 if on_gpu or shape[2] < 384 else 3
-        best = dict(precision="bf16" if fast else "fp32", device=device)
-        rivals = {"nanoGPT, fp32": (folder, dict(best, precision="fp32"))}
-        if fast:
-            rivals["nanoGPT, bf16" + ", compiled" * on_gpu] = folder, best
-        rivals[f"ours, {best['precision']}"] = "", best
-        if on_gpu:
-            rivals["ours, bf16, CUDA graph"] = "", dict(best, cuda_graph=True)
-        else:
-            rivals[f"ours, {best['precision']}, --low_memory"] = "", dict(best, low_memory=True)
-        results = {rival: [] for rival in rivals}
-        for rival in [*rivals, *rivals]:
-            where, options = rivals[rival]
+        shape = (*shape[:3], 32 * shape[3], *shape[4:]) if DEVICE == "cuda" else shape
+        times, found = 20 if DEVICE == "cuda" or shape[2] < 384 else 3, {}
+        for rival, (where, options) in [*rivals.items()] * 2:
             entry = json.dumps([str(where), shape, options, times])
-            done = subprocess.run([sys.executable, __file__, f"--contest={entry}"], text=True,
+            done = subprocess.run([sys.executable, __file__, "--contest", entry], text=True,
                                   stdout=subprocess.PIPE, check=True)
-            results[rival].append(json.loads(done.stdout.splitlines()[-1]))
-        for n, (rival, found) in enumerate(results.items()):
-            rate, memory = max(rate for rate, _ in found), max(memory for _, memory in found)
-            ratios = ", ".join(f"{rate / max(r for r, _ in others):.2f}x of {other}"
-                               for other, others in [*results.items()][:n])
-            show(f"training step, {name}, {device}, {rival}",
-                 f"{rate:,.0f} tokens/s, {memory / 1e9:.2f} GB" + (f"; {ratios}" if ratios else ""))
+            last = json.loads(done.stdout.splitlines()[-1])
+            found[rival] = [*map(max, found.get(rival, last), last)]
+        for rival, (rate, memory) in found.items():
+            ratios = (f", {rate / found[other][0]:.2f}x of {other}" for other in found
+                      if "nanoGPT" in other and "ours" in rival)
+            show(f"training step, {name}, {DEVICE}, {rival}",
+                 f"{rate:,.0f} tokens/s, {memory / 1e9:.2f} GB{''.join(ratios)}")
 
 
 # nanoGPT's published recipe for a CPU, and for a GPU; its README gives both losses.
@@ -216,19 +257,17 @@ RECIPES = {"cpu": "--device=cpu --compile=False --eval_iters=20 --log_interval=1
                   "--batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 "
                   "--lr_decay_iters=2000 --dropout=0.0",
            "cuda": "--log_interval=1"}
-PRESETS = {"cpu": dict(size="nano", batch_size=12, micro_batch_size=12),
-           "cuda": dict(size="small", block_size=256, batch_size=64, micro_batch_size=64,
-                        dropout=0.2)}
+PRESETS = {"cpu": ("nano", 12, {}), "cuda": ("small", 64, dict(block_size=256, dropout=0.2))}
 
 
-def nanogpt_recipe(folder, text, device):
+def nanogpt_recipe(folder, text):
     """Run nanoGPT's own recipe on a text -> (seconds in its steps, its last validation loss)."""
     with tempfile.TemporaryDirectory() as copy:
         copy = Path(shutil.copytree(folder, Path(copy, "nanogpt")))
         data = copy / "data" / "shakespeare_char"
         shutil.copy(text, data / "input.txt")
         (data / "requests.py").touch()  # imported for a download that the text makes needless
-        words = ["config/train_shakespeare_char.py", *RECIPES[device].split()]
+        words = ["config/train_shakespeare_char.py", *RECIPES[DEVICE].split()]
         for script in ["data/shakespeare_char/prepare.py"], ["train.py", *words]:
             done = subprocess.run([sys.executable, *script], cwd=copy, capture_output=True,
                                   text=True, check=True)
@@ -237,74 +276,77 @@ def nanogpt_recipe(folder, text, device):
     return statistics.median(times) * len(times), float(losses[-1])
 
 
-def our_recipe(shards, folder, n_steps, device, seed):
+def our_recipe(shards, folder, n_steps, seed):
     """Our run of so many steps -> (seconds in its steps, validation loss on all of the split)."""
+    size, B, options = PRESETS[DEVICE]
     config = TrainConfig(data=str(shards), out=str(folder), max_steps=n_steps, eval_every=10**6,
-                         eval_sequences=800, device=device, seed=seed, **PRESETS[device])
-    loss = train(config, say=lambda text: None)["val_loss"]
-    tokens = config.batch_size * shape_of(config, 1).block_size
-    times = [tokens / row["tokens_per_second"] for row in read_log(folder)]
+                         eval_sequences=800, seed=seed, size=size, batch_size=B,
+                         micro_batch_size=B)
+    shape = model_shape(size, config.vocab_size, options)
+    loss = train(config, shape, say=lambda text: None)["val_loss"]
+    times = [B * shape.block_size / row["tokens_per_second"] for row in read_log(folder)]
     return statistics.median(times) * len(times), loss
 
 
 def learning(folder, text):
     """Tiny Shakespeare by characters: nanoGPT's recipe, and what we reach in parts of its time."""
-    device = pick_device()
-    text = text or next(iter(find_files("tinyshakespeare", Path("shards/downloads"), Counter())))
+    text = text or next(iter(find_files("shakespeare", Path("shards/downloads"), Counter())))
     with tempfile.TemporaryDirectory() as place:
         shards = prepare([text], Path(place, "shards"), vocab_size=256 + len(SPECIAL_TOKENS),
                          say=lambda text: None)
-        theirs = [nanogpt_recipe(folder, text, device)]
-        tried = Path(place, "tried")
-        seconds = our_recipe(shards, tried, 40, device, 0)[0] / 40
-        found = {}
-        for part, seed in itertools.product((8, 5, 4, 1), range(3)):
-            n_steps = round(theirs[0][0] / part / seconds)
-            found.setdefault(part, []).append(
-                our_recipe(shards, Path(place, f"{part}-{seed}"), n_steps, device, seed))
-        theirs.append(nanogpt_recipe(folder, text, device))
-        time, loss = (statistics.mean(values) for values in zip(*theirs))
-        show(f"tiny Shakespeare, {device}, nanoGPT's recipe",
-             f"validation loss {loss:.3f} in {time:.1f} s (two runs)")
-        for part, runs in found.items():
-            ours, losses = statistics.median(s for s, _ in runs), sorted(loss for _, loss in runs)
-            show(f"tiny Shakespeare, {device}, ours, three seeds",
+        seconds = our_recipe(shards, Path(place, "tried"), 40, 0)[0] / 40
+        time, loss = nanogpt_recipe(folder, text)
+        show(f"tiny Shakespeare, {DEVICE}, nanoGPT's recipe",
+             f"validation loss {loss:.3f} in {time:.1f} s")
+        for part in 8, 5, 4, 1:
+            runs = [our_recipe(shards, Path(place, f"{part}-{seed}"), round(time / part / seconds),
+                               seed) for seed in range(3)]
+            own, losses = statistics.median(s for s, _ in runs), sorted(loss for _, loss in runs)
+            show(f"tiny Shakespeare, {DEVICE}, ours, three seeds",
                  f"validation loss {losses[1]:.3f} ({losses[0]:.3f} to {losses[2]:.3f}) in "
-                 f"{ours:.1f} s, 1/{time / ours:.1f} of that time")
+                 f"{own:.1f} s, 1/{time / own:.1f} of that time")
+
+
+# -----------------------------------------------------------------------------
+# Sampling, decoding and saving.
 
 
 def sampling():
     """Tokens per second of the default model, one sequence, with and without the cache."""
-    device = pick_device()
-    model = default_model(device).eval()
-    ids = torch.zeros(1, 1, dtype=torch.long, device=device)
-    for cache in (True, False):
-        seconds = median_seconds(lambda: list(generate(model, ids, 200, cache=cache)), 3)
-        show(f"sampling, {device}, cache={cache}", f"{200 / seconds:,.0f} tokens/s")
+    model = GPT(SHAPE).eval().to(DEVICE)
+    ids = torch.zeros(1, 1, dtype=torch.long, device=DEVICE)
+    for cache in True, False:
+        seconds = median_seconds(lambda: [*generate(model, ids, 200, cache=cache)], 3)
+        show(f"sampling, {DEVICE}, cache={cache}", f"{200 / seconds:,.0f} tokens/s")
 
 
 def decoding():
     """Tokens per second of GPT-2's shape, beside the rate at which this machine streams its weights
     through products with a vector, both in turns; where transformers is installed, beside it."""
-    device = pick_device()
-    for precision in dict.fromkeys(["fp32", "bf16"]):
-        dtype, base = pick_precision(precision, device)[1], None
+    for precision in "fp32", "bf16":
+        dtype, base = pick_precision(precision, DEVICE)[1], None
         torch.manual_seed(0)
-        model = GPT(GPTConfig(architecture="gpt2", **SIZES["gpt2"])).eval().to(device, dtype)
-        model.use("torch" if device == "cpu" else "auto")
+        model = GPT(GPTConfig(architecture="gpt2", **SIZES["gpt2"])).eval().to(DEVICE, dtype)
+        model.use("auto")
+        weights = [m.weight.detach() for m in model.modules() if isinstance(m, Linear)]
+
+        def stream():
+            return sum(F.linear(w.new_ones(1, w.size(1)), w)[0, 0] for w in weights).item()
+
         for B, T in (1, 1), (1, 512), (8, 1):
-            ids = torch.zeros(B, T, dtype=torch.long, device=device)
-            rate, limit = in_turns(generate(model, ids, 42, temperature=0), streaming(model))
+            ids = torch.zeros(B, T, dtype=torch.long, device=DEVICE)
+            steps = generate(model, ids, 42, temperature=0)
+            rate, limit = in_turns(lambda: next(steps)[0].item(), stream)
             base = base or rate
             more = f", {B * rate / base:.1f}x of one sequence" if B > 1 else ""
-            show(f"decoding, GPT-2, {device} {precision}, {B} x {T} tokens of context",
+            show(f"decoding, GPT-2, {DEVICE} {precision}, {B} x {T} tokens of context",
                  f"{B * rate:,.1f} tokens/s; its weights stream at {limit:,.1f} a second, "
                  f"{rate / limit:.0%}{more}")
         if importlib.util.find_spec("transformers"):
             from transformers import GPT2Config, GPT2LMHeadModel
-            theirs = GPT2LMHeadModel(GPT2Config()).eval().to(device, dtype)
+            theirs = GPT2LMHeadModel(GPT2Config()).eval().to(DEVICE, dtype)
             for T in 1, 512:
-                ids = torch.zeros(1, T, dtype=torch.long, device=device)
+                ids = torch.zeros(1, T, dtype=torch.long, device=DEVICE)
                 seconds = [median_seconds(lambda: theirs.generate(
                     ids, max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0), 3)
                     for n in (2, 26)]
@@ -312,53 +354,41 @@ def decoding():
                      f"{24 / (seconds[1] - seconds[0]):,.1f} tokens/s")
 
 
-def streaming(model):
-    """A function that reads all weights of a model's products once, as a single token does."""
-    weights = [layer.weight.detach() for layer in model.modules() if isinstance(layer, Linear)]
-    ones = [torch.ones(1, w.size(1), device=w.device, dtype=w.dtype) for w in weights]
-
-    def once():
-        with torch.inference_mode():
-            for x, w in zip(ones, weights):
-                y = F.linear(x, w)
-        y[0, 0].item()
-    return once
-
-
-def in_turns(steps, other, times=40):
-    """How often a second a step is taken, and the other called, each by its median."""
-    next(steps)
-    other()
-    seconds = [[], []]
-    for _ in range(times):
-        for own, function in zip(seconds, (lambda: next(steps)[0].item(), other)):
+def in_turns(*functions, times=40):
+    """How often a second each function is called, by the medians of calls in turns."""
+    seconds = [[] for _ in functions]
+    for _ in range(times + 1):
+        for own, function in zip(seconds, functions):
             start = time.perf_counter()
             function()
             own.append(time.perf_counter() - start)
-    return [1 / statistics.median(own) for own in seconds]
+    return [1 / statistics.median(own[1:]) for own in seconds]
 
 
 def saving():
     """How long a save holds up training, beside how long its writing takes."""
-    device = pick_device()
-    for config in TrainConfig(), TrainConfig(architecture="gpt2", size="gpt2"):
-        model = GPT(shape_of(config, 4096)).to(device)
-        run = new_run("", model, config, device)
-        ids = torch.zeros(1, 8, dtype=torch.long, device=device)
-        take_step(run, model, [ids], [ids], 1.0)  # now the optimizer remembers something
+    for size, options in ("mini", {}), ("gpt2", dict(architecture="gpt2")):
+        model = GPT(model_shape(size, 4096, options)).to(DEVICE)
+        run = new_run("", model, TrainConfig(), DEVICE)
+        ids = torch.zeros(1, 8, dtype=torch.long, device=DEVICE)
+        take_step(run, model, [ids], [ids], 1.0)  # now the optimizer has a state
         state = snapshot(run)
         with tempfile.TemporaryDirectory() as folder:
             holds = median_seconds(lambda: snapshot(run), 3)
             writes = median_seconds(lambda: save_run(folder, state), 3)
-            size = sum(path.stat().st_size for path in Path(folder).iterdir())
-        show(f"a checkpoint of {size / 1e6:,.0f} MB", f"training waits {1000 * holds:,.0f} ms, "
+            n_bytes = sum(path.stat().st_size for path in Path(folder).iterdir())
+        show(f"a checkpoint of {n_bytes / 1e6:,.0f} MB", f"training waits {1000 * holds:,.0f} ms, "
              f"while writing and checking take {1000 * writes:,.0f} ms")
+
+
+# -----------------------------------------------------------------------------
+# Byte-pair encoding beside Hugging Face's tokenizers and tiktoken.
 
 
 def hugging_face(texts, vocab_size):
     """Train the byte-level BPE of Hugging Face's tokenizers on texts."""
-    from tokenizers import models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Theirs
+    from tokenizers import models, pre_tokenizers, trainers
     theirs = Theirs(models.BPE())
     theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -367,37 +397,12 @@ def hugging_face(texts, vocab_size):
     theirs.train_from_iterator(texts, trainer)
 
 
-def most_held(function):
-    """Call function; the most bytes that this process and those it starts held meanwhile.
-
-    It is nan where there is no /proc, which only Linux has.
-    """
-    def held():
-        pids = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
-        files = [Path(f"/proc/{pid}/statm") for pid in pids]
-        pages = [int(file.read_text().split()[1]) for file in files if file.exists()]
-        return sum(pages) * os.sysconf("SC_PAGE_SIZE") if pages else math.nan
-
-    def watch():
-        while not done.wait(0.05):
-            with contextlib.suppress(OSError):  # a process may end while we look at it
-                seen.append(held())
-
-    seen, done = [held()], threading.Event()
-    threading.Thread(target=watch, daemon=True).start()
-    function()
-    done.set()
-    return max(seen)
-
-
 def bpe_training(texts, vocab_size, times):
     """Our seconds to train on texts, and where `tokenizers` is installed, how theirs compare."""
     n_bytes = sum(len(text.encode()) for text in texts)
     name = f"{n_bytes / 1e6:.1f} MB to {vocab_size:,} tokens"
     ours = median_seconds(lambda: train_fast(texts, vocab_size, pattern=GPT2_SPLIT), times)
     show(f"BPE training, {name}", f"{ours:.2f} s, {n_bytes / 1e6 / ours:.1f} MB/s")
-    memory = most_held(lambda: train_fast(texts, vocab_size, pattern=GPT2_SPLIT))
-    show("memory of all its processes, with PyTorch and the texts", f"{memory / 1e9:.2f} GB")
     if importlib.util.find_spec("tokenizers"):
         theirs = median_seconds(lambda: hugging_face(texts, vocab_size), times)
         show(f"the same by Hugging Face's tokenizers, {name}",
@@ -406,13 +411,10 @@ def bpe_training(texts, vocab_size, times):
 
 def python_code(n_bytes):
     """About n_bytes of the .py files in this Python's site-packages."""
-    texts, size = [], 0
-    for path in sorted(Path(sysconfig.get_path("purelib")).rglob("*.py")):
-        texts.append(path.read_text(encoding="utf-8", errors="replace"))
-        size += path.stat().st_size
-        if size > n_bytes:
-            break
-    return texts
+    paths = sorted(Path(sysconfig.get_path("purelib")).rglob("*.py"))
+    sizes = itertools.accumulate(path.stat().st_size for path in paths)
+    return [path.read_text(encoding="utf-8", errors="replace")
+            for path, size in zip(paths, sizes) if size < n_bytes]
 
 
 def bpe100():
@@ -427,31 +429,48 @@ def bpe():
     bpe_training(python_code(3.5e6), 4096, 7)
     bpe_training(texts, 4096, 3)
     tokenizer = Tokenizer(train_fast(texts, 4096), SPECIAL_TOKENS)
-    joined = "\n".join(texts)[:4_000_000]
-    n_bytes = len(joined.encode())
-    twin = tokenizer.to_tiktoken()
+    joined, twin = "\n".join(texts)[:4_000_000], tokenizer.to_tiktoken()
     for name, encode in ("ours", tokenizer.encode), ("tiktoken", twin.encode_ordinary):
         seconds = median_seconds(lambda: encode(joined), 3)
-        show(f"encoding, {name}, one thread", f"{n_bytes / 1e6 / seconds:.1f} MB/s")
-    parts = texts[:len(texts) // 2]
-    n_bytes = sum(len(text.encode()) for text in parts)
-    ours = median_seconds(lambda: tokenizer.encode_batch(parts), 5)
-    theirs = median_seconds(lambda: twin.encode_ordinary_batch(parts), 5)
-    show("encoding a batch on all cores",
-         f"{n_bytes / 1e6 / ours:.1f} MB/s, {theirs / ours:.2f}x of tiktoken's own call")
+        show(f"encoding, {name}, one thread", f"{len(joined.encode()) / 1e6 / seconds:.1f} MB/s")
+    ours, theirs = (median_seconds(lambda: encode(texts), 3) for encode in
+                    (tokenizer.encode_batch, twin.encode_ordinary_batch))
+    show("encoding a batch on all cores", f"{theirs / ours:.2f}x of the speed of tiktoken's own")
+
+
+# -----------------------------------------------------------------------------
+# The command.
+
+PARTS = {part.__name__: part for part in (training, attention, twins, sampling, decoding, saving,
+                                          bpe, bpe100, learning, nanogpt, muon)}
+QUICK = ["training", "attention", "twins", "sampling", "saving", "bpe"]
+
+
+@dataclass
+class Options:
+    """What is measured."""
+    parts: list = option([], f"of: {' '.join(PARTS)}", positional=True)
+    nanogpt: str = option("", "a checkout of nanoGPT, for the parts nanogpt and learning")
+    text: str = option("", "the text that learning learns; by default tiny Shakespeare")
+
+
+def main():
+    if sys.argv[1:2] == ["--contest"]:
+        return contest(sys.argv[2])
+    options = Options(**parse_options(__doc__, Options)[0])
+    parts = options.parts or (["nanogpt"] if options.nanogpt else QUICK)
+    for part in parts:
+        if part not in PARTS:
+            raise ValueError(f"unknown part {part!r}: the parts are {' '.join(PARTS)}")
+    if {"nanogpt", "learning"} & {*parts} and not options.nanogpt:
+        raise ValueError("nanogpt and learning need --nanogpt=DIR, a checkout of nanoGPT")
+    print(machine(), flush=True)
+    keep_freed_memory()
+    folder = Path(options.nanogpt).resolve()
+    arguments = dict(nanogpt=[folder], learning=[folder, options.text])
+    for part in parts:
+        PARTS[part](*arguments.get(part, []))
 
 
 if __name__ == "__main__":
-    flags = dict(word[2:].split("=", 1) for word in sys.argv[1:] if word.startswith("--"))
-    wanted = [word for word in sys.argv[1:] if not word.startswith("--")]
-    if "contest" in flags:
-        contest(flags["contest"])
-    elif "learning" in wanted:
-        learning(Path(flags["nanogpt"]).resolve(), flags.get("text"))
-    elif "nanogpt" in flags:
-        nanogpt(Path(flags["nanogpt"]).resolve())
-    else:
-        keep_freed_memory()
-        for part in (training, attention, sampling, decoding, saving, bpe, bpe100):
-            if part.__name__ in (wanted or ["training", "attention", "sampling", "saving", "bpe"]):
-                part()
+    run_command(main)
