@@ -11,115 +11,83 @@ A sample ends where the model ends the document, before a stop string, after max
 when prompt and continuation fill the model's context (block_size), unless --overflow=slide.
 """
 
-import dataclasses
 import math
 import random
 import re
 import sys
 import time
+import timeit
 from collections import namedtuple
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 
 import torch
 
-from model import KVCache, check_known, load_model, option, read_progress, read_safetensors
-from tokenizer import Tokenizer, parse_options, run_command
+from model import (KVCache, check_known, check_options, load_model, option, read_progress,
+                   read_safetensors)
+from tokenizer import Tokenizer, parse_options, reading, run_command
 
 DEVICES = ("cuda", "mps", "cpu")
-PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COLD = 1e-6  # temperatures below are 0: a division by them would overflow
-LIMITS = {  # of SampleConfig's numbers: the lowest, the highest, and both in words
-    "max_new_tokens": (1, math.inf, "at least 1"),
-    "temperature": (0, math.inf, "at least 0, which takes the likeliest"),
-    "top_k": (1, math.inf, "at least 1; leave it out to keep all tokens"),
-    "top_p": (math.ulp(0), 1, "above 0 and at most 1; 1 keeps all tokens"),
-    "min_p": (0, 1, "between 0, which keeps all tokens, and 1"),
-    "typical_p": (math.ulp(0), 1, "above 0 and at most 1, which keeps all"),
-    "repetition_penalty": (math.ulp(0), sys.float_info.max, "above 0; 1 changes nothing"),
-    "frequency_penalty": (-sys.float_info.max, sys.float_info.max, "finite; 0 changes nothing"),
-    "presence_penalty": (-sys.float_info.max, sys.float_info.max, "finite; 0 changes nothing"),
-    "no_repeat_ngram": (1, math.inf, "at least 1; leave it out to allow repeats")}
 
 
 @dataclass(frozen=True)
 class SampleConfig:
     """How a text is written: how each token is chosen, and where the text ends."""
-    max_new_tokens: int = option(200, "longest continuation, in tokens")
+    max_new_tokens: int = option(200, "longest continuation, in tokens", low=1)
     temperature: float = option(0.8, "0 always takes the likeliest token, above 1 is wild")
-    top_k: int | None = option(None, "choose among this many of the likeliest tokens")
-    top_p: float | None = option(None, "choose among the likeliest tokens that have this "
-                                       "probability together")
-    min_p: float | None = option(None, "choose among tokens at least this many times as likely as "
-                                       "the likeliest")
-    typical_p: float | None = option(None, "choose among the least unusual tokens that have this "
-                                           "probability together")
-    repetition_penalty: float | None = option(None, "above 1 makes earlier tokens less likely")
-    frequency_penalty: float = option(0.0, "taken off a token's logit each time it was written")
-    presence_penalty: float = option(0.0, "taken off a token's logit once it was written")
-    no_repeat_ngram: int | None = option(None, "never write a run of this many tokens twice")
-    stop: list = option([], r"end before this text; \n means a new line; may be given several times")
-    ban: list = option([], "never write this text (in Python also a list of ids); several times")
-    logit_bias: list = option([], "TEXT=NUMBER (in Python also a pair of id and number): added to "
-                                  "the logit of this one token; several times")
-    seed: int | None = option(None, "the same seed gives the same text; sample i has seed + i")
-    overflow: str = option("stop", "stop | slide: where the context is full, end, or forget its "
-                                   "older half")
-    cache: bool = option(True, "--no-cache computes all tokens again at each step: the same text, "
-                               "slower")
+    top_k: int | None = option(None, "keep only this many of the likeliest tokens", low=1)
+    top_p: float | None = option(None, "keep the likeliest that sum to this probability", low=1e-9)
+    min_p: float | None = option(None, "keep tokens this many times as likely as the likeliest")
+    typical_p: float | None = option(None, "keep the most usual of this probability", low=1e-9)
+    repetition_penalty: float = option(1.0, "above 1 makes earlier tokens less likely", low=1e-9)
+    frequency_penalty: float = option(0.0, "off a token's logit each time it was written", -2**31)
+    presence_penalty: float = option(0.0, "off a token's logit once it was written", -2**31)
+    no_repeat_ngram: int | None = option(None, "never write so many tokens twice in a row", low=1)
+    stop: list | tuple = option([], r"end before this text (\n: a new line); may be repeated")
+    ban: list | tuple = option([], "never write this text, in Python or ids; may be repeated")
+    logit_bias: list | tuple = option([], "TEXT=NUMBER: for one token; may be repeated")
+    seed: int | None = option(None, "the same one gives the same text; sample i: seed + i", -2**63)
+    overflow: str = option("stop", "stop | slide: end, or forget half, where the context is full")
+    cache: bool = option(True, "--no-cache computes all tokens at each step: the same, slower")
 
     def __post_init__(self):
+        check_options(self)
         check_known(self.overflow, ("stop", "slide"), "overflow")
-        for name, (lowest, highest, words) in LIMITS.items():
-            value = getattr(self, name)
-            if value is not None and not lowest <= value <= highest:
-                raise ValueError(f"{name}={value} must be {words}")
-        for what, texts in ("stop string", self.stop), ("banned text", self.ban):
-            if not all(texts):
-                raise ValueError(f"a {what} is empty: leave it out, or give it characters")
-
-
-def with_options(config, options):
-    """The config with some fields, {name: value}, replaced."""
-    return dataclasses.replace(config, **options) if options else config
+        for name in "top_p", "min_p", "typical_p":
+            if (getattr(self, name) or 0) > 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at most 1")
+        if not all((*self.stop, *self.ban)):
+            raise ValueError("a text in stop or ban is empty: leave it out, or give it characters")
 
 
 # -----------------------------------------------------------------------------
 # The machine: where to compute, and in which precision.
 
 
-def can_compute(device):
-    """Whether torch works there: a device may be missing, or too old for this build of torch."""
-    try:
-        return (torch.ones(2, device=device) + 1).sum().item() == 4
-    except (RuntimeError, AssertionError):
-        return False
-
-
 def pick_device(name="auto"):
     """auto | cuda | cuda:1 | mps | cpu -> the name of a device that works; auto: the first one."""
     check_known(name.partition(":")[0], ("auto", *DEVICES), "device")
-    if name == "auto":
-        return next(device for device in DEVICES if can_compute(device))
-    if not can_compute(name):
-        raise ValueError(f"device={name} does not work on this machine: take auto or cpu")
-    return name
+    for device in DEVICES if name == "auto" else (name,):
+        try:
+            torch.ones(2, device=device).sum().item()
+            return device
+        except (RuntimeError, AssertionError):  # it is missing, or too old for this build of torch
+            pass
+    raise ValueError(f"device={name} does not work on this machine: take auto or cpu")
 
 
 @lru_cache
 def has_fast_bf16(size=512):
-    """Whether this CPU multiplies matrices at least 1.5 times as fast in bfloat16 as in float32.
-    Measured, in some milliseconds: a CPU without units for bfloat16 is slower in it."""
-    fastest = []
-    for dtype in (torch.float32, torch.bfloat16):
-        x, times = torch.ones(size, size, dtype=dtype), []
-        for _ in range(4):
-            start = time.perf_counter()
-            x @ x
-            times.append(time.perf_counter() - start)
-        fastest.append(min(times))
-    return fastest[0] >= 1.5 * fastest[1]
+    """Whether this CPU multiplies matrices at least 1.5 times as fast in bfloat16 as in float32,
+    measured in some milliseconds: without units for bfloat16 it is slower in it."""
+    def seconds(dtype):
+        x = torch.ones(size, size, dtype=dtype)
+        return min(timeit.repeat(lambda: x @ x, number=1, repeat=4))
+    return seconds(torch.float32) >= 1.5 * seconds(torch.bfloat16)
 
 
 def pick_precision(name="auto", device="cpu"):
@@ -129,7 +97,7 @@ def pick_precision(name="auto", device="cpu"):
         kind = device.partition(":")[0]
         fast = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         name = "bf16" if fast or kind == "cpu" and has_fast_bf16() else "fp32"
-    return name, getattr(torch, PRECISIONS[name])
+    return name, PRECISIONS[name]
 
 
 # -----------------------------------------------------------------------------
@@ -142,9 +110,9 @@ def warn(text):
 
 def checkpoints(folder):
     """The checkpoints of a run, {step: path} in the order of the steps."""
-    paths = Path(folder).glob("step_*.safetensors")
-    found = [(re.fullmatch(r"step_(\d+)\.safetensors", path.name), path) for path in paths]
-    return dict(sorted((int(name[1]), path) for name, path in found if name))
+    names = [(re.fullmatch(r"step_(\d+)\.safetensors", path.name), path)
+             for path in Path(folder).glob("step_*")]
+    return dict(sorted((int(name[1]), path) for name, path in names if name))
 
 
 def newest_run(root="runs"):
@@ -156,17 +124,16 @@ def newest_run(root="runs"):
 
 
 def first_whole(paths, by_loss=False):
-    """-> (the first checkpoint of paths whose checksum is right, or with by_loss the one of them
-    with the lowest validation loss; what is wrong with those in its way, in words)."""
-    losses, wrong = {}, []
-    for path in paths:
+    """-> (the first of these checkpoints whose checksum is right, or with by_loss the one of the
+    lowest validation loss; what is wrong with those in its way, in words)."""
+    def val_loss(path):
         try:
             loss = read_progress(path).get("val_loss")
-            known = isinstance(loss, int | float) and math.isfinite(loss)
-            losses[path] = loss if known else math.inf
-        except ValueError as error:
-            wrong.append(str(error))
-    for path in sorted(losses, key=losses.get) if by_loss else losses:
+            return loss if isinstance(loss, int | float) and loss < math.inf else math.inf
+        except ValueError:
+            return -math.inf  # it comes first, and is named below
+    wrong = []
+    for path in sorted(paths, key=val_loss) if by_loss else paths:
         try:
             read_safetensors(path)
             return path, wrong
@@ -178,26 +145,18 @@ def first_whole(paths, by_loss=False):
 def pick_checkpoint(folder, which="best"):
     """best (lowest validation loss among those kept) | last | a step -> the path of a checkpoint
     that is whole. Instead of a damaged one, which is named, the next best or newest is taken."""
-    folder, which = Path(folder), str(which)
+    folder, which, found = Path(folder), str(which), checkpoints(folder)
     if not folder.is_dir():
         near = Path("runs", folder)
         hint = f"did you mean {near}?" if near.is_dir() else "python train.py makes a run"
         raise ValueError(f"there is no run folder {folder}: {hint}")
-    found = checkpoints(folder)
     if not found:
-        old = max(folder.glob("step_*.pt"), default=None)
-        why = "no checkpoint (step_NNNNNN.safetensors)" if old is None else (
-            f"{old.name}, which an older version of this program wrote")
-        way_out = "writes some" if old is None else "trains again"
-        raise ValueError(f"{folder} holds {why}: python train.py --out={folder} {way_out}")
-    paths = [*reversed(found.values())]
-    if which.isdecimal():
-        if int(which) not in found:
-            steps = ", ".join(map(str, found))
-            raise ValueError(f"{folder} holds no checkpoint of step {which}, only of {steps}")
-        paths = [found[int(which)]]
-    else:
-        check_known(which, ("best", "last", "the number of a step"), "checkpoint")
+        for path in folder.glob("step_*.pt"):
+            read_progress(path)  # raises ValueError: an older version wrote it
+        raise ValueError(f"{folder} holds no checkpoint (step_NNNNNN.safetensors): "
+                         f"python train.py --out={folder} writes some")
+    check_known(which, ("best", "last", *map(str, found)), "checkpoint")
+    paths = [found[int(which)]] if which.isdecimal() else reversed(found.values())
     path, wrong = first_whole(paths, by_loss=which == "best")
     if path is None:
         raise ValueError(f"{folder} has no checkpoint that is whole: {'; '.join(wrong)}")
@@ -210,13 +169,10 @@ def load_run(folder, which="best", device="cpu", dtype=None):
     """-> (the model of a run's checkpoint, in eval mode, its weights in dtype; its tokenizer).
     which is what pick_checkpoint takes, or the path that it gave."""
     path = which if isinstance(which, Path) else pick_checkpoint(folder, which)
-    tokenizer_path = Path(folder, "tokenizer.json")
-    tokenizer = Tokenizer.load(tokenizer_path)
-    model, _ = load_model(path, device)
+    tokenizer, (model, _) = Tokenizer.load(Path(folder, "tokenizer.json")), load_model(path, device)
     if tokenizer.n_vocab != model.config.vocab_size:
-        raise ValueError(f"{tokenizer_path} has {tokenizer.n_vocab} tokens, the model {path.name} "
-                         f"has {model.config.vocab_size}: put the tokenizer.json of its training "
-                         "there")
+        raise ValueError(f"{folder}: tokenizer.json has {tokenizer.n_vocab} tokens, the model "
+                         f"{path.name} has {model.config.vocab_size}: copy that of its training")
     if not model.is_finite():
         raise ValueError(f"{path} holds weights that are not numbers, its training diverged: "
                          "take an earlier checkpoint")
@@ -236,8 +192,8 @@ def counts(ids, V):
 
 
 def penalize_repeats(logits, seen, penalty):
-    """Make the ids in seen (B, S) less likely: divide positive logits by penalty, multiply negative
-    ones; 1 changes nothing. arXiv:1909.05858"""
+    """Divide the positive logits of the ids in seen (B, S) by penalty, multiply the negative ones:
+    above 1 they are less likely. arXiv:1909.05858"""
     less = torch.where(logits > 0, logits / penalty, logits * penalty)
     return torch.where(counts(seen, logits.size(-1)) > 0, less, logits)
 
@@ -255,26 +211,17 @@ def ban_repeated_ngrams(logits, seen, n):
         return logits
     runs = seen.unfold(1, n, 1)                                          # (B, S - n + 1, n)
     again = (runs[..., :-1] == seen[:, None, seen.size(1) - n + 1:]).all(dim=-1)
-    next_ids = torch.where(again, runs[..., -1], -1)                     # (B, S - n + 1)
-    return logits.masked_fill(counts(next_ids, logits.size(-1)) > 0, -torch.inf)
+    repeats = counts(torch.where(again, runs[..., -1], -1), logits.size(-1)) > 0      # (B, V)
+    return logits.masked_fill(repeats, -torch.inf)
 
 
-def ban_sequences(logits, seen, sequences):
-    """Rule out each token that would complete one of the sequences, lists of ids."""
+def ban_sequences(logits, seen, sequences, bias=-torch.inf):
+    """Add the bias to each token that would complete one of the sequences, lists of ids."""
     for *begin, last in sequences:
-        begin = torch.tensor(begin, dtype=torch.long, device=seen.device)
-        tail = seen[:, max(0, seen.size(1) - len(begin)):]
-        if tail.size(1) == len(begin):
-            token = torch.arange(logits.size(-1), device=logits.device) == last
-            completes = (tail == begin).all(dim=-1, keepdim=True) & token             # (B, V)
-            logits = logits.masked_fill(completes, -torch.inf)
+        end = seen[:, max(0, seen.size(1) - len(begin)):].tolist()
+        logits = logits.clone()
+        logits[[ids == begin for ids in end], last] += bias
     return logits
-
-
-def add_bias(logits, pairs):
-    """Add a number to the logits of a token, for each pair (id, number)."""
-    ids, numbers = (torch.tensor(column, device=logits.device) for column in zip(*pairs))
-    return logits.index_add(1, ids, numbers.to(logits.dtype).expand(len(logits), -1))
 
 
 def keep_top_k(logits, top_k):
@@ -285,6 +232,8 @@ def keep_top_k(logits, top_k):
 
 def keep_first(logits, ids, p):
     """Keep the first ids, an order of all (B, V), whose probabilities sum to p or more."""
+    if p == 1:  # rounded sums may get there too early
+        return logits
     probabilities = logits.softmax(dim=-1).gather(-1, ids)
     before = probabilities.cumsum(dim=-1) - probabilities  # the sum over all that come earlier
     return logits.scatter(-1, ids, logits.gather(-1, ids).masked_fill(before >= p, -torch.inf))
@@ -292,84 +241,71 @@ def keep_first(logits, ids, p):
 
 def keep_top_p(logits, top_p):
     """Keep the fewest likeliest whose probabilities sum to top_p or more. arXiv:1904.09751"""
-    if top_p == 1:  # rounded sums may get there too early
-        return logits
     return keep_first(logits, logits.argsort(dim=-1, descending=True), top_p)
 
 
 def keep_min_p(logits, min_p):
     """Keep those at least min_p times as likely as the likeliest. arXiv:2407.01082"""
     probabilities = logits.softmax(dim=-1)
-    limit = min_p * probabilities.amax(dim=-1, keepdim=True)
-    return logits.masked_fill(probabilities < limit, -torch.inf)
+    lowest = min_p * probabilities.amax(dim=-1, keepdim=True)
+    return logits.masked_fill(probabilities < lowest, -torch.inf)
 
 
 def keep_typical(logits, typical_p):
     """Keep those whose surprise is nearest to the mean, the entropy, until their probabilities sum
     to typical_p or more. arXiv:2202.00666"""
-    if typical_p == 1:
-        return logits
     surprise = -logits.log_softmax(dim=-1)
     entropy = torch.special.entr((-surprise).exp()).sum(dim=-1, keepdim=True)
     return keep_first(logits, (surprise - entropy).abs().argsort(dim=-1), typical_p)
 
 
 def process_logits(logits, config, seen=None, n_prompt=0):
-    """The logits (B, V) whose softmax the next token is sampled from, by a SampleConfig; with
-    temperature 0 only the highest counts. seen (B, S) are the ids so far, -1 for none, of which the
-    first n_prompt, a number or (B, 1), are the prompt's. ban and logit_bias hold ids, not texts."""
-    if any(isinstance(entry, str) for entry in (*config.ban, *config.logit_bias)):
-        raise ValueError("ban and logit_bias hold texts, and only write, stream and complete know "
-                         "the tokenizer: give ids here")
-    if seen is None:
-        seen = torch.zeros(len(logits), 0, dtype=torch.long, device=logits.device)
-    if config.repetition_penalty is not None:
-        logits = penalize_repeats(logits, seen, config.repetition_penalty)
-    if config.frequency_penalty or config.presence_penalty:
+    """The logits (B, V) whose softmax the next token is sampled from, by a SampleConfig whose ban
+    and logit_bias hold ids. seen (B, S) are the ids so far, -1 for none, of which the first
+    n_prompt, a number or (B, 1), are the prompt's."""
+    c, seen = config, torch.empty(len(logits), 0, dtype=torch.long) if seen is None else seen
+    if any(isinstance(entry, str) for entry in (*c.ban, *c.logit_bias)):
+        raise ValueError("ban and logit_bias hold texts: give ids, or call write or complete")
+    if c.repetition_penalty != 1:
+        logits = penalize_repeats(logits, seen, c.repetition_penalty)
+    if c.frequency_penalty or c.presence_penalty:
         in_prompt = torch.arange(seen.size(1), device=seen.device) < n_prompt
-        logits = penalize_counts(logits, torch.where(in_prompt, -1, seen),
-                                 config.frequency_penalty, config.presence_penalty)
-    if config.no_repeat_ngram is not None:
-        logits = ban_repeated_ngrams(logits, seen, config.no_repeat_ngram)
-    if config.logit_bias:
-        logits = add_bias(logits, config.logit_bias)
-    logits = ban_sequences(logits, seen, config.ban)
-    if config.temperature < COLD:
-        return logits
-    logits = logits / config.temperature
-    for keep, limit in ((keep_top_k, config.top_k), (keep_top_p, config.top_p),
-                        (keep_min_p, config.min_p), (keep_typical, config.typical_p)):
-        if limit is not None:
-            logits = keep(logits, limit)
+        written = torch.where(in_prompt, -1, seen)
+        logits = penalize_counts(logits, written, c.frequency_penalty, c.presence_penalty)
+    if c.no_repeat_ngram is not None:
+        logits = ban_repeated_ngrams(logits, seen, c.no_repeat_ngram)
+    for id, bias in c.logit_bias:
+        logits = ban_sequences(logits, seen, [[id]], bias)
+    logits = ban_sequences(logits, seen, c.ban)
+    if c.temperature < COLD:
+        return keep_top_k(logits, 1)
+    logits = logits / c.temperature
+    for keep, limit in ((keep_top_k, c.top_k), (keep_top_p, c.top_p), (keep_min_p, c.min_p),
+                        (keep_typical, c.typical_p)):
+        logits = logits if limit is None else keep(logits, limit)
     return logits
 
 
 def sample_from(probabilities, generator=None):
     """An id for each row of probabilities (B, V): the first at which their running sum reaches a
     random number -> (B,). generator: one for all rows, or a list with each row's own."""
-    B, device = len(probabilities), probabilities.device
-    if isinstance(generator, list):
-        numbers = torch.cat([torch.rand(1, 1, generator=own) for own in generator])
-    else:
-        numbers = torch.rand(B, 1, generator=generator)
+    own = generator if isinstance(generator, list) else [generator] * len(probabilities)
+    numbers = torch.cat([torch.rand(1, 1, generator=g) for g in own]).to(probabilities.device)
     sums = probabilities.cumsum(dim=-1)
-    reach = (1 - numbers.to(device)) * sums[:, -1:]  # above 0: a probability of 0 is never reached
+    reach = (1 - numbers) * sums[:, -1:]  # above 0, so that a probability of 0 is never reached
     return torch.searchsorted(sums, reach).squeeze(-1)
 
 
-def distribution(logits, config=None, seen=None, n_prompt=0, **options):
-    """The probabilities (B, V) that pick samples from; temperature 0 gives all to the likeliest."""
-    config = with_options(config or SampleConfig(temperature=1.0), options)
-    logits = process_logits(logits, config, seen, n_prompt)
-    if config.temperature < COLD:
-        return torch.zeros_like(logits).scatter(-1, logits.argmax(dim=-1, keepdim=True), 1)
-    return logits.softmax(dim=-1)
+def distribution(logits, config=SampleConfig(temperature=1.0), seen=None, n_prompt=0, **options):
+    """The probabilities (B, V) that pick samples from, with the same arguments."""
+    return process_logits(logits, replace(config, **options), seen, n_prompt).softmax(dim=-1)
 
 
-def pick(logits, config=None, generator=None, seen=None, n_prompt=0, **options):
-    """An id for each row of logits (B, V) -> (B,). Options are fields of SampleConfig; without them
-    and a config, the id is sampled from softmax(logits). seen, n_prompt: as process_logits."""
-    config = with_options(config or SampleConfig(temperature=1.0), options)
+def pick(logits, config=SampleConfig(temperature=1.0), generator=None, seen=None, n_prompt=0,
+         **options):
+    """An id for each row of logits (B, V), as config or options, which are fields of it, say ->
+    (B,). generator as for sample_from, seen and n_prompt as for process_logits."""
+    config = replace(config, **options) if options else config
     logits = process_logits(logits, config, seen, n_prompt)
     if config.temperature < COLD:
         return logits.argmax(dim=-1)
@@ -391,9 +327,8 @@ def n_new_tokens(model, T, config):
     if config.overflow == "slide" and T:
         return config.max_new_tokens
     if not 0 < T < block_size:
-        raise ValueError(f"the prompt has {T} tokens, this model takes 1 to {block_size - 1} "
-                         f"(block_size={block_size}, one must follow): shorten the prompt, or let "
-                         "it slide out of sight with overflow=slide")
+        raise ValueError(f"the prompt has {T} tokens, this model takes 1 to {block_size - 1}, as "
+                         "one must follow: shorten it, or let it slide out with overflow=slide")
     return min(config.max_new_tokens, block_size - T)
 
 
@@ -404,45 +339,42 @@ def new_cache(model, batch_size, max_tokens):
             for _ in model.transformer.blocks]
 
 
-def decode(model, ids, n_tokens, choose, use_cache=True):
-    """Yield for each of n_tokens after ids (B, T) what choose(logits (B, V), all ids so far) took,
-    (B,), and the logits. The first pass reads the whole prompt (prefill), the others one token
-    each. An id of -1 is padding, before a row that is shorter than others. A context that is full
-    forgets its older half."""
-    block_size, padded = model.config.block_size, bool((ids < 0).any())
-    start, cache = 0, None  # what comes before start is forgotten
+def decode(model, ids, config, generator=None, n_prompt=0, first_ban=None):
+    """Yield for each token after ids (B, T) what was picked, (B,), and from which logits, (B, V).
+    The first pass reads the whole prompt (prefill), the others one token each. An id of -1 is
+    padding, before a row that is shorter than others; first_ban (B, V) marks what must not come
+    first. A context that is full forgets its older half."""
+    block_size, n_tokens = model.config.block_size, n_new_tokens(model, ids.size(1), config)
+    padded, start, cache = bool((ids < 0).any()), 0, None  # what is before start is forgotten
     for _ in range(n_tokens):
         if ids.size(1) - start > block_size:
             start, cache = ids.size(1) - block_size // 2, None
-        if use_cache and cache is None:
+        if config.cache and cache is None:
             cache = new_cache(model, len(ids), min(block_size, ids.size(1) - start + n_tokens))
-        context = ids[:, start:]                                         # (B, S)
+        context = ids[:, start:]
         segments = (context >= 0).long() if padded else None
-        unseen = context[:, cache[0].length:] if use_cache else context  # (B, S), then (B, 1)
+        unseen = context[:, cache[0].length:] if cache else context      # (B, T), then (B, 1)
         with torch.inference_mode():
             logits, _ = model(unseen.clamp(min=0), cache=cache, segments=segments, last_only=True)
         logits = logits[:, -1].float()                                   # (B, V)
         if not logits.sum().isfinite():
             raise ValueError("the logits are not finite: weights are damaged, or fp16 overflowed")
-        chosen = choose(logits, ids)                                     # (B,)
+        choices = logits if first_ban is None else logits.masked_fill(first_ban, -torch.inf)
+        chosen, first_ban = pick(choices, config, generator, ids, n_prompt), None     # (B,)
         ids = torch.cat((ids, chosen[:, None]), dim=1)
         yield chosen, logits
 
 
-def generate(model, ids, max_new_tokens=None, config=None, generator=None, **options):
+def generate(model, ids, max_new_tokens=None, config=SampleConfig(), generator=None, **options):
     """Yield the tokens that follow ids (B, T), one tensor (B,) a step, at most until the context
-    is full. Options are fields of SampleConfig, of which stop has no effect here; generator: one
-    for all rows, or a list with each row's own."""
+    is full. Options are fields of config, of which stop does nothing here; generator as for
+    sample_from, by default row i has seed + i."""
     if max_new_tokens is not None:
         options["max_new_tokens"] = max_new_tokens
-    config, T = with_options(config or SampleConfig(), options), ids.size(1)
+    config = replace(config, **options)
     if generator is None and config.seed is not None:
         generator = [seeded(config.seed + i) for i in range(len(ids))]
-
-    def choose(logits, seen):
-        return pick(logits, config, generator, seen, n_prompt=T)
-
-    for chosen, _ in decode(model, ids, n_new_tokens(model, T, config), choose, config.cache):
+    for chosen, _ in decode(model, ids, config, generator, n_prompt=ids.size(1)):
         yield chosen
 
 
@@ -451,37 +383,31 @@ def beam_search(model, ids, n_beams=4, max_new_tokens=50, length_penalty=1.0, en
     n_beams best texts the best are kept; score: log-probability / length ** length_penalty, so that
     above 0 longer texts are not worse for being longer. A text is complete with an id of ends.
     arXiv:1609.08144"""
-    if n_beams < 1:
-        raise ValueError(f"n_beams={n_beams} must be at least 1, which takes the likeliest token")
     T, V = ids.size(1), model.config.vocab_size
     n_tokens = n_new_tokens(model, T, SampleConfig(max_new_tokens=max_new_tokens))
-    beams, sums, done = ids, torch.zeros(1, device=model.device), []     # (n, T), (n,)
     kv_cache = new_cache(model, 1, T + n_tokens) if cache else None
+    beams, sums, done = ids, torch.zeros(1, device=ids.device), []       # (n, T), (n,)
     for length in range(1, n_tokens + 1):
         unseen = beams[:, kv_cache[0].length:] if cache else beams
         with torch.inference_mode():
             logits, _ = model(unseen, cache=kv_cache, last_only=True)
         totals = sums[:, None] + logits[:, -1].float().log_softmax(dim=-1)            # (n, V)
         best, index = totals.flatten().topk(min(2 * n_beams, totals.numel()))
-        from_beam, token = index // V, index % V
-        ended = torch.isin(token, torch.tensor([*ends], device=token.device))
-        for i in ended[:n_beams].nonzero().flatten().tolist():
-            text = [*beams[from_beam[i], T:].tolist(), token[i].item()]
-            done.append((text, best[i].item() / length**length_penalty))
-        left = (~ended).nonzero().flatten()[:n_beams]
-        beams = torch.cat((beams[from_beam[left]], token[left, None]), dim=1)
-        sums = best[left]
-        for layer in kv_cache or ():
-            layer.choose(from_beam[left])
-        longest = n_tokens if length_penalty > 0 else length
+        texts = torch.cat((beams[index // V], index[:, None] % V), dim=1)             # (2n, T + 1)
+        ended = torch.isin(texts[:, -1], torch.tensor([*ends], device=ids.device))
+        ended |= length == n_tokens
+        done += [(texts[i, T:].tolist(), best[i].item() / length**length_penalty)
+                 for i in ended[:n_beams].nonzero().flatten()]
         done = sorted(done, key=lambda pair: -pair[1])[:n_beams]
+        left = (~ended).nonzero().flatten()[:n_beams]
+        beams, sums = texts[left], best[left]
+        for layer in kv_cache or ():
+            layer.choose(index[left] // V)
+        longest = n_tokens if length_penalty > 0 else length
         if not len(left) or len(done) == n_beams and (
                 done[-1][1] >= sums.max().item() / longest**length_penalty):
             break
-    else:
-        done += [(text, total / n_tokens**length_penalty)
-                 for text, total in zip(beams[:, T:].tolist(), sums.tolist())]
-    return sorted(done, key=lambda pair: -pair[1])[:n_beams]
+    return done
 
 
 # -----------------------------------------------------------------------------
@@ -511,27 +437,21 @@ def end_ids(tokenizer):
 
 def with_ids(config, tokenizer):
     """The config with ids in place of texts: a banned text as it is written at the start and after
-    a space, a bias TEXT=NUMBER as (id, number)."""
-    banned, biases = [], []
-    for word in config.ban:
-        spellings = [word] if not isinstance(word, str) or word[0] == " " else [word, " " + word]
-        banned += [tokenizer.encode(s) if isinstance(s, str) else s for s in spellings]
+    a space, TEXT=NUMBER as (id, number)."""
+    banned = [entry for entry in config.ban if not isinstance(entry, str)]
+    banned += [tokenizer.encode(space + text) for text in config.ban if isinstance(text, str)
+               for space in ("", " ")]
+    biases = []
     for entry in config.logit_bias:
         if isinstance(entry, str):
             text, _, number = entry.rpartition("=")
             ids = tokenizer.encode(text)
             if len(ids) != 1 or not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", number):
-                raise ValueError(f"logit_bias={entry} must be a single token and a number, such as "
+                raise ValueError(f"logit_bias={entry} must be one token and a number, such as "
                                  f"' the=-2'; {text!r:.40} makes {len(ids)} tokens")
             entry = ids[0], float(number)
         biases.append(entry)
-    return dataclasses.replace(config, ban=banned, logit_bias=biases)
-
-
-@lru_cache
-def begins_with_space(tokenizer):
-    """For each token whether it begins with a space, (V,)."""
-    return torch.tensor([token.startswith(b" ") for token in tokenizer.token_bytes()])
+    return replace(config, ban=banned, logit_bias=biases)
 
 
 class Continuation:
@@ -550,14 +470,13 @@ class Continuation:
 
     def take(self, token, logprob):
         """Add a token -> its Piece; n_left is 0 when it was the last."""
-        text = self.decoder.push(token) if token not in self.ends else ""
-        self.waiting += text[1:] if self.heals else text
-        self.heals = False
         self.ids.append(token)
         self.n_left = 0 if token in self.ends else self.n_left - 1
+        text = self.decoder.push(token) if token not in self.ends else ""
+        self.waiting += text[1:] if self.heals else text
         self.waiting += self.decoder.flush() if not self.n_left else ""
         text, self.waiting, stopped = release(self.waiting, self.stop, last=not self.n_left)
-        self.n_left = 0 if stopped else self.n_left
+        self.n_left, self.heals = 0 if stopped else self.n_left, False
         return Piece(token, text, logprob)
 
 
@@ -565,30 +484,23 @@ def write(model, tokenizer, prompts, config=SampleConfig(), **options):
     """Yield (which prompt, Piece) for each token that follows prompts, texts or lists of ids, or
     that begins a document after an empty one. All are written together; each text is the one that
     its prompt gets alone, number i with seed + i. <|endoftext|>, <|end|> and stop strings end a
-    text and are not in it. Options are fields of SampleConfig."""
-    config = with_ids(with_options(config, options), tokenizer)
-    texts = {}
+    text and are not in it. Options are fields of config."""
+    config, texts = with_ids(replace(config, **options), tokenizer), {}
     for i, prompt in enumerate(prompts):
         seed = None if config.seed is None else config.seed + i
         texts[i] = Continuation(model, tokenizer, prompt, config, seed)
+    no_space = torch.tensor([not token.startswith(b" ") for token in tokenizer.token_bytes()])
     while texts:  # once, unless short prompts leave space for more tokens than the longest
         rows = [*texts.values()]
-        longest = max(len(row.ids) for row in rows)
-        n_padding = [longest - len(row.ids) for row in rows]
-        ids = torch.tensor([[-1] * n + row.ids for n, row in zip(n_padding, rows)])   # (B, T)
-        n_prompt = torch.tensor([[n + row.n_prompt] for n, row in zip(n_padding, rows)])
-        n_prompt, generators = n_prompt.to(model.device), [row.generator for row in rows]
-        n_tokens = max(row.n_left for row in rows)
-        if config.overflow == "stop":
-            n_tokens = min(n_tokens, max(1, model.config.block_size - longest))
-
-        def choose(logits, seen):
-            if any(row.heals for row in rows):
-                wrong = torch.tensor([[row.heals] for row in rows]) & ~begins_with_space(tokenizer)
-                logits = logits.masked_fill(wrong.to(logits.device), -torch.inf)
-            return pick(logits, config, generators, seen, n_prompt)
-
-        for chosen, logits in decode(model, ids.to(model.device), n_tokens, choose, config.cache):
+        longest, n_left = max(len(row.ids) for row in rows), max(row.n_left for row in rows)
+        padding = [longest - len(row.ids) for row in rows]
+        ids = torch.tensor([[-1] * n + row.ids for n, row in zip(padding, rows)])     # (B, T)
+        n_prompt = torch.tensor([[n + row.n_prompt] for n, row in zip(padding, rows)])
+        first_ban = torch.tensor([[row.heals] for row in rows]) & no_space            # (B, V)
+        steps = decode(model, ids.to(model.device), replace(config, max_new_tokens=n_left),
+                       [row.generator for row in rows], n_prompt.to(model.device),
+                       first_ban.to(model.device))
+        for chosen, logits in steps:
             logprobs = logits.log_softmax(dim=-1).gather(-1, chosen[:, None]).squeeze(-1)
             for i, token, logprob in zip(texts, chosen.tolist(), logprobs.tolist()):
                 if texts[i].n_left:
@@ -604,19 +516,17 @@ def stream(model, tokenizer, prompt="", config=SampleConfig(), **options):
         yield piece
 
 
-def complete(model, tokenizer, prompt="", config=SampleConfig(), **options):
-    """The text that follows the prompt; options are fields of SampleConfig:
-    complete(model, tokenizer, "def ", temperature=0, max_new_tokens=20)."""
-    [text] = complete_batch(model, tokenizer, [prompt], config, **options)
-    return text
-
-
 def complete_batch(model, tokenizer, prompts, config=SampleConfig(), **options):
-    """The text that follows each prompt, all written together: as complete with seed + i."""
+    """The text that follows each prompt, all written together; options as for write."""
     texts = [""] * len(prompts)
     for i, piece in write(model, tokenizer, prompts, config, **options):
         texts[i] += piece.text
     return texts
+
+
+def complete(model, tokenizer, prompt="", config=SampleConfig(), **options):
+    """The text that follows a prompt: complete(model, tokenizer, "def ", temperature=0)."""
+    return complete_batch(model, tokenizer, [prompt], config, **options)[0]
 
 
 # -----------------------------------------------------------------------------
@@ -626,107 +536,86 @@ def complete_batch(model, tokenizer, prompts, config=SampleConfig(), **options):
 @dataclass(frozen=True)
 class Command:
     """What is continued, how it is shown, and where it is computed."""
-    run: str | None = option(None, "run folder; without one the newest under runs/",
-                             positional=True)
+    run: str | None = option(None, "run folder; else the newest under runs/", positional=True)
     prompt: str = option("", "text to continue; without one a document begins")
-    file: str | None = option(None, "a file whose text is the prompt; - reads it from the keyboard "
-                                    "or a pipe")
-    prompts: str | None = option(None, "a file with a prompt a line, all continued together; - as "
-                                       "for --file")
-    n_samples: int = option(1, "how many continuations of each prompt")
+    file: str | None = option(None, "a file with the prompt; - reads what is typed or piped in")
+    prompts: str | None = option(None, "a file with a prompt a line, all written together, or -")
+    n_samples: int = option(1, "how many continuations of each prompt", low=1)
     show: str = option("text", "text | logprobs: each token with its log-probability, coloured")
-    beams: int | None = option(None, "no sampling: the likeliest text that so many beams find")
-    length_penalty: float = option(1.0, "with --beams: 0 prefers short texts, 1 takes the mean a "
-                                        "token")
+    beams: int | None = option(None, "search the likeliest text with so many beams", low=1)
+    length_penalty: float = option(1.0, "of beams: 0 prefers short texts, 1 the best mean a token")
     checkpoint: str = option("best", "best | last | a step")
     device: str = option("auto", "auto | cuda | mps | cpu")
     precision: str = option("fp32", "auto | fp32 | bf16 | fp16")
 
     def __post_init__(self):
+        check_options(self)
         check_known(self.show, ("text", "logprobs"), "show")
-        if self.n_samples < 1:
-            raise ValueError(f"n_samples={self.n_samples} must be at least 1")
 
 
 def read_text(path):
     """The text of a file, or of what is typed or piped in if the path is "-"."""
-    if path == "-":
-        return sys.stdin.read()
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not text in UTF-8") from None
-
-
-def coloured(text, logprob):
-    """A text on a ground from red, which the model held for unlikely, to green."""
-    if not sys.stdout.isatty():
-        return text
-    share = math.exp(logprob)
-    return f"\x1b[48;2;{int(200 * (1 - share))};{int(130 * share)};60m{text}\x1b[0m"
+    with reading(path):
+        return sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
 
 
 def show_piece(tokenizer, piece, show):
-    """Print a piece as it comes: its text, or with logprobs a line with its log-probability."""
-    if show == "logprobs":
-        token = tokenizer.token_bytes()[piece.token].decode("utf-8", "replace")
-        print(f"{piece.logprob:8.3f}  {coloured(repr(token), piece.logprob)}", flush=True)
-    else:
-        print(piece.text, end="", flush=True)
+    """Print a piece as it comes: its text, or with logprobs a line with its log-probability, on a
+    ground from red, which the model held for unlikely, to green."""
+    if show == "text":
+        return print(piece.text, end="", flush=True)
+    token = repr(tokenizer.token_bytes()[piece.token].decode("utf-8", "replace"))
+    if sys.stdout.isatty():
+        share = math.exp(piece.logprob)
+        token = f"\x1b[48;2;{int(200 * (1 - share))};{int(130 * share)};60m{token}\x1b[0m"
+    print(f"{piece.logprob:8.3f}  {token}", flush=True)
 
 
 def show_texts(model, tokenizer, prompts, show, config):
     """Print each prompt and what follows it, a single one as it comes; -> how many tokens."""
-    pieces, end = [[] for _ in prompts], "" if show == "text" else "\n"
-    for i, piece in write(model, tokenizer, prompts, config):
-        pieces[i].append(piece)
-        if len(prompts) == 1:
-            print(prompts[0] + end if len(pieces[0]) == 1 else "", end="")
+    pieces, n_tokens = write(model, tokenizer, prompts, config), 0
+    pieces = pieces if len(prompts) == 1 else sorted(pieces, key=lambda pair: pair[0])
+    for i, own in groupby(pieces, key=lambda pair: pair[0]):
+        print(f"--- {i + 1} of {len(prompts)}\n" if len(prompts) > 1 else "", end="")
+        print(prompts[i], end="" if show == "text" else "\n")
+        for n_tokens, (_, piece) in enumerate(own, n_tokens + 1):
             show_piece(tokenizer, piece, show)
-    if len(prompts) == 1:
         print(flush=True)
-        full = max(1, len(tokenizer.encode(prompts[0]))) + len(pieces[0]) >= model.config.block_size
-        if (full and len(pieces[0]) < config.max_new_tokens and config.overflow == "stop"
-                and piece.token != tokenizer.eot):
-            print(f"stopped: the context of {model.config.block_size} tokens is full; "
-                  "--overflow=slide goes on", file=sys.stderr)
-        return len(pieces[0])
-    for i, (prompt, own) in enumerate(zip(prompts, pieces), 1):
-        print(f"--- {i} of {len(prompts)}\n{prompt}", end=end)
-        for piece in own:
-            show_piece(tokenizer, piece, show)
-        print()
-    return sum(map(len, pieces))
+    left = model.config.block_size - (len(tokenizer.encode(prompts[0].removesuffix(" "))) or 1)
+    if len(prompts) == 1 and n_tokens == left < config.max_new_tokens and (
+            piece.token not in end_ids(tokenizer)):
+        print(f"stopped: the context of {model.config.block_size} tokens is full; "
+              "--overflow=slide goes on", file=sys.stderr)
+    return n_tokens
 
 
 def show_beams(model, tokenizer, prompt, command, config):
     """Print the text with the best score; -> how many tokens it has."""
     ids = torch.tensor([tokenizer.encode(prompt) or [tokenizer.eot]], device=model.device)
-    ends = end_ids(tokenizer)
     (text, score), *_ = beam_search(model, ids, command.beams, config.max_new_tokens,
-                                    command.length_penalty, ends, config.cache)
-    print(prompt + tokenizer.decode([id for id in text if id not in ends]))
+                                    command.length_penalty, end_ids(tokenizer), config.cache)
+    print(prompt + tokenizer.decode([id for id in text if id not in end_ids(tokenizer)]))
     print(f"score {score:.3f} by {command.beams} beams", file=sys.stderr)
     return len(text)
 
 
 def main():
-    sampling, typed = parse_options(__doc__, SampleConfig, Command)
+    typed, sampling = parse_options(__doc__, Command, SampleConfig)
     sampling.setdefault("seed", random.randrange(10**6))
     sampling["stop"] = [text.replace(r"\n", "\n") for text in sampling.get("stop", [])]
-    config, command = SampleConfig(**sampling), Command(**typed)
+    command, config = Command(**typed), SampleConfig(**sampling)
     folder, device = command.run or newest_run(), pick_device(command.device)
     precision, dtype = pick_precision(command.precision, device)
-    prompt = read_text(command.file) if command.file else command.prompt
-    prompts = read_text(command.prompts).splitlines() if command.prompts else [prompt]
+    prompts = [read_text(command.file) if command.file else command.prompt]
+    prompts = read_text(command.prompts).splitlines() if command.prompts else prompts
     prompts = [prompt for prompt in prompts for _ in range(command.n_samples)]
     path = pick_checkpoint(folder, command.checkpoint)
     model, tokenizer = load_run(folder, path, device, dtype)
     start = time.perf_counter()
-    if command.beams is not None:
-        n_tokens = sum(show_beams(model, tokenizer, prompt, command, config) for prompt in prompts)
-    else:
+    if command.beams is None:
         n_tokens = show_texts(model, tokenizer, prompts, command.show, config)
+    else:
+        n_tokens = sum(show_beams(model, tokenizer, prompt, command, config) for prompt in prompts)
     rate = n_tokens / (time.perf_counter() - start)
     print(f"{path}: {n_tokens} tokens, {rate:,.0f} tokens/s on {device} in {precision}, "
           f"seed {config.seed}", file=sys.stderr)
