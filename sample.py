@@ -46,11 +46,11 @@ class SampleConfig:
     repetition_penalty: float = option(1.0, "above 1 makes earlier tokens less likely", low=1e-9)
     frequency_penalty: float = option(0.0, "off a token's logit each time it was written", -2**31)
     presence_penalty: float = option(0.0, "off a token's logit once it was written", -2**31)
-    no_repeat_ngram: int | None = option(None, "never write so many tokens twice in a row", low=1)
+    no_repeat_ngram: int | None = option(None, "never write the same so many tokens twice", low=1)
     stop: list | tuple = option([], r"end before this text (\n: a new line); may be repeated")
     ban: list | tuple = option([], "never write this text, in Python or ids; may be repeated")
     logit_bias: list | tuple = option([], "TEXT=NUMBER: for one token; may be repeated")
-    seed: int | None = option(None, "the same one gives the same text; sample i: seed + i", -2**63)
+    seed: int | None = option(None, "same seed, same text; sample i has seed + i", -2**63, 2**63)
     overflow: str = option("stop", "stop | slide: end, or forget half, where the context is full")
     cache: bool = option(True, "--no-cache computes all tokens at each step: the same, slower")
 
@@ -82,8 +82,7 @@ def pick_device(name="auto"):
 
 @lru_cache
 def has_fast_bf16(size=512):
-    """Whether this CPU multiplies matrices at least 1.5 times as fast in bfloat16 as in float32,
-    measured in some milliseconds: without units for bfloat16 it is slower in it."""
+    """Whether this CPU multiplies matrices at least 1.5 times as fast in bfloat16: measured."""
     def seconds(dtype):
         x = torch.ones(size, size, dtype=dtype)
         return min(timeit.repeat(lambda: x @ x, number=1, repeat=4))
@@ -110,9 +109,8 @@ def warn(text):
 
 def checkpoints(folder):
     """The checkpoints of a run, {step: path} in the order of the steps."""
-    names = [(re.fullmatch(r"step_(\d+)\.safetensors", path.name), path)
-             for path in Path(folder).glob("step_*")]
-    return dict(sorted((int(name[1]), path) for name, path in names if name))
+    paths = [*Path(folder).glob("step_*.safetensors")]
+    return dict(sorted((int(p.stem[5:]), p) for p in paths if p.stem[5:].isdecimal()))
 
 
 def newest_run(root="runs"):
@@ -135,6 +133,7 @@ def first_whole(paths, by_loss=False):
     wrong = []
     for path in sorted(paths, key=val_loss) if by_loss else paths:
         try:
+            read_progress(path)
             read_safetensors(path)
             return path, wrong
         except ValueError as error:
@@ -192,15 +191,14 @@ def counts(ids, V):
 
 
 def penalize_repeats(logits, seen, penalty):
-    """Divide the positive logits of the ids in seen (B, S) by penalty, multiply the negative ones:
-    above 1 they are less likely. arXiv:1909.05858"""
+    """Divide positive logits of ids in seen (B, S), multiply negative ones. arXiv:1909.05858"""
     less = torch.where(logits > 0, logits / penalty, logits * penalty)
     return torch.where(counts(seen, logits.size(-1)) > 0, less, logits)
 
 
 def penalize_counts(logits, written, frequency=0.0, presence=0.0):
-    """Subtract `frequency` for each time that a token is in written (B, S), and `presence` once if
-    it is there at all: OpenAI's two penalties, on what was written, not on the prompt."""
+    """OpenAI's two penalties: subtract `frequency` for each time that a token is in written (B, S),
+    which has no prompt, and `presence` once."""
     n = counts(written, logits.size(-1))
     return logits - frequency * n - presence * (n > 0)
 
@@ -436,8 +434,7 @@ def end_ids(tokenizer):
 
 
 def with_ids(config, tokenizer):
-    """The config with ids in place of texts: a banned text as it is written at the start and after
-    a space, TEXT=NUMBER as (id, number)."""
+    """The config with ids for texts: a banned one also after a space; (id, number) for a bias."""
     banned = [entry for entry in config.ban if not isinstance(entry, str)]
     banned += [tokenizer.encode(space + text) for text in config.ban if isinstance(text, str)
                for space in ("", " ")]
@@ -560,8 +557,7 @@ def read_text(path):
 
 
 def show_piece(tokenizer, piece, show):
-    """Print a piece as it comes: its text, or with logprobs a line with its log-probability, on a
-    ground from red, which the model held for unlikely, to green."""
+    """Print a piece: its text, or its log-probability and token, from red (unlikely) to green."""
     if show == "text":
         return print(piece.text, end="", flush=True)
     token = repr(tokenizer.token_bytes()[piece.token].decode("utf-8", "replace"))
