@@ -122,12 +122,10 @@ def add_option(group, f):
 
 
 def parse_options(doc, *config_classes):
-    """The options that were typed, as one dict a dataclass: parse_options(__doc__, TrainConfig).
-
-    A field with "help" in its metadata is an option, or an argument if `positional` is there, too.
-    A bool is --name or --no-name, a list of strings may be typed again and again. Of two equal
-    names the first counts.
-    """
+    """The options that were typed, as one dict a dataclass: parse_options(__doc__, TrainConfig). A
+    field with "help" in its metadata is an option, or an argument if `positional` is there, too. A
+    bool is --name or --no-name, a list of strings may be typed again and again. Of two equal names
+    the first counts."""
     parser, parts = Parser(doc), []
     for config in config_classes:
         group = parser.add_argument_group(config.__doc__.splitlines()[0].rstrip("."))
@@ -210,9 +208,7 @@ def reading(path):
 
 def check_fields(dataclass, values, path):
     """dataclass(**values) of what a JSON file holds; ValueError that names the file and the field.
-
-    A number must be finite and below 2**31; of a dict or a list only the type is checked.
-    """
+    A number must be finite and below 2**31; of a dict or a list only the type is checked."""
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds {values!r:.40}: it must be a dict of fields")
     known = {f.name: f for f in fields(dataclass)}
@@ -233,11 +229,9 @@ def check_fields(dataclass, values, path):
 
 def on_all_cores(function, jobs):
     """Yield function(*job) for each job, in order, from a process per core; a single job runs here.
-
     Processes start fresh, as a fork would copy the locks that torch's threads hold. So each imports
     the user's script again: what that does must stand below `if __name__ == "__main__":`. In a
-    process that was started so, jobs run right there, one by one.
-    """
+    process that was started so, jobs run right there, one by one."""
     jobs, results = iter(jobs), deque()
     first = list(islice(jobs, min(os.cpu_count() or 1, 32)))
     script = getattr(sys.modules["__main__"], "__file__", ".")  # "<stdin>" cannot be imported
@@ -320,12 +314,10 @@ def count_chunks(texts, special_tokens, pattern):
 
 
 def read_files(paths):
-    """Yield the texts of files of any size in blocks; ValueError for a file that is not UTF-8.
-
-    A block ends after a letter at the end of a line, where a chunk of each of SPLITS ends, so that
+    """Yield the texts of files of any size in blocks; ValueError for a file that is not UTF-8. A
+    block ends after a letter at the end of a line, where a chunk of each of SPLITS ends, so that
     nothing is lost. Where BLOCK characters have no such letter, or with another pattern, a chunk or
-    a special token may be cut in two.
-    """
+    a special token may be cut in two."""
     seam = regex.compile(r"(?r)\p{L}(?=[\r\n])")  # r: the last one
     for path in paths:
         with reading(path), open(path, encoding="utf-8", newline="") as file:
@@ -365,11 +357,9 @@ def merge(ids, pair, new_id):
 
 def train_plain(texts, vocab_size, special_tokens=SPECIAL_TOKENS, pattern=GPT4_SPLIT):
     """Byte-pair encoding as stated: merge the most frequent pair of neighbours, again and again.
-
     texts is a str or documents; the merges are returned in order as (left bytes, right bytes). Of
     equally frequent pairs the one whose bytes compare greatest is taken. Where no pair occurs twice
-    there is nothing to gain, and the merges stay fewer than vocab_size has room for.
-    """
+    there is nothing to gain, and the merges stay fewer than vocab_size has room for."""
     n_merges = room_for_merges(vocab_size, special_tokens)
     texts = [texts] if isinstance(texts, str) else texts
     chunks = [(list(chunk), n) for chunk, n in count_chunks(texts, special_tokens, pattern).items()]
@@ -537,11 +527,9 @@ def invert(byte_order):
 
 
 def apply_merges(ids, merged):
-    """Merge pairs in `merged` (pair -> new id) until none is left, the lowest new id first.
-
-    Of equal pairs the leftmost comes first. The tokens left are linked, so that it takes about
-    n log n steps, also for one chunk of a million bytes.
-    """
+    """Merge pairs in `merged` (pair -> new id) until none is left, the lowest new id first. Of
+    equal pairs the leftmost comes first. The tokens left are linked, so that it takes about n log n
+    steps, also for one chunk of a million bytes."""
     ids = [*ids, -1]  # no pair has -1 in it: it ends the chunk, and stands where a token was taken
     before, after = [*range(-1, len(ids) - 1)], [*range(1, len(ids) + 1)]
     heap = [(merged[pair], i) for i, pair in enumerate(zip(ids, ids[1:])) if pair in merged]
@@ -560,10 +548,8 @@ def apply_merges(ids, merged):
 
 
 def recover_merges(tokens):
-    """The merges that made tokens (a dict id -> bytes), and the bytes of the first 256 ids.
-
-    Earlier merges leave two parts of a token: these make it.
-    """
+    """The merges that made tokens (a dict id -> bytes), and the bytes of the first 256 ids. Earlier
+    merges leave two parts of a token: these make it."""
     byte_order = b"".join(tokens[id] for id in range(256) if len(tokens.get(id, b"")) == 1)
     byte_ids, merged, merges = invert(byte_order), {}, []
     for id in sorted(tokens)[256:]:
@@ -583,10 +569,8 @@ def lookup(tokens, id):
 
 
 def awkward(text):
-    """Whether tiktoken may split a text of our patterns otherwise than `regex`, or cannot.
-
-    Each knows its own version of Unicode, and many thousand blanks in a row overflow its stack.
-    """
+    """Whether tiktoken may split a text of our patterns otherwise than `regex`, or cannot. Each
+    knows its own version of Unicode, and many thousand blanks in a row overflow its stack."""
     blank = any(text[i:i + BLANKS].isspace() for i in range(0, len(text) - BLANKS + 1, BLANKS))
     return blank or not text.isascii() and any(
         char == "\u0295" or unicodedata.category(char) == "Cn" for char in {*text})
@@ -634,18 +618,12 @@ class TokenizerFile:
     special_tokens: dict  # name -> id
     bytes: str  # of the ids 0 to 255
     merges: list  # "left right"
-    format: str = ""
-
-    def __post_init__(self):
-        if self.format != FORMAT:
-            raise ValueError(f"format={self.format!r:.40} must be {FORMAT!r}: train it again")
+    format: str = FORMAT
 
 
 class Tokenizer:
-    """Text to ids and back. Ids are the 256 bytes, the merges in order, then the special tokens.
-
-    special_tokens is a list, or a dict name -> id with gaps. byte_order[id] is the byte of an id.
-    """
+    """Text to ids and back. Ids are the 256 bytes, byte_order[id] being the byte of an id, the
+    merges in order, then the special tokens: a list, or a dict name -> id with gaps."""
 
     def __init__(self, merges, special_tokens=SPECIAL_TOKENS, pattern=GPT4_SPLIT,
                  byte_order=bytes(range(256))):
@@ -666,8 +644,8 @@ class Tokenizer:
         self.special = dict(sorted(special_tokens.items(), key=lambda item: item[1]))
         for name, id in self.special.items():
             if type(id) is not int or not len(ids) <= id < LARGEST_ID or id in self.tokens:
-                raise ValueError(f"special token {name!r:.80} cannot have id {id!r:.40}: it must be "
-                                 f"a free number after all merges, below {LARGEST_ID:,}")
+                raise ValueError(f"special token {name!r:.80} cannot have id {id!r:.40}: it must "
+                                 f"be a free number after all merges, below {LARGEST_ID:,}")
             self.tokens[id] = name.encode()
         self.n_vocab, self.eot = max(self.tokens) + 1, self.special.get("<|endoftext|>")
 
@@ -678,14 +656,12 @@ class Tokenizer:
 
     @classmethod
     def train_files(cls, paths, vocab_size, special_tokens=SPECIAL_TOKENS, pattern=GPT4_SPLIT):
-        """Train on UTF-8 text files of any size, which are read in blocks: see read_blocks."""
+        """Train on UTF-8 text files of any size, in blocks: see read_files."""
         return cls.train(read_files(paths), vocab_size, special_tokens, pattern)
 
     def encode(self, text, special=False):
-        """The ids of a text; special tokens in it become their ids only with special=True.
-
-        A lone surrogate, which UTF-8 cannot hold, is encoded as U+FFFD.
-        """
+        """The ids of a text; special tokens in it become their ids only with special=True. A lone
+        surrogate, which UTF-8 cannot hold, is encoded as U+FFFD."""
         text, ids = well_formed(text), []
         for i, part in enumerate(self.find_special.split(text) if special else [text]):
             if i % 2:
@@ -713,10 +689,8 @@ class Tokenizer:
                 yield from self.cache.get(chunk) or self.encode_chunk(chunk)
 
     def encode_batch(self, texts):
-        """A list with encode(text) of each text, by the fast twin on all cores.
-
-        Texts for which the twin may give other ids, or fail, are left to encode.
-        """
+        """A list with encode(text) of each text, by the fast twin on all cores. Texts for which the
+        twin may give other ids, or fail, are left to encode."""
         texts, ours = list(texts), {}
         for i, text in enumerate(texts):
             if self.pattern not in SPLITS.values() or awkward(text):
@@ -734,13 +708,11 @@ class Tokenizer:
         return StreamDecoder(self.tokens)
 
     def render_chat(self, messages, last=("assistant",)):
-        """The ids of a chat to train on, and its loss mask: True where the assistant speaks.
-
-        A message is a dict with role (system, user, assistant or tool) and content, and becomes
+        """The ids of a chat to train on, and its loss mask: True where the assistant speaks. A
+        message is a dict with role (system, user, assistant or tool) and content, and becomes
         <|role|>text<|end|>, with nothing between. As each document, the chat begins with
         <|endoftext|>. The assistant learns its texts and the <|end|> after each. The roles in
-        `last` may end the chat.
-        """
+        `last` may end the chat."""
         check_chat(messages, last)
         missing = [name for name in SPECIAL_TOKENS if name not in self.special]
         if missing:
@@ -781,17 +753,19 @@ class Tokenizer:
     @classmethod
     def load(cls, path):
         """Read what save() wrote; ValueError for a file that is something else, or wrong."""
-        file = check_fields(TokenizerFile, read_json(path), path)
+        values = read_json(path)
+        if not isinstance(values, dict) or values.get("format") != FORMAT:
+            raise ValueError(f"{path} is no tokenizer of this program, or an older version wrote "
+                             f"it: its format is not {FORMAT!r}; train again")
+        file = check_fields(TokenizerFile, values, path)
         with reading(path):
             merges = [tuple(map(to_bytes, line.split(" "))) for line in file.merges]
             pattern = SPLITS.get(file.pattern, file.pattern)
             return cls(merges, file.special_tokens, pattern, to_bytes(file.bytes))
 
     def to_tiktoken(self):
-        """The fast twin: a tiktoken.Encoding with the same ids, made once.
-
-        Characters new in Unicode may split otherwise: two regex engines know two versions of it.
-        """
+        """The fast twin: a tiktoken.Encoding with the same ids, made once. Characters new in
+        Unicode may split otherwise: two regex engines know two versions of it."""
         if self.twin is None:
             import tiktoken
             ranks = {token: id for id, token in self.tokens.items() if id < 256 + len(self.merges)}
@@ -821,9 +795,7 @@ class Tokenizer:
     @classmethod
     def from_gpt2(cls, vocab_json, merges_txt, special_tokens=()):
         """The tokenizer of GPT-2's two files, with its ids; special is what else vocab.json names.
-
-        Of special_tokens, those that vocab.json lacks get the next ids.
-        """
+        Of special_tokens, those that vocab.json lacks get the next ids."""
         vocab = read_json(vocab_json)
         with reading(f"{vocab_json}, {merges_txt}"):
             lines = Path(merges_txt).read_text(encoding="utf-8").split("\n")
@@ -878,37 +850,26 @@ def decode_command(args):
     print(Tokenizer.load(args.tokenizer).decode(map(int, args.input)))
 
 
-def open_twin(name):
-    """The fast twin of a tokenizer file, or of an encoding by the name OpenAI gave it."""
-    import tiktoken
-    if Path(name).exists():
-        return Tokenizer.load(name).to_tiktoken()
-    try:
-        return tiktoken.get_encoding(name)
-    except OSError:
-        raise ValueError("no connection to fetch it, and no such file") from None
-    except ValueError:
-        raise ValueError(f"no such file, and none of {tiktoken.list_encoding_names()}") from None
-
-
 def compare_command(args):
     """Print how a file's text fares with our tokenizer and with others, each in one thread."""
+    import tiktoken
     path, *others = args.input
     text = "".join(read_files([path]))
     if not text:
         raise ValueError(f"{path} is empty: there is nothing to compare")
-    size, ours = len(text.encode()), Tokenizer.load(args.tokenizer).to_tiktoken()
+    size, openai = len(text.encode()), tiktoken.list_encoding_names()
     print(f"{'':24}{'vocabulary':>12}{'tokens':>12}{'bytes per token':>18}{'MB/s':>8}")
     for name in [args.tokenizer, *(others or ["gpt2", "cl100k_base", "o200k_base"])]:
         try:
-            twin = ours if name == args.tokenizer else open_twin(name)
-        except ValueError as error:
-            print(f"{name:24}{'not loaded: ':>14}{error}")
+            encoding = (tiktoken.get_encoding(name) if name in openai
+                        else Tokenizer.load(name).to_tiktoken())
+        except (OSError, ValueError) as error:  # no such file, no connection to fetch it
+            print(f"{name:24}{'not loaded: ':>14}{error!s:.99}")
             continue
         start = time.perf_counter()
-        n = len(twin.encode_ordinary(text))
+        n = len(encoding.encode_ordinary(text))
         speed = size / 1e6 / (time.perf_counter() - start)
-        print(f"{name:24}{twin.n_vocab:12,}{n:12,}{size / n:18.2f}{speed:8.1f}")
+        print(f"{name:24}{encoding.n_vocab:12,}{n:12,}{size / n:18.2f}{speed:8.1f}")
 
 
 COMMANDS = {"train": train_command, "encode": encode_command, "decode": decode_command,
