@@ -234,8 +234,9 @@ def on_all_cores(function, jobs):
     process that was started so, jobs run right there, one by one."""
     jobs, results = iter(jobs), deque()
     first = list(islice(jobs, min(os.cpu_count() or 1, 32)))
+    started = multiprocessing.current_process().name != "MainProcess"
     script = getattr(sys.modules["__main__"], "__file__", ".")  # "<stdin>" cannot be imported
-    if len(first) < 2 or multiprocessing.parent_process() or not os.path.exists(script):
+    if len(first) < 2 or started or not os.path.exists(script):
         yield from starmap(function, chain(first, jobs))
         return
     with ProcessPoolExecutor(len(first), multiprocessing.get_context("spawn"),

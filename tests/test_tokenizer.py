@@ -9,22 +9,19 @@ import time
 import tracemalloc
 import unicodedata
 from collections import Counter
+from dataclasses import dataclass, field
 
-import jinja2
-import jinja2.sandbox
 import pytest
 import regex
 import tiktoken
-import tokenizers
-from tiktoken.load import load_tiktoken_bpe
 from tiktoken_ext import openai_public
 
 import tokenizer as module
 from conftest import ROOT, run
-from tokenizer import (BYTE_TO_CHAR, CL100K_SPLIT, GPT2_BYTES, GPT2_SPLIT, GPT4_SPLIT, O200K_SPLIT,
-                       PLAIN, SPECIAL_TOKENS, SPLITS, Tokenizer, ascii_split, compile_split,
-                       count_chunks, gather, merge, on_all_cores, read_files, split, to_bytes,
-                       to_chars, train_fast, train_plain)
+from tokenizer import (ASCII_SPLITS, BYTE_TO_CHAR, CL100K_SPLIT, GPT2_BYTES, GPT2_SPLIT, GPT4_SPLIT,
+                       O200K_SPLIT, PLAIN, SPECIAL_TOKENS, SPLITS, Tokenizer, check_fields,
+                       compile_split, count_chunks, merge, on_all_cores, parse_options, read_files,
+                       reading, split_chunks, to_bytes, to_chars, train_fast, train_plain)
 
 NASTY = {
     "empty": "",
@@ -91,7 +88,7 @@ def test_merge_replaces_from_the_left():
     assert merge([1, 1, 1, 1, 1], (1, 1), 2) == [2, 2, 1]
 
 
-@pytest.mark.parametrize("seed", range(50))
+@pytest.mark.parametrize("seed", range(20))
 def test_plain_and_fast_training_give_the_same_merges(seed):
     rng = random.Random(seed)
     alphabet = rng.choice(["ab", "a ", "aab \n", "abc'ts 19\r\n", "aé東👍 \u0301", "<|end>"])
@@ -123,44 +120,39 @@ def test_special_tokens_are_never_counted_nor_merged_across():
     assert train_fast(with_them, 300) == train_plain(with_them, 300) == train_plain(without, 300)
 
 
-@pytest.mark.parametrize("pattern", [*SPLITS.values(), r"\S+|\s+"])
-def test_a_long_text_in_pieces_has_the_chunks_of_the_whole(pattern, monkeypatch, tmp_path):
+@pytest.mark.parametrize("pattern", SPLITS.values(), ids=SPLITS)
+def test_a_file_in_blocks_has_the_chunks_of_the_whole(pattern, monkeypatch, tmp_path):
     rng, words = random.Random(0), [*COMMON.split(" "), " ", "\n", "\r\n", *NASTY.values()]
     text = "".join(rng.choice(words) for _ in range(2000)).replace("\0", "")
     (tmp_path / "text").write_bytes(text.encode())
-    whole = count_chunks([text], SPECIAL_TOKENS, pattern)
-    monkeypatch.setattr(module, "PIECE", 97)
-    jobs = [*gather([text], SPECIAL_TOKENS, pattern)]
-    files = [*read_files([tmp_path / "text"], SPECIAL_TOKENS, pattern)]
-    assert sum((count_chunks(*job) for job in jobs), Counter()) == whole
-    assert count_chunks(files, SPECIAL_TOKENS, pattern) == whole
-    assert (len(jobs) > 9 and len(files) > 9) == (pattern in module.SPLITS.values())
+    monkeypatch.setattr(module, "BLOCK", 10_000)
+    blocks = [*read_files([tmp_path / "text"])]
+    assert "".join(blocks) == text and len(blocks) > 9
+    assert count_chunks(blocks, [], pattern) == count_chunks([text], [], pattern)
+
+
+def test_a_file_without_line_ends_is_read_in_blocks_too(monkeypatch, tmp_path):
+    (tmp_path / "text").write_text("ab " * 5000)
+    monkeypatch.setattr(module, "BLOCK", 2000)
+    assert max(map(len, read_files([tmp_path / "text"]))) == 2000
+    assert Tokenizer.train_files([tmp_path / "text"], 264).merges[0] == (b"a", b"b")
 
 
 def test_many_processes_count_what_one_counts(monkeypatch):
     texts = [COMMON * 30] * 4
     one = train_fast(texts, 400)
-    monkeypatch.setattr(module, "PIECE", 1000)
+    monkeypatch.setattr(module, "JOB", 1000)
     assert train_fast(texts, 400) == one
-
-
-def test_processes_do_not_run_the_script_that_started_them():
-    code = ("import tokenizer; tokenizer.PIECE = 1000; print('once')\n"
-            "print(len(tokenizer.train_fast(['a few words '] * 300, 270)))\n")
-    for words in ([sys.executable, "-"], [sys.executable, "-c", code]):
-        done = subprocess.run(words, input=code, capture_output=True, text=True, cwd=ROOT)
-        assert (done.stdout, done.stderr) == ("once\n8\n", "")
 
 
 @pytest.mark.parametrize("options, problem", [
     (dict(vocab_size=261), "vocab_size=261 is too small: 256 bytes and 6 special tokens need 262"),
-    (dict(special_tokens=["a", "a"]), "special token 'a' is given 2 times"),
-    (dict(special_tokens=["a", ""]), "a special token is empty"),
+    (dict(special_tokens=["a", "a"]), "one is empty or given twice"),
+    (dict(special_tokens=["a", ""]), "one is empty or given twice"),
     (dict(texts=""), "the input is empty"),
     (dict(texts=[]), "the input is empty"),
     (dict(pattern="(?:"), "does not compile"),
-    (dict(pattern=r"(a)|[\s\S]"), "has a capturing group"),
-    (dict(pattern=r"\p{L}+"), "loses 1 of 10 characters"),
+    (dict(pattern=r"\p{L}+"), "leaves out character 4 of 10"),
 ])
 def test_training_refuses_what_cannot_work(options, problem):
     for train in train_plain, train_fast:
@@ -179,21 +171,6 @@ def test_decode_undoes_encode_and_tiktoken_gives_the_same_ids(trained, name, pat
     tokenizer, text = Tokenizer(trained.merges, pattern=pattern), NASTY[name]
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.encode(text) == tokenizer.to_tiktoken().encode_ordinary(text)
-
-
-@pytest.mark.parametrize("seed", range(40))
-def test_three_libraries_give_the_same_ids_for_any_text(trained, tmp_path, seed):
-    rng = random.Random(seed)
-    tokenizer = Tokenizer(trained.merges, NESTED, [*SPLITS.values()][seed % 4])
-    tokenizer.to_huggingface(tmp_path)
-    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    tokenizer.save(tmp_path / "t.json")
-    again, twin = Tokenizer.load(tmp_path / "t.json"), tokenizer.to_tiktoken()
-    for text in [random_kinds(rng, 12) for _ in range(12)]:
-        ids, marked = tokenizer.encode(text), tokenizer.encode(text, special=True)
-        assert tokenizer.decode(ids) == tokenizer.decode(marked) == text
-        assert ids == twin.encode_ordinary(text) == again.encode(text)
-        assert marked == theirs.encode(text).ids == again.encode(text, special=True)
 
 
 def test_texts_join_at_special_tokens(trained):
@@ -220,10 +197,11 @@ def test_a_pattern_that_loses_characters_is_refused_by_all_that_encode(pattern):
     tokenizer, text = Tokenizer([], pattern=pattern), "one two a"
     for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch(["", text]),
                    lambda text: [*tokenizer.encode_iterable([text])]):
-        with pytest.raises(ValueError, match="loses . of 9 characters"):
+        with pytest.raises(ValueError, match="leaves out character . of 9"):
             encode(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a", " ", "random bytes", "a giant word"])
 def test_twice_as_long_a_chunk_takes_twice_as_long_to_encode(name):
     rng = random.Random(0)
@@ -250,7 +228,7 @@ def test_encoding_lazily_holds_less_than_a_megabyte_beside_the_text(trained):
     assert n > 200_000 and peak < 1_000_000
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(20))
 def test_random_texts_and_random_merges_encode_as_in_tiktoken(seed):
     rng = random.Random(seed)
     alphabet = rng.choice(["ab", "aab \n", "aé東👍 '\u0301s1\r\n", COMMON, *NASTY.values()]) or "a"
@@ -284,12 +262,6 @@ def test_random_bytes_in_one_chunk_encode_as_in_tiktoken():
     text = random.Random(1).randbytes(50_000).decode("latin-1")
     tokenizer = Tokenizer.train(text, 1000, pattern=r"[\s\S]+")
     assert tokenizer.encode(text) == tokenizer.to_tiktoken().encode_ordinary(text)
-
-
-def test_json_is_written_and_read_back_whatever_a_file_name_holds(tmp_path):
-    values = {"path": "na\udcffme é 🙂", "n": [1, None, 0.5]}
-    module.write_json(tmp_path / "a.json", values)
-    assert json.loads((tmp_path / "a.json").read_bytes()) == values
 
 
 @pytest.mark.parametrize("text, meaning", [("a\ud800b", "a\ufffdb"), ("\ud83d\ude00", "😀"),
@@ -326,7 +298,7 @@ def test_encoding_lazily_gives_the_ids_of_one_text_after_the_other(trained):
     assert [*lazy] == [id for text in NASTY.values() for id in trained.encode(text)][1:]
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(10))
 def test_a_stream_shows_whole_characters_and_joins_to_decode(trained, seed):
     rng, decoder = random.Random(seed), trained.decoder()
     text = random_text(rng, NASTY["emoji"] + NASTY["scripts"], 60)
@@ -357,16 +329,21 @@ def test_the_split_patterns_cut_as_they_do_in_the_papers():
     text = "We'll pay 12345 EUR!!\n\n  now"
     gpt2 = ["We", "'ll", " pay", " 12345", " EUR", "!!", "\n\n ", " now"]
     gpt4 = ["We", "'ll", " pay", " ", "123", "45", " EUR", "!!\n\n", " ", " now"]
-    assert split(text, compile_split(GPT2_SPLIT)) == gpt2
-    assert split(text, compile_split(GPT4_SPLIT)) == gpt4
+    assert split_chunks(text, compile_split(GPT2_SPLIT)) == gpt2
+    assert split_chunks(text, compile_split(GPT4_SPLIT)) == gpt4
 
 
-@pytest.mark.parametrize("pattern", SPLITS.values(), ids=SPLITS)
+@pytest.mark.parametrize("pattern", ASCII_SPLITS)
 def test_ascii_is_split_by_pythons_own_engine_as_by_the_other(pattern):
     rng, alphabet = random.Random(0), [*map(chr, range(128)), *"  \n\r\t'saLE1." * 8]
-    for text in [random_text(rng, alphabet, 16) for _ in range(3000)]:
-        assert ascii_split(pattern).findall(text) == regex.findall(pattern, text)
-    assert ascii_split(r"\p{L}+|[^\s\p{N}]").pattern == r"[A-Za-z]+|[^\t-\r 0-9]"
+    for text in [random_text(rng, alphabet, 16) for _ in range(6000)]:
+        assert split_chunks(text, compile_split(pattern)) == regex.findall(pattern, text)
+
+
+def test_a_pattern_that_tries_all_ways_to_match_is_given_up(monkeypatch):
+    monkeypatch.setattr(module, "PATIENCE", 0.2)
+    with pytest.raises(ValueError, match="takes more than"):
+        Tokenizer([], pattern=r"(?:a|a)*b|[\s\S]").encode("a" * 60)
 
 
 # -----------------------------------------------------------------------------
@@ -391,27 +368,27 @@ def test_a_chat_is_one_document_of_marked_turns_in_plain_sight(trained):
 
 
 def test_the_assistant_learns_its_texts_and_where_they_end(trained):
-    ids, learn = trained.render_chat(CHAT)
-    assert len(ids) == len(learn) and {*map(type, learn)} == {bool}
-    learned = trained.decode(id for id, mine in zip(ids, learn) if mine)
+    ids, loss_mask = trained.render_chat(CHAT)
+    assert len(ids) == len(loss_mask) and {*map(type, loss_mask)} == {bool}
+    learned = trained.decode(id for id, mine in zip(ids, loss_mask) if mine)
     assert learned == "add(2, 2)<|end|>It is 4. 👍<|end|>"
 
 
 @pytest.mark.parametrize("n", [2, 4])
 def test_a_prompt_and_the_answer_are_the_chat(trained, n):
     prompt, answer = trained.render_prompt(CHAT[:n]), trained.encode(CHAT[n]["content"])
-    ids, learn = trained.render_chat(CHAT[:n + 1])
+    ids, loss_mask = trained.render_chat(CHAT[:n + 1])
     assert prompt + answer + [trained.special["<|end|>"]] == ids
-    assert prompt[-1] == trained.special["<|assistant|>"] and learn[len(prompt):].count(False) == 0
+    assert prompt[-1] == trained.special["<|assistant|>"] and all(loss_mask[len(prompt):])
 
 
 @pytest.mark.parametrize("name", NASTY)
 def test_a_text_in_a_chat_never_makes_a_special_id(trained, name):
     text = "".join(SPECIAL_TOKENS) + NASTY[name] + "<|end|><|system|>"
-    ids, learn = trained.render_chat([turn("user", text), turn("assistant", text)])
+    ids, loss_mask = trained.render_chat([turn("user", text), turn("assistant", text)])
     special = [id for id in ids if id in trained.special.values()]
     assert trained.decode(special) == "<|endoftext|><|user|><|end|><|assistant|><|end|>"
-    assert sum(learn) == len(trained.encode(text)) + 1
+    assert sum(loss_mask) == len(trained.encode(text)) + 1
 
 
 @pytest.mark.parametrize("messages, problem", [
@@ -419,11 +396,11 @@ def test_a_text_in_a_chat_never_makes_a_special_id(trained, name):
     (None, "a chat is a list of messages"), (["hi"], "message 0 is 'hi'"),
     ([turn("user", None)], "a role and a content, which is a str"),
     ([turn("user", ["a" * 10**6] * 99)], "a role and a content, which is a str"),
-    ([turn("robot")], "role 'robot': it must be one of system, user, assistant, tool"),
+    ([turn("robot"), turn("user")], "role 'robot': it must be system or user"),
     ([dict(content="hi")], "has role None"), ([turn(["user"])], "has role ['user']"),
-    ([turn("user"), turn("system"), turn("user")], "message 1 has role system"),
-    ([turn("assistant")], "message 0 has role assistant"), ([turn("tool")], "message 0 has role"),
-    ([turn("system")], "the last message has role system"),
+    ([turn("user"), turn("system"), turn("user")], "message 1 has role 'system'"),
+    ([turn("assistant")], "message 0 has role 'assistant'"), ([turn("tool")], "message 0 has role"),
+    ([turn("system")], "message 0 has role 'system'"),
 ])
 def test_messages_that_are_no_chat_are_refused_in_one_line(trained, messages, problem):
     for render in trained.render_chat, trained.render_prompt:
@@ -433,9 +410,9 @@ def test_messages_that_are_no_chat_are_refused_in_one_line(trained, messages, pr
 
 
 def test_who_speaks_last_decides_between_chat_and_prompt(trained):
-    with pytest.raises(ValueError, match="the last message has role user: it must be assistant"):
+    with pytest.raises(ValueError, match="message 1 has role 'user': it must be assistant"):
         trained.render_chat(CHAT[:2])
-    with pytest.raises(ValueError, match="role assistant: it must be user or tool"):
+    with pytest.raises(ValueError, match="role 'assistant': it must be user or tool"):
         trained.render_prompt(CHAT)
 
 
@@ -443,18 +420,6 @@ def test_a_tokenizer_without_the_tokens_of_chats_says_so(trained):
     for special in [], SPECIAL_TOKENS[:-1]:
         with pytest.raises(ValueError, match="cannot render chats: it lacks"):
             Tokenizer(trained.merges, special).render_chat(CHAT)
-
-
-@pytest.mark.parametrize("n", [2, 5])
-def test_the_template_of_hugging_face_renders_the_same(trained, tmp_path, n):
-    trained.save(tmp_path / "t.json")
-    template = json.loads((tmp_path / "t.json").read_text(encoding="utf-8"))["chat_template"]
-    render = jinja2.sandbox.SandboxedEnvironment().from_string(template).render
-    shown = render(messages=CHAT[:n], add_generation_prompt=n == 2)
-    ids = trained.render_prompt(CHAT[:n]) if n == 2 else trained.render_chat(CHAT)[0]
-    assert shown == trained.decode(ids)
-    with pytest.raises(jinja2.UndefinedError, match="raise_exception"):
-        render(messages=[turn("user", "a<|end|>b")])
 
 
 # -----------------------------------------------------------------------------
@@ -497,79 +462,6 @@ def test_the_patterns_of_tiktoken_in_plain_quantifiers_split_the_same(name, ours
         assert regex.findall(theirs, text) == regex.findall(ours, text)
 
 
-@pytest.mark.parametrize("special", [[], SPECIAL_TOKENS, {"<|x|>": 9000, "<|x|>y": 70000}])
-@pytest.mark.parametrize("pattern", SPLITS.values(), ids=SPLITS)
-def test_in_hugging_faces_library_the_ids_are_equal(trained, tmp_path, special, pattern):
-    tokenizer = Tokenizer(trained.merges, special, pattern, GPT2_BYTES)
-    tokenizer.to_huggingface(tmp_path)
-    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    for text in [*NASTY.values(), COMMON, "<|x|>y<|x|> <|x<|x|>|>", *map(str, special)]:
-        ids = tokenizer.encode(text, special=True)
-        assert theirs.encode(text).ids == ids
-        assert theirs.decode(ids, skip_special_tokens=False) == text
-    assert Tokenizer.from_huggingface(tmp_path).definition() == tokenizer.definition()
-
-
-def test_a_tokenizer_of_gpt2s_kind_is_read_from_hugging_faces_file(trained, tmp_path):
-    vocab, merges = map(str, gpt2_files(tmp_path, trained.merges))
-    theirs = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(vocab, merges))
-    theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    theirs.add_special_tokens(["<|endoftext|>", "<|new|>"])
-    theirs.save(str(tmp_path / "theirs.json"))
-    tokenizer = Tokenizer.from_huggingface(tmp_path / "theirs.json")
-    assert tokenizer.definition()["merges"] == Tokenizer(trained.merges).definition()["merges"]
-    for text in [COMMON, NASTY["scripts"], "a<|new|>b<|endoftext|>"]:
-        assert tokenizer.encode(text, special=True) == theirs.encode(text).ids
-
-
-@pytest.mark.parametrize("name, value", [
-    ("normalizer", {"type": "NFC"}), ("model", {"type": "WordPiece"}), ("model", None),
-    ("pre_tokenizer", {"type": "Whitespace"}), ("pre_tokenizer", None), ("added_tokens", [{}]),
-    ("pre_tokenizer", {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}),
-    ("model", {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]}),
-])
-def test_what_hugging_face_can_do_and_we_cannot_is_refused(trained, tmp_path, name, value):
-    trained.to_huggingface(tmp_path)
-    path = tmp_path / "tokenizer.json"
-    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {name: value}))
-    with pytest.raises(ValueError, match="tokenizer.json cannot be read as Hugging Face"):
-        Tokenizer.from_huggingface(path)
-
-
-def test_an_export_overwrites_no_tokenizer_of_ours_and_tells_all_tokens_apart(trained, tmp_path):
-    trained.save(tmp_path / "tokenizer.json")
-    with pytest.raises(ValueError, match="give another folder"):
-        trained.to_huggingface(tmp_path)
-    with pytest.raises(ValueError, match="special token 'e' is written as token 101 is"):
-        Tokenizer(trained.merges, ["e"]).to_huggingface(tmp_path / "new")
-
-
-@pytest.mark.parametrize("special", [SPECIAL_TOKENS, {"<|x|>": 9000}])
-def test_a_rank_file_holds_the_tokens_as_tiktoken_reads_them(trained, tmp_path, special):
-    tokenizer = Tokenizer(trained.merges, special, GPT2_SPLIT, GPT2_BYTES)
-    tokenizer.to_rank_file(tmp_path / "t.tiktoken")
-    ranks = load_tiktoken_bpe(str(tmp_path / "t.tiktoken"))
-    assert ranks == tokenizer.to_tiktoken()._mergeable_ranks
-    again = Tokenizer.from_rank_file(tmp_path / "t.tiktoken", special, GPT2_SPLIT)
-    assert again.definition() == tokenizer.definition()
-
-
-@pytest.mark.parametrize("wrong, problem", [
-    (lambda lines: lines[1:], "the first 256 ids must be the 256 bytes"),
-    (lambda lines: lines[:300] + lines[301:], "token 301 is not the merge of two before it"),
-    (lambda lines: lines + [b"YQ 700"], "line 595 must be a token in base64"),
-    (lambda lines: lines + [b"YWE= x"], "line 595 must be a token in base64"),
-    (lambda lines: lines + [b"\xff"], "line 595 must be a token in base64"),
-    (lambda lines: [], "the first 256 ids must be the 256 bytes"),
-])
-def test_a_rank_file_that_is_damaged_is_refused(trained, tmp_path, wrong, problem):
-    trained.to_rank_file(tmp_path / "t.tiktoken")
-    lines = (tmp_path / "t.tiktoken").read_bytes().splitlines()
-    (tmp_path / "t.tiktoken").write_bytes(b"\n".join(wrong(lines)))
-    with pytest.raises(ValueError, match=problem):
-        Tokenizer.from_rank_file(tmp_path / "t.tiktoken")
-
-
 def test_a_vocabulary_in_gpt2s_files_keeps_its_ids(trained, tmp_path):
     files = gpt2_files(tmp_path, trained.merges)
     tokenizer = Tokenizer.from_gpt2(*files, special_tokens=["<|endoftext|>", "<|end|>"])
@@ -602,14 +494,6 @@ def test_what_is_loaded_is_what_was_saved(trained, tmp_path):
         assert again.encode(COMMON) == tokenizer.encode(COMMON)
 
 
-def test_a_file_without_a_chat_template_still_loads(trained, tmp_path):
-    trained.save(tmp_path / "t.json")
-    state = json.loads((tmp_path / "t.json").read_text(encoding="utf-8"))
-    del state["chat_template"]
-    (tmp_path / "t.json").write_text(json.dumps(state))
-    assert Tokenizer.load(tmp_path / "t.json").hash() == trained.hash()
-
-
 def test_another_tokenizer_has_another_hash(trained):
     changes = [dict(merges=trained.merges[:-1]), dict(special_tokens=SPECIAL_TOKENS[1:]),
                dict(pattern=GPT2_SPLIT), dict(byte_order=GPT2_BYTES)]
@@ -617,64 +501,164 @@ def test_another_tokenizer_has_another_hash(trained):
     assert len({tokenizer.hash() for tokenizer in [trained, *others]}) == 5
 
 
-def damage(state, **changes):
-    return json.dumps({**state, **changes})
+def test_a_file_names_its_split_or_carries_the_pattern(trained, tmp_path):
+    for pattern, written in (GPT2_SPLIT, "gpt2"), (r"\S+|\s+", r"\S+|\s+"):
+        Tokenizer(trained.merges, pattern=pattern).save(tmp_path / "t.json")
+        assert json.loads((tmp_path / "t.json").read_bytes())["pattern"] == written
+        assert Tokenizer.load(tmp_path / "t.json").pattern == pattern
 
 
 @pytest.mark.parametrize("wrong, problem", [
-    (lambda state: json.dumps(state)[:-40], "not JSON"),
-    (lambda state: "\0\1", "not JSON"), (lambda state: "[" * 10**5, "not JSON"),
-    (lambda state: "[]", "not a tokenizer of this program"),
-    (lambda state: json.dumps({"model": {"type": "BPE"}}), "not a tokenizer of this program"),
-    (lambda state: '{"a":' * 10**5, "not JSON"), (lambda state: "1" * 10**5, "not JSON"),
-    (lambda state: "\udcff", "not JSON"), (lambda state: "", "not JSON"),
-    (lambda state: damage(state, version=9), "version 9"),
-    (lambda state: damage(state, version="9\n" * 10**5), "version '9"),
-    (lambda state: damage(state, pattern=GPT2_SPLIT), "is damaged: its sha256"),
-    (lambda state: damage(state, merges=state["merges"][:-1]), "is damaged: its sha256"),
-    (lambda state: damage(state, merges=["Ġ"]), "is damaged"),
-    (lambda state: damage(state, merges=7), "is damaged"),
-    (lambda state: damage(state, merges=["a b" * 10**5]), "is damaged"),
-    (lambda state: damage(state, special_tokens={"a": 1e9}), "is damaged"),
-    (lambda state: damage(state, special_tokens={"a": "b"}), "is damaged"),
-    (lambda state: damage(state, bytes="a"), "is damaged"),
-    (lambda state: damage(state, chat_template="{{ messages }}"), "its chat_template is another"),
-    (lambda state: damage(state, pattern="(?:"), "is damaged"),
-    (lambda state: damage(state, pattern=None), "is damaged"),
+    (lambda state: json.dumps(state)[:-40], "cannot be read"),
+    (lambda state: "\0\1", "cannot be read"), (lambda state: "[" * 10**5, "cannot be read"),
+    (lambda state: "\udcff", "cannot be read"), (lambda state: "", "cannot be read"),
+    (lambda state: "[]", "no tokenizer of this program"),
+    (lambda state: dict(model={"type": "BPE"}), "no tokenizer of this program"),
+    (lambda state: state | dict(format="byte-level BPE", version=1), "an older version wrote it"),
+    (lambda state: state | dict(patern="gpt2"), "unknown field 'patern', did you mean pattern?"),
+    (lambda state: {k: v for k, v in state.items() if k != "bytes"}, "'bytes'"),
+    (lambda state: state | dict(merges=["Ġ"]), "cannot be read"),
+    (lambda state: state | dict(merges=7), "merges=7 must be list"),
+    (lambda state: state | dict(merges=["a b" * 10**5]), "cannot be read"),
+    (lambda state: state | dict(merges=state["merges"][::-1]), "both must be tokens before it"),
+    (lambda state: state | dict(special_tokens={"a": 1e9}), "cannot have id 1000000000.0"),
+    (lambda state: state | dict(special_tokens={"a": "b"}), "cannot have id 'b'"),
+    (lambda state: state | dict(bytes="a"), "the 256 bytes, in any order"),
+    (lambda state: state | dict(pattern="(?:"), "does not compile"),
+    (lambda state: state | dict(pattern=None), "pattern=None must be str"),
 ])
 def test_a_file_that_is_wrong_or_damaged_is_refused_in_one_line(trained, tmp_path, wrong, problem):
     trained.save(tmp_path / "t.json")
-    state = json.loads((tmp_path / "t.json").read_text(encoding="utf-8"))
-    (tmp_path / "t.json").write_bytes(wrong(state).encode("utf-8", "surrogateescape"))
-    for load in Tokenizer.load, Tokenizer.from_huggingface:
-        with pytest.raises(ValueError) as error:
-            load(tmp_path / "t.json")
-        said = str(error.value)
-        assert "t.json" in said and (problem in said or load != Tokenizer.load)
-        assert "\n" not in said and len(said) < 400 + len(str(tmp_path))
+    content = wrong(json.loads((tmp_path / "t.json").read_bytes()))
+    content = content if isinstance(content, str) else json.dumps(content)
+    (tmp_path / "t.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match="t.json") as error:
+        Tokenizer.load(tmp_path / "t.json")
+    said = str(error.value)
+    assert problem in said and "\n" not in said and len(said) < 400 + len(str(tmp_path))
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(10))
 def test_of_a_file_damaged_anywhere_all_that_can_be_wrong_is_a_value_error(trained, tmp_path, seed):
-    rng, paths = random.Random(seed), (tmp_path / "t.json", tmp_path / "tokenizer.json")
-    trained.save(paths[0])
-    trained.to_huggingface(tmp_path)
-    for path, load in zip(paths, (Tokenizer.load, Tokenizer.from_huggingface)):
-        whole = path.read_bytes()
-        for start in [rng.randrange(len(whole)) for _ in range(9)]:
-            path.write_bytes(whole[:start] + rng.randbytes(2) + whole[start + rng.randrange(9):])
-            with contextlib.suppress(ValueError):  # what is not refused is not damaged
-                assert load(path).encode(COMMON) == trained.encode(COMMON) or path != paths[0]
+    rng, path = random.Random(seed), tmp_path / "t.json"
+    trained.save(path)
+    whole = path.read_bytes()
+    for start in [rng.randrange(len(whole)) for _ in range(9)]:
+        path.write_bytes(whole[:start] + rng.randbytes(2) + whole[start + rng.randrange(9):])
+        with contextlib.suppress(ValueError):
+            Tokenizer.load(path).encode(COMMON)
 
 
 # -----------------------------------------------------------------------------
-# All cores, and the commands.
+# What every command shares.
+
+
+def option(default, help, **more):
+    metadata = dict(help=help, **more)
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class First:
+    """The first options."""
+    run: str = option("", "a folder", positional=True)
+    n_layer: int = option(3, "how many, 100% whole")
+    dropout: float | None = option(None, "a share")
+    bias: bool = option(True, "whether")
+    stop: list = option([], "texts")
+    hidden: int = 4
+
+
+@dataclass(frozen=True)
+class Second:
+    """The second options."""
+    n_layer: int = option(9, "not shown: the first has it")
+    seed: int = option(0, "a number")
+
+
+@pytest.mark.parametrize("words, first, second", [
+    ("", {}, {}), ("runs/a", dict(run="runs/a"), {}),
+    ("--n_layer=5 runs/a --no-bias --seed 2", dict(run="runs/a", n_layer=5, bias=False),
+     dict(seed=2)),
+    ("--dropout=1 --stop=a --stop=b", dict(dropout=1.0, stop=["a", "b"]), {}),
+])
+def test_options_are_the_fields_that_were_typed(monkeypatch, words, first, second):
+    monkeypatch.setattr("sys.argv", ["command.py", *words.split()])
+    assert parse_options("A command.", First, Second) == [first, second]
+
+
+@pytest.mark.parametrize("words, said", [
+    ("--n-layer=5", "unknown option --n-layer, did you mean --n_layer?"),
+    ("--hidden=5", "unknown option --hidden"), ("--n_layer=x", "invalid int value: 'x'"),
+    ("--help", "The second options:"), ("--help", "how many, 100% whole (default 3)"),
+])
+def test_help_and_wrong_options_come_from_the_fields(monkeypatch, capsys, words, said):
+    monkeypatch.setattr("sys.argv", ["command.py", words])
+    with pytest.raises(SystemExit) as end:
+        parse_options("A command.", First, Second)
+    out, err = capsys.readouterr()
+    assert said in out + err and end.value.code == (2 if err else 0) and err.count("\n") < 2
+
+
+@pytest.mark.parametrize("values, problem", [
+    (dict(n_layer=True), "n_layer=True must be int"), (dict(n_layer=2.0), "2.0 must be int"),
+    (dict(n_layer=2**31), "must be int below 2**31"), (dict(n_layr=1), "did you mean n_layer?"),
+    (dict(dropout=float("nan")), "dropout=nan must be float below 2**31 or null"),
+    (dict(bias=1), "bias=1 must be bool"), (dict(stop="a"), "stop='a' must be list"),
+    ([], "it must be a dict of fields"),
+])
+def test_a_wrong_field_of_a_json_file_is_named(values, problem):
+    with pytest.raises(ValueError, match=r"^some/config.json.*" + regex.escape(problem)):
+        check_fields(First, values, "some/config.json")
+
+
+def test_right_fields_of_a_json_file_make_the_dataclass():
+    values = dict(n_layer=1, dropout=1, bias=False, stop=["a"])
+    assert check_fields(First, values, "some/config.json") == First(**values)
+    assert check_fields(First, dict(dropout=None), "some/config.json") == First()
+
+
+@pytest.mark.parametrize("error, said", [
+    (KeyError("a"), "f.json cannot be read: KeyError('a')"), (RecursionError("deep"), "RecursionError('deep')"),
+    (ValueError("two\nlines"), "f.json cannot be read: two lines"), (EOFError(), "EOFError()"),
+    (ValueError("f.json has no end"), "f.json has no end"), (OSError(2, "gone"), "gone"),
+])
+def test_whatever_goes_wrong_in_reading_a_file_is_one_line_with_its_path(error, said):
+    with pytest.raises(OSError if isinstance(error, OSError) else ValueError) as caught:
+        with reading("f.json"):
+            raise error
+    assert str(caught.value).endswith(said)
+    assert isinstance(error, OSError) or str(caught.value).startswith("f.json ")
+
+
+def test_json_is_written_and_read_back_whatever_a_file_name_holds(tmp_path):
+    values = {"path": "na\udcffme é 🙂", "n": [1, None, 0.5]}
+    module.write_json(tmp_path / "a.json", values)
+    assert json.loads((tmp_path / "a.json").read_bytes()) == values
 
 
 def test_jobs_on_all_cores_come_back_in_order():
     jobs = [(i, 3) for i in range(40)]
     assert [*on_all_cores(pow, iter(jobs))] == [i**3 for i in range(40)]
     assert [*on_all_cores(pow, [])] == [] and [*on_all_cores(pow, [(2, 5)])] == [32]
+
+
+@pytest.mark.parametrize("words", [["-"], ["-c"], ["script.py"]])
+def test_a_script_without_the_main_guard_neither_hangs_nor_starts_ever_more(tmp_path, words):
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+            "import tokenizer; tokenizer.JOB = 1000\n"
+            "print(len(tokenizer.train_fast(['a few words '] * 300, 270)), flush=True)\n")
+    (tmp_path / "script.py").write_text(code)
+    words = [*words, code] if words == ["-c"] else words
+    done = subprocess.run([sys.executable, *words], input=code, capture_output=True, text=True,
+                          cwd=tmp_path, timeout=60)
+    assert done.returncode == 0 and {*done.stdout.split()} == {"8"} and done.stderr == ""
+
+
+# -----------------------------------------------------------------------------
+# The commands.
 
 
 def test_the_commands_train_encode_decode_and_show(tmp_path):
@@ -708,36 +692,30 @@ def test_output_may_be_closed_before_its_end(trained, tmp_path):
     assert process.stderr.read() == b"" and process.wait() == 0
 
 
-def test_the_commands_compare_and_export(trained, tmp_path):
+def test_compare_shows_a_line_for_each_tokenizer(trained, tmp_path):
     (tmp_path / "text.txt").write_text(COMMON * 40)
     trained.save(tmp_path / "tokenizer.json")
-    for form, out in ("huggingface", "hf"), ("tiktoken", "t.tiktoken"):
-        done = run("tokenizer.py", "export", f"--format={form}", f"--out={out}", cwd=tmp_path)
-        assert out in done.stdout and done.returncode == 0
-    words = ["compare", "text.txt", "hf", "cl100k", "o200k_base"]
-    header, ours, hf, wrong, openai = run("tokenizer.py", *words, cwd=tmp_path).stdout.splitlines()
+    Tokenizer(trained.merges[:9]).save(tmp_path / "few.json")
+    words = ["compare", "text.txt", "few.json", "cl100k", "o200k_base"]
+    header, ours, few, wrong, openai = run("tokenizer.py", *words, cwd=tmp_path).stdout.splitlines()
     n = len(trained.encode(COMMON * 40))
-    assert ours.split()[1:3] == hf.split()[1:3] == [str(trained.n_vocab), f"{n:,}"]
-    assert "not loaded: no such file, and none of" in wrong and openai.startswith("o200k_base ")
-    assert Tokenizer.from_huggingface(tmp_path / "hf").definition() == trained.definition()
-    assert Tokenizer.from_rank_file(tmp_path / "t.tiktoken").definition() == trained.definition()
+    assert ours.split()[1:3] == [str(trained.n_vocab), f"{n:,}"] and few.split()[1] == "271"
+    assert "not loaded: [Errno 2] No such file" in wrong and openai.startswith("o200k_base ")
 
 
 @pytest.mark.parametrize("words, code, problem", [
     (["train", "missing.txt"], 1, "No such file or directory: missing.txt"),
     (["train", "empty"], 1, "the input is empty"),
     (["train", "binary"], 1, "zero byte"),
-    (["train", "latin"], 1, "latin is not text in UTF-8"),
+    (["train", "latin"], 1, "latin cannot be read: 'utf-8' codec can't decode byte 0xe9"),
     (["train", "text", "--vocab_size=9"], 1, "vocab_size=9 is too small"),
-    (["show", "a", "--tokenizer=text"], 1, "text is damaged or not JSON"),
+    (["show", "a", "--tokenizer=text"], 1, "text cannot be read"),
     (["decode", "x", "--tokenizer=text"], 1, "'x' is not a token id"),
     (["train", "text", "--vocab-size=9"], 2, "--vocab-size, did you mean --vocab_size?"),
     (["trian", "text"], 2, "invalid choice: 'trian'"),
     (["show"], 2, "required: input"),
     (["compare", "empty"], 1, "empty is empty"),
-    (["compare", "text", "--tokenizer=text"], 1, "text is damaged or not JSON"),
-    (["export", "--tokenizer=missing"], 1, "No such file or directory: missing"),
-    (["export", "text"], 2, "export takes no input, but --tokenizer"),
+    (["export"], 1, "export has moved: python -m chapters.export tokenizer.json"),
     (["train", "text", "--out=."], 1, ". is a folder: give the name of a file to write"),
 ])
 def test_a_mistake_is_one_line_with_the_way_out(tmp_path, words, code, problem):
