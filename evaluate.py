@@ -1,17 +1,15 @@
 """
 Scores of trained models: run folders go in; tables, scores.json and scores.png come out.
 
-    python evaluate.py                           # the newest run, on the text held out from training
-    python evaluate.py runs/a runs/b             # side by side, with paired intervals
-    python evaluate.py --tasks=rows --rows=questions.jsonl
-    python evaluate.py --tasks=hellaswag,arc_easy --n_shots=5 --card    # by chapters/exams.py
+    python evaluate.py                        # the newest run, on the text held out from training
+    python evaluate.py runs/a runs/b          # side by side, with paired intervals
+    python evaluate.py --tasks=rows --rows=questions.jsonl    # a file like EXAMPLE_ROW, one a line
+    python evaluate.py --tasks=hellaswag,arc_easy --n_shots=5 --card
 
-Each score stands beside what guessing gets, with its 95% interval. Task rows is multiple choice
-from a file of your own, one {"context": "2 + 2 =", "choices": ["3", "4"], "answer": 1} a line.
-Tasks and options that are not in this file are chapters/exams.py's: python -m chapters.exams --help
+Each score stands beside what guessing gets, with its 95% interval. Tasks and options that are not
+in this file, such as those of the last line, are left to chapters/exams.py.
 """
 
-import hashlib
 import itertools
 import json
 import math
@@ -29,9 +27,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import check_shards, file_hash, read_split
-from model import cap_logits, check_known, option, read_header
-from sample import (load_run, new_cache, newest_run, pick_checkpoint, pick_device, pick_precision)
+from data import check_shards, read_split
+from model import cap_logits, check_known, option
+from sample import load_run, new_cache, newest_run, pick_checkpoint, pick_device, pick_precision
 from tokenizer import (Tokenizer, parse_options, read_json, reading, replacing, run_command,
                        write_json)
 
@@ -111,11 +109,12 @@ def score_shared(model, groups, title="scoring"):
             batch = [i for i in order[:n_groups] if len(heads[i]) == T]
             order = order[len(batch):]
             rest = torch.tensor([heads[i][len(head):] for i in batch], dtype=torch.long)
-            rows = [(groups[i][0][-1:] + after, len(after)) for i in batch for after in groups[i][1]]
+            ends = [(groups[i][0][-1:] + after, len(after))
+                    for i in batch for after in groups[i][1]]
             parents = [j for j, i in enumerate(batch) for _ in groups[i][1]]
-            read = extend_cache(model, common, [0] * len(batch), rest)
-            read = extend_cache(model, read, parents, rest[:0], max(n for _, n in rows))
-            scored = iter(read_ends(model, rows, read))
+            cache = extend_cache(model, common, [0] * len(batch), rest)
+            cache = extend_cache(model, cache, parents, rest[:, :0], max(n for _, n in ends))
+            scored = iter(read_ends(model, ends, cache))
             for i in batch:
                 results[i] = list(itertools.islice(scored, len(groups[i][1])))
             bar.update(len(batch))
@@ -165,11 +164,9 @@ def windows(tokens, block_size, stride):
     if not 1 <= stride <= block_size:
         raise ValueError(f"stride={stride} must be 1 to block_size={block_size}")
     rows, done = [], 1
-    for start in range(0, len(tokens), stride):
-        stop = min(start + block_size + 1, len(tokens))
-        if stop > done:
-            rows.append((tokens[max(0, stop - block_size - 1):stop], stop - done))
-            done = stop
+    for stop in [*range(block_size + 1, len(tokens), stride), len(tokens)]:
+        rows.append((tokens[max(0, stop - block_size - 1):stop], stop - done))
+        done = stop
     return rows
 
 
@@ -222,7 +219,7 @@ def central(values):
 
 
 def bootstrap(sums, units, n_resamples=1000, seed=0):
-    """The interval of sum(sums) / sum(units), where block i of the text has sums[i] and units[i]."""
+    """The interval of sum(sums) / sum(units), where block i of a text has sums[i] and units[i]."""
     return central(resamples(np.stack([sums, units], axis=1), ratio, n_resamples, seed))
 
 
@@ -269,26 +266,27 @@ def read_jsonl(path):
 
 def is_question(row):
     """Whether a dict that a file held is a question of multiple choice."""
-    context, choices, answer = row["context"], row["choices"], row["answer"]
-    contexts = context if isinstance(context, list) else [context]
-    return (isinstance(choices, list) and len(contexts) in (1, len(choices))
-            and all(isinstance(text, str) for text in contexts + choices)
-            and type(answer) is int and 0 <= answer < len(choices))
+    context, choices, answer = (row.get(name) for name in ("context", "choices", "answer"))
+    if not isinstance(choices, list):
+        return False
+    contexts = context if isinstance(context, list) else [context] * len(choices)
+    return (len(contexts) == len(choices) and type(answer) is int and 0 <= answer < len(choices)
+            and all(isinstance(text, str) for text in contexts + choices))
 
 
 def format_row(row):
-    """The question of a row of task rows; ValueError if it is none."""
-    if not (isinstance(row, dict) and {"context", "choices", "answer"} <= {*row}
-            and is_question(row) and len(row["choices"]) > 1 and all(map(str.strip, row["choices"]))):
+    """The question of a row of your own; ValueError if it is none."""
+    if not (isinstance(row, dict) and is_question(row) and len(row["choices"]) > 1
+            and all(map(str.strip, row["choices"]))):
         raise ValueError(f"this is not a row like {EXAMPLE_ROW}, with two or more choices and the "
                          f"answer's place: {row!r:.60}")
-    spaced = isinstance(row["context"], str) and row["context"][-1:].isspace()
+    spaced = str(row["context"])[-1:].isspace()
     return dict(row, between="" if spaced else " ")
 
 
 def read_rows(path, format_row=format_row):
-    """The questions that format_row makes of the rows of a .jsonl file; ValueError names the first
-    line that is no such row."""
+    """The questions that format_row makes of a .jsonl file; ValueError names the first line that
+    is no such row."""
     questions = []
     for number, row in read_jsonl(path):
         with reading(f"{path}, line {number}"):
@@ -296,14 +294,6 @@ def read_rows(path, format_row=format_row):
     if not questions:
         raise ValueError(f"{path} holds no rows; one a line is read, such as {EXAMPLE_ROW}")
     return questions
-
-
-def pick_some(questions, n_questions, seed):
-    """n_questions of them, in their order, the same for the same seed; all without a number."""
-    if not n_questions or n_questions >= len(questions):
-        return questions
-    picked = random.Random(seed).sample(range(len(questions)), n_questions)
-    return [questions[i] for i in sorted(picked)]
 
 
 def shuffled(rng, context, right, wrong):
@@ -316,21 +306,17 @@ def shuffled(rng, context, right, wrong):
 def continuation_rows(texts, n_rows=200, seed=0):
     """Questions made of the texts: 40 words, then in any order the 8 that follow and three times 8
     from other places. The same texts and seed give the same questions."""
-    rng, rows = random.Random(seed), []
-    texts = [re.findall(r"\S+\s*", text) for text in texts]
-    starts = [(words, i) for words in texts
-              for i in range(CONTEXT_WORDS, len(words) - CHOICE_WORDS + 1, CHOICE_WORDS)]
-    pieces = ["".join(words[i:i + CHOICE_WORDS]).rstrip() for words, i in starts]
-    usable = [i for i, piece in enumerate(pieces) if len(piece) <= 100]  # not some table of data
-    distinct = sorted({pieces[i] for i in usable})
-    if len(distinct) < 4:
+    rng, texts = random.Random(seed), [re.findall(r"\S+\s*", text) for text in texts]
+    cuts = [("".join(words[i - CONTEXT_WORDS:i]), "".join(words[i:i + CHOICE_WORDS]).rstrip())
+            for words in texts
+            for i in range(CONTEXT_WORDS, len(words) - CHOICE_WORDS + 1, CHOICE_WORDS)]
+    cuts = [(context, piece) for context, piece in cuts if len(piece) <= 100]  # no tables of data
+    pieces = sorted({piece for _, piece in cuts})
+    if len(pieces) < 4:
         raise ValueError(f"the held-out text is too short for continuation questions of "
                          f"{CONTEXT_WORDS + CHOICE_WORDS} words: leave continuation out of --tasks")
-    for i in rng.sample(usable, min(n_rows, len(usable))):
-        words, start = starts[i]
-        context = "".join(words[start - CONTEXT_WORDS:start])
-        rows.append(shuffled(rng, context, pieces[i], rng.sample(distinct, 4)))
-    return rows
+    return [shuffled(rng, context, piece, rng.sample(pieces, 4))
+            for context, piece in rng.sample(cuts, min(n_rows, len(cuts)))]
 
 
 # -----------------------------------------------------------------------------
@@ -342,7 +328,7 @@ def score_text(model, tokenizer, questions, config):
     """Perplexity and bits per byte of documents {"target"}, in blocks of text of like length. The
     end of a document is a token without bytes."""
     documents = tokenizer.encode_batch([question["target"] for question in questions])
-    tokens = np.array(sum(([tokenizer.eot, *ids] for ids in documents), []))
+    tokens = np.concatenate([[tokenizer.eot, *ids] for ids in documents])
     stride = model.config.block_size if config.stride == "rolling" else config.stride
     nats, tokens = surprisal(model, tokens, stride and int(stride)), tokens[1:]
     lengths = np.array([len(token) for token in tokenizer.token_bytes()])
@@ -365,20 +351,15 @@ def pairs_of(question):
 
 
 def score_choice(question, scored):
-    """All that can be said of a question whose choices have these log-likelihoods. acc takes the
-    likeliest choice, acc_norm per character, acc_bytes per byte; greedy: whether the answer is what
-    greedy sampling writes; true mass: the share of probability of all choices that are true."""
-    sums, answer = np.array([score for score, _ in scored]), question["answer"]
-    n_chars, n_bytes = ([len(choice) for choice in choices] for choices in (
-        question["choices"], [choice.encode() for choice in question["choices"]]))
-    shares = np.exp(sums - np.logaddexp.reduce(sums))
+    """Whether the answer is the likeliest of the choices that have these (log-likelihood, greedy):
+    acc by the log-likelihood, acc_norm by that per character, acc_bytes by that per byte."""
+    sums, choices, answer = [n for n, _ in scored], question["choices"], question["answer"]
+    sizes = dict(acc=1, acc_norm=[len(choice) for choice in choices],
+                 acc_bytes=[len(choice.encode()) for choice in choices])
     with np.errstate(divide="ignore"):  # a choice without characters is never taken
-        right = {name: float((sums / lengths).argmax() == answer) for name, lengths in (
-            ("acc", 1), ("acc_norm", n_chars), ("acc_bytes", n_bytes))}
-    values = right | {"greedy": float(scored[answer][1]), "perplexity": -sums[answer],
-                      "true mass": shares @ question.get("labels", sums * 0)}
-    vectors = {name: [float(value), 1.0] for name, value in values.items()}
-    return vectors | {"shown": dict(scores=sums.tolist(), answer=answer)}
+        right = {name: np.divide(sums, size).argmax() == answer for name, size in sizes.items()}
+    shown = dict(scores=sums, answer=answer, greedy=scored[answer][1])
+    return {name: [float(value), 1.0] for name, value in right.items()} | {"shown": shown}
 
 
 def score_choices(model, tokenizer, questions, config=None):
@@ -388,8 +369,7 @@ def score_choices(model, tokenizer, questions, config=None):
     outcomes = [score_choice(question, [next(scored) for _ in question["choices"]])
                 for question in questions]
     chance = np.mean([1 / len(question["choices"]) for question in questions])
-    true = np.mean([np.mean(question.get("labels", 0)) for question in questions])
-    return outcomes, {"acc": chance, "acc_norm": chance, "acc_bytes": chance, "true mass": true}
+    return outcomes, dict.fromkeys(("acc", "acc_norm", "acc_bytes"), chance)
 
 
 def multiple_choice(model, tokenizer, rows):
@@ -421,111 +401,68 @@ def written(value, metric, sign=""):
     return f"{value:{sign},.0f}" if abs(value) >= 1000 else f"{value:{sign}#.4g}"
 
 
-def columns(lines):
+def table(lines):
     """Lines of cells as text, each column as wide as its widest cell."""
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 def cells(scores):
-    """The table of a run, as lines of cells."""
-    yield "task", "metric", "score", "95% interval", "guessing", "measured on"
+    """Scores as the lines of a table; the last column is for runs that were compared."""
+    compared = any(row.get("difference") for row in scores)
+    lines = [("task", "metric", "run", "score", "95% interval", "guessing", "measured on",
+              "minus the first run" if compared else "")]
     for row in scores:
         value, low, high, chance = (written(row[name], row["metric"])
                                     for name in ("value", "low", "high", "chance"))
-        yield (row["task"], row["metric"], value, f"{low} to {high}", chance,
-               f"{row['n']:,} {row['unit']}")
+        gap, least, most = row.get("difference") or (0, 0, 0)
+        verdict = "may be chance" if least <= 0 <= most else "differs"
+        gap, least, most = (written(value, row["metric"], "+") for value in (gap, least, most))
+        lines.append((row["task"], row["metric"], row["run"], value, f"{low} to {high}", chance,
+                      f"{row['n']:,} {row['unit']}", f"{gap}, {least} to {most}: {verdict}"
+                      if row.get("difference") else ""))
+    return lines
 
 
-def table(scores):
-    return columns(list(cells(scores)))
-
-
-def compare(reports, tasks):
-    """Each score of each run beside the same of the first: a list of dicts with the difference and
-    its paired 95% interval, both None where the runs did not get the same questions."""
-    rows = []
-    for i, row in enumerate(reports[0]["scores"]):
-        name, metric = row["task"], row["metric"]
-        first = reports[0]["results"][name]
-        for report in reports:
-            result, gap = report["results"][name], None
-            if report is not reports[0] and first["questions"] == result["questions"]:
-                a, b = (np.array(part["vectors"][metric]) for part in (first, result))
-                gap = difference(a, b, tasks[name].metrics[metric])
-            value, low, high = gap or (None, None, None)
-            rows.append(dict(task=name, metric=metric, run=report["run"], n=result["n"],
-                             value=report["scores"][i]["value"], difference=value, low=low,
-                             high=high, differs=bool(gap) and not low <= 0 <= high))
-    return rows
-
-
-def leaderboard(rows):
-    """The comparison as lines of text."""
-    lines = [("task", "metric", "run", "score", "minus the first", "95% interval", "")]
-    for row in rows:
-        value, gap, low, high = (written(row[name], row["metric"], sign) for name, sign in (
-            ("value", ""), ("difference", "+"), ("low", "+"), ("high", "+")))
-        paired = (gap, f"{low} to {high}", "differs" if row["differs"] else "may be chance")
-        lines.append((row["task"], row["metric"], row["run"], value,
-                      *(paired if row["difference"] is not None else ("", "", ""))))
-    return columns(lines)
-
-
-PANELS = {  # metric: (label, scale, lowest value, how values are written) of its panel
-    "perplexity": ("perplexity (lower is better)", "log", 1, "{x:,.0f}"),
-    "bits per byte": ("bits per byte (lower is better)", "linear", 0, "{x:.1f}"),
-    "share": ("share of the best possible (higher is better)", "linear", 0, "{x:.0%}"),
+PANELS = {  # metric: (label, scale, limits, how values are written) of its panel
+    "perplexity": ("perplexity (lower is better)", "log", (1, None), "{x:,.0f}"),
+    "bits per byte": ("bits per byte (lower is better)", "linear", (0, None), "{x:.1f}"),
+    "share": ("share of the best possible (higher is better)", "linear", (0, 1), "{x:.0%}"),
 }
 
 
-def draw_panel(ax, panel, runs):
-    """One line a score: the runs {name: rows} with their intervals, and what guessing gets."""
-    first = next(iter(runs.values()))
-    chance = [math.nan if row["chance"] is None else row["chance"] for row in first]
-    ax.plot(chance, range(len(first)), "D", color="#bbbbbb", markersize=6, label="guessing")
-    for i, (name, rows) in enumerate(runs.items()):
-        value, low, high = np.array([[row[part] for part in ("value", "low", "high")]
-                                     for row in rows]).T
-        spread = np.maximum(0, [value - low, high - value])  # rounding may make them negative
-        heights = np.arange(len(rows)) + 0.5 * (i + 0.5) / len(runs) - 0.25
-        ax.errorbar(value, heights, xerr=spread, fmt="o", capsize=4, label=f"{name}, 95% interval")
-        for y, row in zip(heights, rows):
-            ax.annotate(written(row["value"], row["metric"]), (row["value"], y), (0, 4),
-                        ha="center", textcoords="offset points", fontsize=8)
-    label, scale, lowest, form = PANELS[panel]
-    ax.set(xlabel=label, xscale=scale, xlim=(lowest, 1 if panel == "share" else None),
-           yticks=range(len(first)), yticklabels=[f"{r['task']}, {r['metric']}" for r in first],
-           ylim=(len(first) - 0.4, -0.8))
-    ax.xaxis.set_major_formatter(form)
-    ax.grid(axis="x", alpha=0.3)
-
-
-def draw_scores(scores, title, path):
-    """A picture of {run: scores}, a panel for each kind of metric, without calibration."""
+def draw_scores(scores, path):
+    """A picture of scores: a panel for each kind of metric, a line in it for each score."""
     from matplotlib.figure import Figure  # not pyplot, which would change a notebook's own plots
-    panels, sizes = defaultdict(lambda: defaultdict(list)), []
-    for run, rows in scores.items():
-        for row in rows:
-            if row["metric"] != "calibration error":
-                panels[row["metric"] if row["metric"] in PANELS else "share"][run].append(row)
-    for runs in panels.values():
-        sizes.append(len(next(iter(runs.values()))) * (0.7 + 0.3 * len(runs)) + 0.8)
-    fig = Figure(figsize=(8, 1.2 + 0.65 * sum(sizes)), dpi=120, layout="constrained")
-    axes = fig.subplots(len(panels), squeeze=False, height_ratios=sizes)[:, 0]
-    for ax, (panel, runs) in zip(axes, panels.items()):
-        draw_panel(ax, panel, runs)
-    fig.suptitle(title)
-    fig.legend(*axes[-1].get_legend_handles_labels(), loc="outside lower center", frameon=False)
+    panels = defaultdict(list)
+    for row in scores:
+        if row["metric"] != "calibration error":
+            panels[row["metric"] if row["metric"] in PANELS else "share"].append(row)
+    fig = Figure(figsize=(8, 1 + 0.9 * len(panels) + 0.4 * len(scores)), layout="constrained")
+    ratios = [len(rows) + 1 for rows in panels.values()]
+    axes = fig.subplots(len(panels), squeeze=False, height_ratios=ratios)[:, 0]
+    for ax, (kind, rows) in zip(axes, panels.items()):
+        value, low, high, chance = np.array([[row[name] for name in (
+            "value", "low", "high", "chance")] for row in rows], float).T  # None becomes nan
+        ax.plot(chance, range(len(rows)), "D", color="#bbbbbb", label="guessing")
+        ax.errorbar(value, range(len(rows)), xerr=np.maximum(0, [value - low, high - value]),
+                    fmt="o", capsize=4, label="score, with its 95% interval")
+        for i, row in enumerate(rows):
+            ax.annotate(written(row["value"], row["metric"]), (row["value"], i), (0, 4),
+                        ha="center", textcoords="offset points", fontsize=8)
+        label, scale, limits, form = PANELS[kind]
+        ax.set(xlabel=label, xscale=scale, xlim=limits, ylim=(len(rows) - 0.4, -0.8),
+               yticks=range(len(rows)),
+               yticklabels=[f"{row['task']}, {row['metric']}\n{row['run']}" for row in rows])
+        ax.xaxis.set_major_formatter(form)
+        ax.grid(axis="x", alpha=0.3)
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", frameon=False)
     with replacing(path) as file:
         fig.savefig(file, format="png")
 
 
 # -----------------------------------------------------------------------------
-# Tasks, and the command. Text that tasks are made of comes from texts(split, max_tokens).
-
-# questions: (config, texts) -> questions; score: as above; metrics: {name: what makes it of sums}
-Task = namedtuple("Task", "questions score metrics")
+# Tasks: what they are made of is texts(split, max_tokens), the documents of the first run's shards.
 
 
 def text_questions(config, texts):
@@ -533,85 +470,45 @@ def text_questions(config, texts):
 
 
 def continuation_questions(config, texts):
-    rows = continuation_rows(texts("val", config.max_tokens), config.n_questions or 200, config.seed)
-    return [format_row(row) for row in rows]
+    texts, n_rows = texts("val", config.max_tokens), config.n_questions or 200
+    return [format_row(row) for row in continuation_rows(texts, n_rows, config.seed)]
 
 
 def row_questions(config, texts):
     if not config.rows:
         raise ValueError("the task rows needs a file of questions: --rows=FILE.jsonl")
-    return pick_some(read_rows(config.rows), config.n_questions, config.seed)
+    return read_rows(config.rows)[:config.n_questions]
 
 
+# questions: (config, texts) -> questions; score: as above; metrics: {name: what makes it of sums}
+Task = namedtuple("Task", "questions score metrics")
+SHARES = {"acc": ratio, "acc_norm": ratio}
 TASKS = {
     "perplexity": Task(text_questions, score_text,
                        {"perplexity": exp_ratio, "bits per byte": ratio}),
-    "continuation": Task(continuation_questions, score_choices,
-                         {"acc": ratio, "acc_norm": ratio}),
-    "rows": Task(row_questions, score_choices,
-                 {"acc": ratio, "acc_norm": ratio, "acc_bytes": ratio}),
+    "continuation": Task(continuation_questions, score_choices, SHARES),
+    "rows": Task(row_questions, score_choices, SHARES | {"acc_bytes": ratio}),
 }
 DEFAULT = ["perplexity", "continuation"]
 
 
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """What is scored, and how."""
-    runs: list = option([], "run folders, compared with the first; without one the newest",
-                        positional=True)
-    tasks: str | None = option(None, f"some of {','.join(TASKS)} (default {','.join(DEFAULT)})")
-    rows: str | None = option(None, "questions from this .jsonl file, multiple choice of your own")
-    n_questions: int | None = option(None, "of each task (default 200 of those made here, else all)")
-    data: str | None = option(None, "shards with the held-out text (default those of the training)")
-    max_tokens: int = option(65_536, "score at most this many held-out tokens")
-    stride: str | None = option(None, "tokens the window moves by, or rolling: all of it, as "
-                                "lm-evaluation-harness does (default half of block_size)")
-    reuse: bool = option(False, "take scores of before where nothing has changed since")
-    seed: int = option(0, "of the questions")
-    checkpoint: str = option("best", "best | last | a step")
-    device: str = option("auto", "auto | cuda | mps | cpu")
-    precision: str = option("fp32", "auto | fp32 | bf16 | fp16; scores in fp32 compare across machines")
-
-    def __post_init__(self):
-        for name in ("max_tokens", "n_questions"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.stride not in (None, "rolling") and not re.fullmatch("[0-9]{1,9}", self.stride):
-            raise ValueError(f"stride={self.stride} must be a number of tokens, or rolling")
-
-
-def shards_of(folder):
-    """The shards that a run was trained on; ValueError if it does not say, or they are gone."""
-    config, sources = Path(folder, "config.json"), []
-    with reading(config):
-        data = config.exists() and read_json(config).get("data") or {}
-        path = Path(data.get("path", ""))
-        sources = [source["name"] for source in data.get("sources", ())] or ["SOURCE"]
-    if "path" not in data:
-        raise ValueError(f"{config} does not name the shards: --data=shards/NAME does")
-    if not path.is_dir():
-        raise ValueError(f"the text held out from training is gone ({path}): python data.py "
-                         f"{' '.join(sources)} --tokenizer={Path(folder, 'tokenizer.json')} "
-                         f"--out={path} makes it again")
-    return path
-
-
 def held_out(folder, tokenizer, data=None, max_tokens=65_536, split="val"):
-    """-> (the folder of shards, data or those of a run's training; the first max_tokens of a split
-    of theirs, by default the one held out). ValueError if they are another tokenizer's."""
-    path = Path(data) if data else shards_of(folder)
+    """-> (a folder of shards: data, or those that the run's config.json names; the first max_tokens
+    of a split of theirs). ValueError if they are another tokenizer's."""
+    config, own = Path(folder, "config.json"), Path(folder, "tokenizer.json")
+    with reading(config):
+        path = Path(data or read_json(config)["data"]["path"])
     shards = read_split(path, split)
     check_shards(path, (split,))
     if Tokenizer.load(path / "tokenizer.json").hash() != tokenizer.hash():
-        words = Path(folder, "tokenizer.json")
-        raise ValueError(f"{path} was written with another tokenizer than {words}: python data.py "
-                         f"SOURCE --tokenizer={words} --out=shards/NAME writes shards that fit")
+        raise ValueError(f"{path} was written with another tokenizer than {own}: python data.py "
+                         f"SOURCE --tokenizer={own} --out=shards/NAME writes shards that fit")
     return path, np.concatenate([shard[:max_tokens] for shard in shards])[:max_tokens].astype(int)
 
 
 def make_questions(config, tasks, default, folder):
-    """{task: questions} of the tasks that config names, made of the text of a run's shards. Of
-    those in default, which no one has named, the ones that it is too short for are left out."""
+    """{task: questions} of the tasks that config names. Without a name it is those of default, but
+    for the ones that the text of the run is too short for."""
     @cache
     def texts(split, max_tokens):
         tokenizer = Tokenizer.load(Path(folder, "tokenizer.json"))
@@ -619,14 +516,11 @@ def make_questions(config, tasks, default, folder):
         parts = np.split(tokens, np.flatnonzero(tokens == tokenizer.eot))
         return [tokenizer.decode(ids[ids != tokenizer.eot].tolist()) for ids in parts if len(ids)]
 
-    named = config.tasks.split(",") if config.tasks else ["rows"] if config.rows else []
+    named, questions = config.tasks.split(",") if config.tasks else ["rows"][:bool(config.rows)], {}
     for name in named:
         check_known(name, tasks, "task")
-    others = [name for name in named if name not in default]
-    if config.rows and len(others) != 1:
-        raise ValueError(f"--rows={config.rows} has the rows of one task, not of "
-                         f"{', '.join(others) or 'those made of text'}: name it in --tasks")
-    questions = {}
+    if config.rows and len({*named} - {*default}) != 1:
+        raise ValueError(f"--rows={config.rows} has the rows of one task: name it in --tasks")
     for name in named or default:
         try:
             questions[name] = tasks[name].questions(config, texts)
@@ -637,39 +531,35 @@ def make_questions(config, tasks, default, folder):
     return questions
 
 
-def checksum(values):
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+# -----------------------------------------------------------------------------
+# The command.
 
 
-def score_task(task, path, questions, model, tokenizer, config, state):
-    """The result of a task: for each metric the vectors of the questions, and what guessing gets.
-    It is kept at path; --reuse takes it from there if state and questions are the same."""
-    key = checksum([state, tokenizer.hash(), questions, config.stride, config.seed,
-                    file_hash(__file__)])
-    if config.reuse and path.exists() and (result := read_json(path)).get("key") == key:
-        return result
-    outcomes, chance = task.score(model, tokenizer, questions, config)
-    vectors = {metric: np.array([outcome[metric] for outcome in outcomes]).tolist()
-               for metric in task.metrics if metric in outcomes[0]}
-    result = dict(key=key, questions=checksum(questions), n=len(questions), chance=chance,
-                  vectors=vectors, shown=[outcome.get("shown") for outcome in outcomes])
-    write_json(path, result)
-    return result
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What is scored, and how."""
+    runs: list = option([], "run folders; without one the newest", positional=True)
+    tasks: str | None = option(None, f"some of {','.join(TASKS)} (default {','.join(DEFAULT)})")
+    rows: str | None = option(None, "questions from this .jsonl file, multiple choice of your own")
+    n_questions: int | None = option(None, "of each task (default 200 of those made, else all)")
+    data: str | None = option(None, "shards whose validation split is held out (default the run's)")
+    max_tokens: int = option(65_536, "score at most this many held-out tokens")
+    stride: str | None = option(None, "tokens the window moves by (default half), or rolling: all")
+    seed: int = option(0, "of the questions")
+    checkpoint: str = option("best", "best | last | a step")
+    device: str = option("auto", "auto | cuda | mps | cpu")
+    precision: str = option("fp32", "auto | fp32 | bf16 | fp16; in fp32 machines agree")
 
-
-def score_row(name, result, metric, metric_of):
-    """A row of the table."""
-    vectors = np.array(result["vectors"][metric])
-    value, low, high = interval(vectors, metric_of)
-    n, unit = result["n"], "questions"
-    if name == "perplexity":
-        n, unit = int(vectors[:, -1].sum()), "bytes" if metric == "bits per byte" else "tokens"
-    return dict(task=name, metric=metric, value=value, low=low, high=high,
-                chance=result["chance"].get(metric), n=n, unit=unit)
+    def __post_init__(self):
+        for name in ("max_tokens", "n_questions"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not re.fullmatch("rolling|[0-9]{1,9}", self.stride or "rolling"):
+            raise ValueError(f"stride={self.stride} must be a number of tokens, or rolling")
 
 
 def score_run(checkpoint, questions, config, tasks):
-    """Score a checkpoint on {task: questions} -> its report, with the results of its tasks."""
+    """Score a checkpoint on {task: questions} -> its report, with the vectors of the scores."""
     folder, device = checkpoint.parent, pick_device(config.device)
     precision, dtype = pick_precision(config.precision, device)
     model, tokenizer = load_run(folder, checkpoint, device, dtype)
@@ -678,19 +568,23 @@ def score_run(checkpoint, questions, config, tasks):
                          f"{model.config.architecture}): there is nothing to score it with here")
     print(f"{checkpoint} ({model.n_parameters() / 1e6:.1f}M parameters, {device}, {precision}): "
           f"{', '.join(questions)}", flush=True)
-    state = [read_header(checkpoint)[1]["sha256"], precision]
-    results = {name: score_task(tasks[name], folder / "scores" / f"{name}.json", asked, model,
-                                tokenizer, config, state) for name, asked in questions.items()}
-    scores = [score_row(name, result, metric, tasks[name].metrics[metric])
-              for name, result in results.items() for metric in result["vectors"]]
-    print(table(scores))
+    scores, vectors = [], {}
+    for name, asked in questions.items():
+        outcomes, chance = tasks[name].score(model, tokenizer, asked, config)
+        vectors[name] = {metric: np.array([outcome[metric] for outcome in outcomes])
+                         for metric in tasks[name].metrics if metric in outcomes[0]}
+        for metric, array in vectors[name].items():
+            value, low, high = interval(array, tasks[name].metrics[metric])
+            n, unit = len(array), "questions"
+            if name == "perplexity":
+                n, unit = int(array[:, -1].sum()), "bytes" if "byte" in metric else "tokens"
+            scores.append(dict(task=name, metric=metric, run=str(folder), value=value, low=low,
+                               high=high, chance=chance.get(metric), n=n, unit=unit))
+        write_json(folder / "scores" / f"{name}.json", outcomes)
     report = asdict(config) | dict(run=str(folder), checkpoint=checkpoint.name, device=device,
                                    precision=precision, tasks=list(questions), scores=scores)
-    del report["runs"]
     write_json(folder / "scores.json", report)
-    draw_scores({str(checkpoint): scores}, f"Scores of {checkpoint}", folder / "scores.png")
-    print(f"scores: {folder / 'scores.json'}, picture: {folder / 'scores.png'}")
-    return report | dict(results=results)
+    return report | dict(vectors=vectors)
 
 
 def score_runs(config, tasks=TASKS, default=DEFAULT):
@@ -700,32 +594,35 @@ def score_runs(config, tasks=TASKS, default=DEFAULT):
     checkpoints = [pick_checkpoint(folder, config.checkpoint) for folder in folders]
     questions = make_questions(config, tasks, default, folders[0])
     reports = [score_run(checkpoint, questions, config, tasks) for checkpoint in checkpoints]
-    if len(reports) > 1:
-        rows, folder = compare(reports, tasks), folders[0].parent
-        print(leaderboard(rows))
-        write_json(folder / "leaderboard.json", rows)
-        draw_scores({report["run"]: report["scores"] for report in reports},
-                    "Scores of " + ", ".join(map(str, folders)), folder / "leaderboard.png")
-        print(f"scores: {folder / 'leaderboard.json'}, picture: {folder / 'leaderboard.png'}")
+    for report in reports[1:]:
+        for row in report["scores"]:
+            a, b = (part["vectors"][row["task"]][row["metric"]] for part in (reports[0], report))
+            row["difference"] = difference(a, b, tasks[row["task"]].metrics[row["metric"]])
+    scores = [row for rows in zip(*(report["scores"] for report in reports)) for row in rows]
+    print(table(cells(scores)))
+    place = folders[0] / "scores" if len(folders) == 1 else folders[0].parent / "leaderboard"
+    if len(folders) > 1:
+        write_json(f"{place}.json", scores)
+    draw_scores(scores, f"{place}.png")
+    print(f"scores: {place}.json, picture: {place}.png")
     return questions, reports
 
 
 def main():
-    """Score runs. A command line with tasks or options that are not in this file is handed over to
-    chapters/exams.py, which has more of both."""
-    typed = {word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--")}
-    unknown = sorted(typed - {"--help", "--no-reuse", *(f"--{f.name}" for f in fields(EvaluateConfig))})
+    """Score runs; tasks and options that are not in this file are left to chapters/exams.py."""
+    words = [word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--")]
+    unknown = {*words} - {"--help", *(f"--{f.name}" for f in fields(EvaluateConfig))}
     if not unknown:
         config = EvaluateConfig(**parse_options(__doc__, EvaluateConfig)[0])
-        unknown = sorted({*(config.tasks or "rows").split(",")} - {*TASKS})
+        unknown = {*(config.tasks or "rows").split(",")} - {*TASKS}
     if not unknown:
         score_runs(config)
-        if not config.tasks and not config.rows and EXAMS.exists():
+        if EXAMS.exists() and not config.tasks and not config.rows:
             print("more small tasks: --tasks=small")
     elif EXAMS.exists():
         runpy.run_module("chapters.exams", run_name="__main__")
     else:
-        raise ValueError(f"{unknown[0]} is unknown here, and chapters/exams.py, which has more "
+        raise ValueError(f"{min(unknown)} is unknown here, and chapters/exams.py, which has more "
                          "tasks and options, is not there")
 
 

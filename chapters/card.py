@@ -94,15 +94,20 @@ def calibration_error(confidences, right):
 
 
 def score_calibrated(model, tokenizer, questions, config=None):
-    """score_choices with the calibration error, where confidence is the likeliest choice's share of
-    the probability of all choices."""
+    """score_choices, and what else can be said of a choice: calibration error, where confidence is
+    the likeliest choice's share of the probability of all; true mass, the share of all choices that
+    labels call true; greedy, whether greedy sampling writes the answer; the answer's perplexity."""
     outcomes, chance = score_choices(model, tokenizer, questions)
-    for outcome in outcomes:
-        sums = np.array(outcome["shown"]["scores"])
-        confidence = np.exp(sums.max() - np.logaddexp.reduce(sums))
-        counts = calibration_counts(confidence, outcome["acc"][0])
-        outcome["calibration error"] = counts.tolist()
-    return outcomes, chance
+    for question, outcome in zip(questions, outcomes):
+        shown = outcome["shown"]
+        sums = np.array(shown["scores"])
+        shares = np.exp(sums - np.logaddexp.reduce(sums))
+        counts = calibration_counts(shares.max(), outcome["acc"][0])
+        outcome |= {"calibration error": counts.tolist(), "greedy": [float(shown["greedy"]), 1],
+                    "true mass": [float(shares @ question.get("labels", sums * 0)), 1],
+                    "perplexity": [-shown["scores"][shown["answer"]], 1]}
+    true = np.mean([np.mean(question.get("labels", 0)) for question in questions])
+    return outcomes, chance | {"true mass": true}
 
 
 # -----------------------------------------------------------------------------
@@ -173,7 +178,7 @@ def model_card(folder):
     lines += [f"- {name}: {n:,}" for name, n in (data.get("counts") or {}).items()]
     figures = [f"- {name}: {value:.4g}" if isinstance(value, float) else f"- {name}: {value}"
                for name, value in training_figures(folder, model).items()]
-    head, *rows = (f"| {' | '.join(line)} |" for line in cells(report["scores"]))
+    head, *rows = (f"| {' | '.join(line[:-1])} |" for line in cells(report["scores"]))
     scores = [head, "|" + "---|" * (head.count("|") - 1), *rows]
     overlap = [f"- {line}" for line in overlap_lines(report.get("overlap", {}))]
     return CARD.format(**report | dict(

@@ -12,6 +12,7 @@ and rules give (chapters/probes.py). Said for each task: how much of it the trai
 """
 
 import math
+import random
 import re
 from collections import Counter, defaultdict, namedtuple
 from dataclasses import dataclass, replace
@@ -30,7 +31,7 @@ from chapters.prompts import (format_arc, format_boolq, format_gsm8k, format_hel
                               format_winogrande)
 from data import download
 from evaluate import (EvaluateConfig, Task, exact_match, exp_ratio, format_row, is_question,
-                      pairs_of, pick_some, ratio, read_rows, score_runs)
+                      pairs_of, ratio, read_rows, score_runs)
 from model import option
 from tokenizer import Tokenizer, parse_options, read_json, reading, run_command, write_json
 
@@ -162,7 +163,9 @@ def exam_questions(name, config, texts):
     if not questions:
         raise ValueError(f"{config.rows} has {len(examples)} rows, and all are taken as examples: "
                          f"give more, or take less than --n_shots={n_shots}")
-    return with_examples(pick_some(questions, config.n_questions, config.seed), examples, n_shots)
+    n = min(config.n_questions or len(questions), len(questions))
+    picked = sorted(random.Random(config.seed).sample(range(len(questions)), n))
+    return with_examples([questions[i] for i in picked], examples, n_shots)
 
 
 TASKS = evaluate.TASKS | probes.TASKS | {
@@ -214,7 +217,7 @@ def main():
         overlap = contamination(folder, Tokenizer.load(folder / "tokenizer.json"), texts)
         for line in overlap_lines(overlap):
             print(f"{folder}, {line}")
-        del report["results"]
+        del report["vectors"]
         write_json(folder / "scores.json", report | dict(overlap=overlap))
         if config.card:
             print(f"card: {write_card(folder)}")
