@@ -1,0 +1,211 @@
+"""What is exported means the same in other libraries, and what comes from them the same here."""
+
+import json
+import random
+
+import jinja2
+import jinja2.sandbox
+import pytest
+import tokenizers
+import torch
+from tiktoken.load import load_tiktoken_bpe
+from torch import nn
+
+from chapters import export
+from chapters.export import (CHAT_TEMPLATE, from_huggingface, from_rank_file, load_gpt2,
+                             to_huggingface, to_rank_file)
+from conftest import mistake
+from model import write_safetensors
+from test_tokenizer import CHAT, COMMON, NASTY, NESTED, gpt2_files, random_kinds, turn
+from tokenizer import GPT2_BYTES, GPT2_SPLIT, SPECIAL_TOKENS, SPLITS, Tokenizer
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return Tokenizer.train([COMMON * 5, *NASTY.values()], 600)
+
+
+# -----------------------------------------------------------------------------
+# Tokenizers.
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_three_libraries_give_the_same_ids_for_any_text(trained, tmp_path, seed):
+    rng = random.Random(seed)
+    tokenizer = Tokenizer(trained.merges, NESTED, [*SPLITS.values()][seed % 4])
+    to_huggingface(tokenizer, tmp_path)
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    tokenizer.save(tmp_path / "t.json")
+    again, twin = Tokenizer.load(tmp_path / "t.json"), tokenizer.to_tiktoken()
+    for text in [random_kinds(rng, 12) for _ in range(12)]:
+        ids, marked = tokenizer.encode(text), tokenizer.encode(text, special=True)
+        assert tokenizer.decode(ids) == tokenizer.decode(marked) == text
+        assert ids == twin.encode_ordinary(text) == again.encode(text)
+        assert marked == theirs.encode(text).ids == again.encode(text, special=True)
+
+
+@pytest.mark.parametrize("n", [2, 5])
+def test_the_template_of_hugging_face_renders_the_same(trained, tmp_path, n):
+    to_huggingface(trained, tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_bytes())
+    assert config["chat_template"] == CHAT_TEMPLATE
+    render = jinja2.sandbox.SandboxedEnvironment().from_string(CHAT_TEMPLATE).render
+    shown = render(messages=CHAT[:n], add_generation_prompt=n == 2)
+    ids = trained.render_prompt(CHAT[:n]) if n == 2 else trained.render_chat(CHAT)[0]
+    assert shown == trained.decode(ids)
+    with pytest.raises(jinja2.UndefinedError, match="raise_exception"):
+        render(messages=[turn("user", "a<|end|>b")])
+
+
+@pytest.mark.parametrize("special", [[], SPECIAL_TOKENS, {"<|x|>": 9000, "<|x|>y": 70000}])
+@pytest.mark.parametrize("pattern", SPLITS.values(), ids=SPLITS)
+def test_in_hugging_faces_library_the_ids_are_equal(trained, tmp_path, special, pattern):
+    tokenizer = Tokenizer(trained.merges, special, pattern, GPT2_BYTES)
+    to_huggingface(tokenizer, tmp_path)
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in [*NASTY.values(), COMMON, "<|x|>y<|x|> <|x<|x|>|>", *map(str, special)]:
+        ids = tokenizer.encode(text, special=True)
+        assert theirs.encode(text).ids == ids
+        assert theirs.decode(ids, skip_special_tokens=False) == text
+    assert from_huggingface(tmp_path).definition() == tokenizer.definition()
+
+
+def test_a_tokenizer_of_gpt2s_kind_is_read_from_hugging_faces_file(trained, tmp_path):
+    vocab, merges = map(str, gpt2_files(tmp_path, trained.merges))
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(vocab, merges))
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    theirs.add_special_tokens(["<|endoftext|>", "<|new|>"])
+    theirs.save(str(tmp_path / "theirs.json"))
+    tokenizer = from_huggingface(tmp_path / "theirs.json")
+    assert tokenizer.definition()["merges"] == Tokenizer(trained.merges).definition()["merges"]
+    for text in [COMMON, NASTY["scripts"], "a<|new|>b<|endoftext|>"]:
+        assert tokenizer.encode(text, special=True) == theirs.encode(text).ids
+
+
+@pytest.mark.parametrize("name, value", [
+    ("normalizer", {"type": "NFC"}), ("model", {"type": "WordPiece"}), ("model", None),
+    ("pre_tokenizer", {"type": "Whitespace"}), ("pre_tokenizer", None), ("added_tokens", [{}]),
+    ("pre_tokenizer", {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}),
+    ("model", {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]}),
+])
+def test_what_hugging_face_can_do_and_we_cannot_is_refused(trained, tmp_path, name, value):
+    to_huggingface(trained, tmp_path)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {name: value}))
+    with pytest.raises(ValueError, match="tokenizer.json cannot be read"):
+        from_huggingface(path)
+
+
+def test_an_export_overwrites_no_tokenizer_of_ours_and_tells_all_tokens_apart(trained, tmp_path):
+    trained.save(tmp_path / "tokenizer.json")
+    with pytest.raises(ValueError, match="give another folder"):
+        to_huggingface(trained, tmp_path)
+    with pytest.raises(ValueError, match="special token 'e' is written as token 101 is"):
+        to_huggingface(Tokenizer(trained.merges, ["e"]), tmp_path / "new")
+
+
+@pytest.mark.parametrize("special", [SPECIAL_TOKENS, {"<|x|>": 9000}])
+def test_a_rank_file_holds_the_tokens_as_tiktoken_reads_them(trained, tmp_path, special):
+    tokenizer = Tokenizer(trained.merges, special, GPT2_SPLIT, GPT2_BYTES)
+    to_rank_file(tokenizer, tmp_path / "t.tiktoken")
+    ranks = load_tiktoken_bpe(str(tmp_path / "t.tiktoken"))
+    assert ranks == tokenizer.to_tiktoken()._mergeable_ranks
+    again = from_rank_file(tmp_path / "t.tiktoken", special, GPT2_SPLIT)
+    assert again.definition() == tokenizer.definition()
+
+
+@pytest.mark.parametrize("wrong, problem", [
+    (lambda lines: lines[1:], "the first 256 ids must be the 256 bytes"),
+    (lambda lines: lines[:300] + lines[301:], "token 301 is not the merge of two before it"),
+    (lambda lines: lines + [b"YQ 700"], "line 595 must be a token in base64"),
+    (lambda lines: lines + [b"YWE= x"], "line 595 must be a token in base64"),
+    (lambda lines: lines + [b"\xff"], "line 595 must be a token in base64"),
+    (lambda lines: [], "the first 256 ids must be the 256 bytes"),
+])
+def test_a_rank_file_that_is_damaged_is_refused(trained, tmp_path, wrong, problem):
+    to_rank_file(trained, tmp_path / "t.tiktoken")
+    lines = (tmp_path / "t.tiktoken").read_bytes().splitlines()
+    (tmp_path / "t.tiktoken").write_bytes(b"\n".join(wrong(lines)))
+    with pytest.raises(ValueError, match=problem):
+        from_rank_file(tmp_path / "t.tiktoken")
+
+
+def test_the_command_exports_and_comes_back(call, trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trained.save("tokenizer.json")
+    for words in (["--out=hf"], ["--format=tiktoken", "--out=t.tiktoken"]):
+        assert "600 tokens in" in call(export, *words)[0]
+    for source in "hf", "hf/tokenizer.json", "t.tiktoken":
+        out, err = call(export, source, "--out=again.json")
+        assert err == "" and Tokenizer.load("again.json").hash() == trained.hash()
+        (tmp_path / "again.json").unlink()
+
+
+@pytest.mark.parametrize("words, problem", [
+    (["missing"], "No such file or directory: missing"), (["text"], "text cannot be read"),
+    (["--format=onnx"], "unknown format 'onnx'"),
+    (["hf", "--out=tokenizer.json"], "tokenizer.json is there already"),
+    (["--out=."], "give another folder"),
+])
+def test_a_mistake_is_one_line(trained, tmp_path, monkeypatch, capsys, words, problem):
+    monkeypatch.chdir(tmp_path)
+    trained.save("tokenizer.json")
+    to_huggingface(trained, "hf")
+    (tmp_path / "text").write_text("some text")
+    code, lines = mistake(export.main, monkeypatch, capsys, *words)
+    assert code == 1 and len(lines) == 1 and problem in lines[0]
+
+
+# -----------------------------------------------------------------------------
+# GPT-2's weights.
+
+
+@pytest.fixture(scope="module")
+def hugging_face(tmp_path_factory):
+    """A folder with GPT-2's files of a small random model, and that model."""
+    transformers = pytest.importorskip("transformers", reason="compares with transformers")
+    shape = dict(vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=4)
+    torch.manual_seed(0)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).eval()
+    for p in theirs.parameters():
+        nn.init.normal_(p, std=0.2)
+    folder = tmp_path_factory.mktemp("gpt2")
+    theirs.save_pretrained(folder)
+    return folder, theirs
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_gpt2s_weights_give_the_logits_of_transformers(hugging_face, tmp_path, old):
+    folder, theirs = hugging_face
+    if old:  # a file of weights as the hub still has it: no prefix, the causal mask inside
+        weights = {name.removeprefix("transformer."): w for name, w in theirs.state_dict().items()
+                   if name != "lm_head.weight"} | {"h.0.attn.bias": torch.ones(1, 1, 16, 16)}
+        with open(tmp_path / "model.safetensors", "wb") as file:
+            write_safetensors(file, weights, {})
+        (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+        folder = tmp_path
+    ids = torch.randint(64, (2, 16))
+    with torch.inference_mode():
+        logits, _ = load_gpt2(folder).eval()(ids)
+        torch.testing.assert_close(logits, theirs(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_folder_whose_config_and_weights_differ_is_refused_with_the_list(hugging_face, tmp_path):
+    folder, _ = hugging_face
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | dict(n_layer=3)))
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="blocks.2.attn_norm.weight is missing"):
+        load_gpt2(tmp_path)
+    for wrong in "{}", "[]", json.dumps(config | dict(activation_function="relu")):
+        (tmp_path / "config.json").write_text(wrong)
+        with pytest.raises(ValueError, match="config.json cannot be read"):
+            load_gpt2(tmp_path)
+
+
+def test_weights_in_a_pickle_are_refused_as_it_can_run_code(tmp_path):
+    shape = dict(vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=4)
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="can run code when it is read: convert it"):
+        load_gpt2(tmp_path)
