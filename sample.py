@@ -42,17 +42,17 @@ class SampleConfig:
     top_k: int | None = option(None, "keep only this many of the likeliest tokens", low=1)
     top_p: float | None = option(None, "keep the likeliest that sum to this probability", low=1e-9)
     min_p: float | None = option(None, "keep tokens this many times as likely as the likeliest")
-    typical_p: float | None = option(None, "keep the most usual of this probability", low=1e-9)
+    typical_p: float | None = option(None, "keep the most typical of this probability", low=1e-9)
     repetition_penalty: float = option(1.0, "above 1 makes earlier tokens less likely", low=1e-9)
-    frequency_penalty: float = option(0.0, "off a token's logit each time it was written", -2**31)
-    presence_penalty: float = option(0.0, "off a token's logit once it was written", -2**31)
-    no_repeat_ngram: int | None = option(None, "never write the same so many tokens twice", low=1)
+    frequency_penalty: float = option(0.0, "taken off per time that a token was written", -2**31)
+    presence_penalty: float = option(0.0, "taken off once a token was written", -2**31)
+    no_repeat_ngram: int | None = option(None, "never repeat a run of this many tokens", low=1)
     stop: list | tuple = option([], r"end before this text (\n: a new line); may be repeated")
-    ban: list | tuple = option([], "never write this text, in Python or ids; may be repeated")
-    logit_bias: list | tuple = option([], "TEXT=NUMBER: for one token; may be repeated")
-    seed: int | None = option(None, "same seed, same text; sample i has seed + i", -2**63, 2**63)
+    ban: list | tuple = option([], "never write this text (Python: or ids); may be repeated")
+    logit_bias: list | tuple = option([], "TEXT=NUMBER, added to one token; may be repeated")
+    seed: int | None = option(None, "same seed, same text; sample i: seed + i", -2**63, 2**63)
     overflow: str = option("stop", "stop | slide: end, or forget half, where the context is full")
-    cache: bool = option(True, "--no-cache computes all tokens at each step: the same, slower")
+    cache: bool = option(True, "remember keys and values; without, the same text, slower")
 
     def __post_init__(self):
         check_options(self)
@@ -171,7 +171,7 @@ def load_run(folder, which="best", device="cpu", dtype=None):
     tokenizer, (model, _) = Tokenizer.load(Path(folder, "tokenizer.json")), load_model(path, device)
     if tokenizer.n_vocab != model.config.vocab_size:
         raise ValueError(f"{folder}: tokenizer.json has {tokenizer.n_vocab} tokens, the model "
-                         f"{path.name} has {model.config.vocab_size}: copy that of its training")
+                         f"{path.name} has {model.config.vocab_size}: one is another run's")
     if not model.is_finite():
         raise ValueError(f"{path} holds weights that are not numbers, its training diverged: "
                          "take an earlier checkpoint")
@@ -258,10 +258,12 @@ def keep_typical(logits, typical_p):
 
 
 def process_logits(logits, config, seen=None, n_prompt=0):
-    """The logits (B, V) whose softmax the next token is sampled from, by a SampleConfig whose ban
-    and logit_bias hold ids. seen (B, S) are the ids so far, -1 for none, of which the first
-    n_prompt, a number or (B, 1), are the prompt's."""
-    c, seen = config, torch.empty(len(logits), 0, dtype=torch.long) if seen is None else seen
+    """The logits (B, V) whose softmax the next token is sampled from, or with temperature 0 whose
+    highest is taken. ban and logit_bias have to hold ids. seen (B, S) are the ids so far, -1 for
+    none, of which the first n_prompt, a number or (B, 1), are the prompt's."""
+    c = config
+    if seen is None:
+        seen = torch.empty(len(logits), 0, dtype=torch.long, device=logits.device)
     if any(isinstance(entry, str) for entry in (*c.ban, *c.logit_bias)):
         raise ValueError("ban and logit_bias hold texts: give ids, or call write or complete")
     if c.repetition_penalty != 1:
@@ -276,7 +278,7 @@ def process_logits(logits, config, seen=None, n_prompt=0):
         logits = ban_sequences(logits, seen, [[id]], bias)
     logits = ban_sequences(logits, seen, c.ban)
     if c.temperature < COLD:
-        return keep_top_k(logits, 1)
+        return logits
     logits = logits / c.temperature
     for keep, limit in ((keep_top_k, c.top_k), (keep_top_p, c.top_p), (keep_min_p, c.min_p),
                         (keep_typical, c.typical_p)):
@@ -296,13 +298,15 @@ def sample_from(probabilities, generator=None):
 
 def distribution(logits, config=SampleConfig(temperature=1.0), seen=None, n_prompt=0, **options):
     """The probabilities (B, V) that pick samples from, with the same arguments."""
-    return process_logits(logits, replace(config, **options), seen, n_prompt).softmax(dim=-1)
+    config = replace(config, **options)
+    logits = process_logits(logits, config, seen, n_prompt)
+    return (keep_top_k(logits, 1) if config.temperature < COLD else logits).softmax(dim=-1)
 
 
 def pick(logits, config=SampleConfig(temperature=1.0), generator=None, seen=None, n_prompt=0,
          **options):
-    """An id for each row of logits (B, V), as config or options, which are fields of it, say ->
-    (B,). generator as for sample_from, seen and n_prompt as for process_logits."""
+    """An id for each row of logits (B, V) -> (B,), sampled from their distribution. Options are
+    fields of config; generator as for sample_from, seen and n_prompt as for process_logits."""
     config = replace(config, **options) if options else config
     logits = process_logits(logits, config, seen, n_prompt)
     if config.temperature < COLD:
@@ -539,7 +543,7 @@ class Command:
     prompts: str | None = option(None, "a file with a prompt a line, all written together, or -")
     n_samples: int = option(1, "how many continuations of each prompt", low=1)
     show: str = option("text", "text | logprobs: each token with its log-probability, coloured")
-    beams: int | None = option(None, "search the likeliest text with so many beams", low=1)
+    beams: int | None = option(None, "no sampling: the likeliest text by so many beams", low=1)
     length_penalty: float = option(1.0, "of beams: 0 prefers short texts, 1 the best mean a token")
     checkpoint: str = option("best", "best | last | a step")
     device: str = option("auto", "auto | cuda | mps | cpu")
@@ -577,11 +581,11 @@ def show_texts(model, tokenizer, prompts, show, config):
         for n_tokens, (_, piece) in enumerate(own, n_tokens + 1):
             show_piece(tokenizer, piece, show)
         print(flush=True)
-    left = model.config.block_size - (len(tokenizer.encode(prompts[0].removesuffix(" "))) or 1)
-    if len(prompts) == 1 and n_tokens == left < config.max_new_tokens and (
-            piece.token not in end_ids(tokenizer)):
-        print(f"stopped: the context of {model.config.block_size} tokens is full; "
-              "--overflow=slide goes on", file=sys.stderr)
+    if len(prompts) == 1 and piece.token not in end_ids(tokenizer):
+        T = len(tokenizer.encode(prompts[0].removesuffix(" "))) or 1
+        if n_tokens == model.config.block_size - T < config.max_new_tokens:
+            print(f"stopped: the context of {model.config.block_size} tokens is full; "
+                  "--overflow=slide goes on", file=sys.stderr)
     return n_tokens
 
 

@@ -488,6 +488,9 @@ def test_prompts_come_from_a_line_a_file_or_the_keyboard(command, tmp_path, monk
     assert command("--file=-", *options)[0] == alone
     text, notes = command(f"--prompts={tmp_path / 'prompts'}", *options)
     assert text.startswith("--- 1 of 2\nthe cat") and "--- 2 of 2\nthe dog" in text
+    (tmp_path / "prompts").write_text("")
+    text, notes = command(f"--prompts={tmp_path / 'prompts'}", *options)
+    assert text == "" and "error" not in notes
 
 
 def test_the_likeliest_text_is_found_by_beams(command):
