@@ -10,35 +10,27 @@ Without --tokens, --max_steps or --epochs it plans 20 tokens a parameter (arXiv:
 on random tokens. That of a GPU follows from its peak, of which a run reaches the share --mfu.
 """
 
-import json
 import math
 import os
 import time
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 
 import torch
 
+from chapters.cost import GPUS, gpu_cost, outline, short, show_published
 from chapters.memory import (free_memory, parameters_by_part, process_memory,
                              training_memory)
 from data import folder_name, read_card
 from model import GPT, GPTConfig, check_known, check_options, option
 from sample import pick_device, pick_precision
 from tokenizer import parse_options, run_command
-from train import (LENGTHS, TrainConfig, check_model, complete_options, keep_freed_memory,
+from train import (LENGTHS, TrainConfig, check_run, complete_options, keep_freed_memory,
                    last_step, matmul_rate, model_shape, new_run, peak_memory, seconds_per_step,
                    split_batch)
 
-# FLOP/s of dense products in bf16 (T4, V100: fp16) summed in float32, watts of the board, bytes of
-# memory: the makers' data sheets.
-GPUS = {
-    "T4": (65e12, 70, 16e9), "V100": (125e12, 300, 32e9), "A100": (312e12, 400, 80e9),
-    "L4": (121e12, 72, 24e9), "L40S": (362e12, 350, 48e9), "H100": (989e12, 700, 80e9),
-    "H200": (989e12, 700, 141e9), "B200": (2250e12, 1000, 180e9), "MI300X": (1307e12, 750, 192e9),
-    "RTX3090": (71e12, 350, 24e9), "RTX4090": (165e12, 450, 24e9)}
 TOKENS_PER_PARAMETER = 20  # of the best model for its FLOPs: arXiv:2203.15556
 
 
@@ -55,45 +47,6 @@ class PlanConfig:
     def __post_init__(self):
         check_options(self)
         check_known(self.gpu, GPUS, "gpu")
-
-
-# -----------------------------------------------------------------------------
-# What can be reckoned: models of any size, and GPUs that are not here.
-
-
-def outline(config):
-    """The model of a GPTConfig without its numbers: no size takes memory or time."""
-    with torch.device("meta"):
-        return GPT(config)
-
-
-def gpu_cost(flops, gpu="H100", price=2.5, mfu=0.4, carbon=480):
-    """-> hours of one GPU, money at a price an hour, kWh of its board, kg of CO2 at `carbon` g a
-    kWh, if it does the share mfu of the FLOP/s it could. gpu_cost(3.6e21)["hours"] == 2527.8"""
-    check_known(gpu, GPUS, "gpu")
-    peak, watts, _ = GPUS[gpu]
-    hours = flops / (peak * mfu) / 3600
-    kwh = hours * watts / 1000
-    return dict(hours=hours, money=hours * price, kwh=kwh, co2=kwh * carbon / 1000)
-
-
-@lru_cache(maxsize=None)
-def published_models():
-    """{name: row} of known models, from published.jsonl: what was published of them, and what we
-    make of it: our_parameters, our_flops, is_exact, and the mfu that their hours tell of. What our
-    blocks cannot express (a wider MLP, relative positions) counts as weights."""
-    rows = {}
-    for line in Path(__file__).with_name("published.jsonl").read_text("utf-8").splitlines():
-        row = SimpleNamespace(**json.loads(line))
-        model = outline(GPTConfig(**row.shape))
-        row.our_parameters = model.n_parameters()
-        lacking = row.parameters - row.our_parameters
-        row.is_exact = lacking <= 0.02 * row.parameters
-        weights = 0 if row.is_exact else lacking
-        row.our_flops = row.tokens * (model.flops_per_token() + 6 * weights)
-        row.mfu = row.a100_hours and row.our_flops / (GPUS["A100"][0] * 3600 * row.a100_hours)
-        rows[row.name] = row
-    return rows
 
 
 # -----------------------------------------------------------------------------
@@ -176,7 +129,7 @@ def make_plan(config, shape=None, has_length=True, measure=True):
     seconds (of a step) are None."""
     device, card = pick_device(config.device), find_card(config)
     shape = shape or model_shape(config.size, config.vocab_size)
-    check_model(shape, config)
+    check_run(config, shape, "torch", device, world_size=1)
     model = outline(replace(shape, vocab_size=card.vocab_size if card else shape.vocab_size))
     if has_length and config.epochs and not card:
         raise ValueError(f"--epochs={config.epochs:g} are passes over data that is not prepared: "
@@ -200,14 +153,6 @@ def make_plan(config, shape=None, has_length=True, measure=True):
 
 # -----------------------------------------------------------------------------
 # In words.
-
-
-def short(n):
-    """short(124_439_808) == "124.4M"."""
-    for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if n >= unit:
-            return f"{n / unit:,.1f}{letter}"
-    return f"{n:.0f}"
 
 
 def duration(seconds):
@@ -295,20 +240,6 @@ def show_plan(plan, options):
     for name, lines in sections.items():
         for n, line in enumerate(lines):
             print(f"{name if n == 0 else '':11}{line}")
-
-
-def show_published(mfu):
-    """The table of known models: parameters, FLOPs and hours at this mfu, ours and theirs."""
-    columns = "{:12} {:>10}{:1} {:>9} {:>7} {:>9} {:>9} {:>11} {:>9} {:>9}"
-    print(columns.format("model", "parameters", "", "published", "tokens", "FLOPs", "published",
-                         "A100 hours", "published", "their mfu"))
-    for row in published_models().values():
-        hours = gpu_cost(row.our_flops, "A100", mfu=mfu)["hours"]
-        theirs = (f"{row.a100_hours:,}", f"{row.mfu:.2f}") if row.a100_hours else ("-", "-")
-        print(columns.format(row.name, short(row.our_parameters), "" if row.is_exact else "~",
-                             short(row.parameters), short(row.tokens), f"{row.our_flops:.2e}",
-                             f"{row.flops:.2e}" if row.flops else "-", f"{hours:,.0f}", *theirs))
-    print(f"~ our blocks lack some of its weights, and FLOPs count those; hours at mfu {mfu:g}")
 
 
 def main():

@@ -1,7 +1,7 @@
 """
 Good options by successive halving (arXiv:1502.07943): many settings train shortly, the best of them
-longer, one to the end. Options of train.py go in, with values to choose from; out come a table, a
-picture, and the command of the best.
+longer, one to the end. Options of train.py go in, with values to choose from; out come their
+losses, a picture, and the command of the best.
 
     python -m chapters.search --learning_rate=1e-3..1e-1 --n_layer=2,4,6 --max_steps=270
     python -m chapters.search --data=mybook.txt --size=nano --learning_rate=1e-3..1e-1 --runs=27
@@ -24,21 +24,18 @@ import json
 import math
 import shlex
 import shutil
-import sys
-import tempfile
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from random import Random
 
-from tqdm import tqdm
-
+from chapters.sweep import find_rate, picture, running_mean
 from model import GPTConfig, check_options, option
 from sample import checkpoints, pick_device, pick_precision
-from tokenizer import field_kind, parse_options, read_json, replacing, run_command, write_json
-from train import (TrainConfig, check_model, find_shards, micro_batches, model_shape, prepare_run,
-                   read_log, run_folder, set_rate, split_batch, take_step, train)
+from tokenizer import field_kind, parse_options, read_json, run_command, write_json
+from train import (TrainConfig, check_run, complete_options, find_shards, read_log, split_batch,
+                   train)
 
 OWN = {"out", "max_steps", "seed", "config", "resume", "epochs", "tokens", "minutes", "eval_every"}
 ONE = {"data", "mix", "vocab_size", "device", "precision"}  # a path may have commas of its own
@@ -99,10 +96,10 @@ def complete_config(options):
     """{name: value} of train.py's options -> (TrainConfig, GPTConfig); ValueError if they cannot
     be trained with."""
     names = {f.name for f in dataclasses.fields(TrainConfig)}
-    config = TrainConfig(**{name: options[name] for name in options if name in names})
-    shape = {name: options[name] for name in options if name not in names}
-    shape = model_shape(config.size, config.vocab_size, shape)
-    check_model(shape, config), split_batch(config, 1)
+    config, shape = complete_options({name: options[name] for name in options if name in names},
+                                     {name: options[name] for name in options if name not in names})
+    check_run(config, shape, "torch", pick_device(config.device), world_size=1)
+    split_batch(config, 1)
     return config, shape
 
 
@@ -209,7 +206,8 @@ def search(settings, fixed, plan, folder, trials):
                     for path in checkpoints(place).values():
                         path.unlink()
             done.append(trial)
-            print(f"  {i:3d}  {loss_of(trial):8.4f}  {trial['seconds']:6.1f} s  {as_typed(setting)}")
+            seconds, words = trial["seconds"], as_typed(setting)
+            print(f"  {i:3d}  {loss_of(trial):8.4f}  {seconds:6.1f} s  {words}")
         done.sort(key=loss_of)
         settings = [trial["setting"] for trial in done if loss_of(trial) < math.inf]
         if not settings:
@@ -218,68 +216,7 @@ def search(settings, fixed, plan, folder, trials):
 
 
 # -----------------------------------------------------------------------------
-# The sweep of the learning rate.
-
-
-def running_mean(values, n):
-    """Means that follow the values: each value counts 1/n, the first ones more."""
-    means = []
-    for i, value in enumerate(values):
-        last = means[-1] if means else value
-        means.append(last + (value - last) / min(i + 1, n))
-    return means
-
-
-def find_rate(config, shape, n_steps=60, lowest=1e-4, highest=3.0):
-    """Train with ever higher rates until the loss takes off (arXiv:1506.01186), and throw the
-    weights away -> (path of the picture find_lr.png, the suggested rate, rates, mean losses)."""
-    rates, losses, means = [], [], [math.inf]
-    with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory())
-        session = prepare_run(dataclasses.replace(config, out=folder), shape, print, stack)
-        run = session.run
-        for step in tqdm(range(n_steps), disable=not sys.stderr.isatty(), leave=False):
-            rates.append(lowest * (highest / lowest) ** (step / (n_steps - 1)))
-            set_rate(run.optimizer, rates[-1])
-            xs, ys = micro_batches(session.batches, session.accumulate, run.model, 1.0, 0.0)
-            losses.append(take_step(run, run.model, xs, ys, config.grad_clip)[0].item())
-            means = running_mean(losses, 5)
-            if not means[-1] < 1.3 * min(means):
-                break
-    rate = rates[means.index(min(means))] / 3
-    path = run_folder(config, session.shards) / "find_lr.png"
-    with picture(path, title="Loss while the learning rate grows", xlabel="learning rate",
-                 xscale="log", ylabel="loss, running mean (nats per token)") as ax:
-        ax.plot(rates, means, color="#4477aa", linewidth=2)
-        ax.axvline(rate, color="#cc6633", label=f"suggested: {rate:.1g}")
-    return path, rate, rates, means
-
-
-# -----------------------------------------------------------------------------
-# What is shown, and the command.
-
-
-def table(trials):
-    """A line for each setting, the one that came furthest first: steps, loss, options."""
-    last = {as_typed(trial["setting"]): trial for trial in sorted(trials, key=lambda t: t["steps"])}
-    order = sorted(last.values(), key=lambda trial: (-trial["steps"], loss_of(trial)))
-    return "\n".join(["  steps  validation  setting"] + [
-        f"{trial['steps']:7d}  {loss_of(trial):10.4f}  {as_typed(trial['setting'])}"
-        for trial in order])
-
-
-@contextlib.contextmanager
-def picture(path, **labels):
-    """Yield the axes of a picture with a title and labels; it is written at the end."""
-    from matplotlib.figure import Figure
-    fig = Figure(figsize=(9, 5), dpi=120)
-    ax = fig.subplots()
-    yield ax
-    ax.set(**labels)
-    ax.grid(alpha=0.3)
-    ax.legend(frameon=False)
-    with replacing(path) as file:
-        fig.savefig(file, format="png", bbox_inches="tight")
+# The picture, and the command.
 
 
 def draw_search(folder, trials, winner):
@@ -303,18 +240,15 @@ def draw_search(folder, trials, winner):
 
 def main():
     own, *typed = parse_options(__doc__, SearchConfig, *map(searchable, (TrainConfig, GPTConfig)))
-    own, given = SearchConfig(**own), typed[0] | typed[1]
-    spaces = {name: values for name, values in given.items()
+    own, options = SearchConfig(**own), typed[0] | typed[1]
+    spaces = {name: values for name, values in options.items()
               if isinstance(values, (tuple, list)) and len(values) > 1}
     fixed = {name: value[0] if isinstance(value, list) else value
-             for name, value in given.items() if name not in spaces}
+             for name, value in options.items() if name not in spaces}
+    if own.find_lr and spaces:
+        raise ValueError(f"--find_lr searches learning rates: give --{min(spaces)} one value")
     if own.find_lr:
-        if spaces:
-            raise ValueError(f"--find_lr tries learning rates alone: give --{min(spaces)} one value")
-        path, rate, rates, means = find_rate(*complete_config(fixed | dict(out=own.out, seed=own.seed)))
-        print(f"loss {means[0]:.3f}, then {min(means):.3f}, then {means[-1]:.3f} at rates from "
-              f"{rates[0]:.0e} to {rates[-1]:.0e}: see {path}; try --learning_rate={rate:.1g}")
-        return
+        return find_rate(*complete_config(fixed | dict(out=own.out, seed=own.seed)))
     if not spaces:
         raise ValueError("nothing to search: give an option several values, such as "
                          "--learning_rate=1e-3..1e-1 or --n_layer=2,4,6")
@@ -322,22 +256,22 @@ def main():
     rounds(len(settings), own.keep, own.max_steps)
     for setting in settings:  # all are checked before the first is trained
         try:
-            complete_config(fixed | setting)
+            config, _ = complete_config(fixed | setting)
         except ValueError as error:
             raise ValueError(f"{as_typed(setting)}: {error}") from None
-    shards = find_shards(TrainConfig(**{n: v for n, v in fixed.items() if n in ONE}), 0, print)
-    plan = json.loads(json.dumps(asdict(own) | given))  # as it comes back from search.json
+    shards = find_shards(config, 0, print)
+    plan = json.loads(json.dumps(asdict(own) | options))  # as it comes back from search.json
     folder, trials = open_folder(own.out, shards.name, plan)
     if trials:
         print(f"{folder}: runs there already: {len(trials)}")
-    # auto measures which precision and kernels are fast, and all runs are to have the same
-    device = pick_device(fixed.get("device", "auto"))
-    precision = pick_precision(fixed.get("precision", "auto"), device)[0]
-    same = dict(data=str(shards), device=device, precision=precision, seed=own.seed)
+    # auto measures which precision is fast, and all runs are to have the same
+    device = pick_device(config.device)
+    same = dict(data=str(shards), device=device, seed=own.seed,
+                precision=pick_precision(config.precision, device)[0])
     winner = search(settings, fixed | same, plan, folder, trials)
     draw_search(folder, trials, winner)
     best = winner["setting"] | dict(max_steps=own.max_steps, seed=own.seed)
-    print(f"\n{table(trials)}\n\n{folder}/search.png shows them; the best, as a run of its own:")
+    print(f"\n{folder}/search.png shows them; the best, as a run of its own:")
     print(f"python train.py {as_typed(fixed | best)}")
 
 

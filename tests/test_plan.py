@@ -1,4 +1,4 @@
-"""What a model costs: FLOPs in model.py, bytes in chapters/memory.py, and chapters/plan.py's sums."""
+"""What a model costs: FLOPs in model.py, bytes in chapters/memory.py, the sums of the plan."""
 
 import json
 import subprocess
@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT, run, tiny
 from torch.utils.flop_counter import FlopCounterMode
 
-from chapters import plan
+from chapters import cost, plan
 from chapters.memory import (free_memory, parameters_by_part, process_memory, saved_by_block,
                              training_memory)
 from model import ARCHITECTURES, GPT, SIZES, GPTConfig, Linear, attention_mask
@@ -161,25 +161,25 @@ def test_memory_is_foretold_within_15_percent_of_what_a_run_takes(shards, tmp_pa
 
 
 def test_known_models_have_the_size_and_the_flops_that_were_published():
-    for row in plan.published_models().values():
+    for row in cost.published_models().values():
         assert row.our_parameters == pytest.approx(row.parameters, rel=0.04) or not row.is_exact
         assert row.flops is None or row.our_flops == pytest.approx(row.flops, rel=0.06)
 
 
 def test_one_mfu_explains_the_hours_of_llama_2_from_7_to_70_billion():
-    rows = [plan.published_models()[f"Llama 2 {size}"] for size in ("7B", "13B", "70B")]
+    rows = [cost.published_models()[f"Llama 2 {size}"] for size in ("7B", "13B", "70B")]
     assert all(0.38 < row.mfu < 0.45 for row in rows)
     for row in rows:
-        hours = plan.gpu_cost(row.our_flops, "A100", mfu=0.42)["hours"]
+        hours = cost.gpu_cost(row.our_flops, "A100", mfu=0.42)["hours"]
         assert hours == pytest.approx(row.a100_hours, rel=0.08)
 
 
 def test_the_cost_is_in_proportion_to_flops_price_and_carbon():
-    one = plan.gpu_cost(1e21, "A100", price=2, mfu=0.5, carbon=500)
+    one = cost.gpu_cost(1e21, "A100", price=2, mfu=0.5, carbon=500)
     assert one["hours"] * 3600 * 312e12 * 0.5 == pytest.approx(1e21)
     assert one["money"] == 2 * one["hours"] and one["kwh"] == pytest.approx(0.4 * one["hours"])
     assert one["co2"] == one["kwh"] / 2
-    assert plan.gpu_cost(2e21, "A100", mfu=0.5)["hours"] == 2 * one["hours"]
+    assert cost.gpu_cost(2e21, "A100", mfu=0.5)["hours"] == 2 * one["hours"]
 
 
 # -----------------------------------------------------------------------------
@@ -242,7 +242,7 @@ def test_a_plan_says_whether_its_data_is_prepared(call, shards):
 
 def test_the_table_of_known_models_has_all(call):
     out, _ = call(plan, "--published")
-    assert all(name in out for name in plan.published_models())
+    assert all(name in out for name in cost.published_models())
 
 
 @pytest.mark.parametrize("words, error", [

@@ -8,7 +8,8 @@ import pytest
 from conftest import run
 
 from chapters import search
-from chapters.search import parse_values, rounds, running_mean, sample_settings
+from chapters.search import parse_values, rounds, sample_settings
+from chapters.sweep import running_mean
 from train import read_log
 
 SMALL = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=32", "--eval_sequences=8",

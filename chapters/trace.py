@@ -1,0 +1,101 @@
+"""
+Where numbers went bad: a run whose log has steps with no finite loss or gradient goes in; out comes
+the name of the module in which they began. chapters.doctor asks it, too.
+
+    python -m chapters.trace runs/a
+
+It takes the first of the last bad steps again, sequence by sequence, with the weights that the step
+had, or the newest from before it.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+
+from data import MixedLoader, TokenLoader
+from model import load_model
+from sample import checkpoints, pick_device, pick_precision
+from tokenizer import Parser, Tokenizer, run_command
+from train import mixed_shards, read_config, read_log
+
+
+def is_bad(row):
+    """Whether the step of a row of the log had a loss or a gradient that is not finite."""
+    loss = row["loss"]
+    return row.get("skipped") == "not finite" or loss is None or not math.isfinite(loss)
+
+
+def last_streak(rows):
+    """The last bad rows that follow one another; some row must be bad."""
+    last = max(i for i, row in enumerate(rows) if is_bad(row))
+    first = max((i for i in range(last) if not is_bad(rows[i])), default=-1)
+    return rows[first + 1:last + 1]
+
+
+def first_bad(model, blocks):
+    """Where numbers stop being finite on blocks (B, T + 1): the name of the first module whose
+    output is not, or of the parameter nearest to the loss whose gradient is not; "" if none."""
+    found = []
+
+    def check(module, inputs, output):
+        tensors = [y for y in (output if isinstance(output, tuple) else [output])
+                   if torch.is_tensor(y)]
+        if not all(y.isfinite().all() for y in tensors):
+            found.append(module)
+
+    hooks = [module.register_forward_hook(check) for module in model.modules()]
+    model(blocks[:, :-1], blocks[:, 1:])[1].backward()
+    for hook in hooks:
+        hook.remove()
+    if found:
+        return next(name for name, module in model.named_modules() if module is found[0]) or "loss"
+    return next((f"the gradient of {name}" for name, p in reversed([*model.named_parameters()])
+                 if p.grad is not None and not p.grad.isfinite().all()), "")
+
+
+def find_loader(config, data, block_size):
+    """The loader that the run read; None where its shards are not there any more."""
+    shards = data["path"]
+    if not (shards / "card.json").exists():
+        return None
+    mixed = mixed_shards(config, shards, Tokenizer.load(shards / "tokenizer.json"))
+    options = dict(batch_size=1, block_size=block_size, seed=config.seed)
+    return (MixedLoader({shards: 1 - sum(mixed.values())} | mixed, **options) if mixed else
+            TokenLoader(shards, **options))
+
+
+def trace(folder):
+    """Where the numbers of the last bad steps of a run went bad, in words."""
+    config, shape, data = read_config(Path(folder) / "config.json")
+    rows = read_log(folder)
+    if not any(map(is_bad, rows)):
+        return "nowhere: all steps in the log have finite numbers"
+    # Skipped steps change no weight: a checkpoint from within the streak has those from before it.
+    streak = last_streak(rows)
+    paths = [path for step, path in checkpoints(folder).items() if step <= streak[-1]["step"]]
+    loader = find_loader(config, data, shape.block_size)
+    if not paths or loader is None or "sequences" not in streak[0]:
+        return "unknown: it takes a checkpoint from before, sequences in the log, and the shards"
+    model, _ = load_model(paths[-1], pick_device())
+    model.train().use("torch", pick_precision(config.precision, model.device.type)[1])
+    first, last = streak[0]["sequences"]
+    for n in range(first, last + 1):
+        block = torch.from_numpy(loader.block(n).astype("int64")).to(model.device)   # (T + 1,)
+        if name := first_bad(model, block[None]):
+            return f"first in {name}, in sequence {n}, with the weights of {paths[-1].name}"
+    return (f"unknown: sequences {first} to {last} are fine with the weights of {paths[-1].name}, "
+            "so they changed until then")
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("folder", help="a run folder")
+    folder = Path(parser.parse_args().folder)
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder} is no run, it has no config.json: train.py writes one")
+    print(trace(folder))
+
+
+if __name__ == "__main__":
+    run_command(main)
