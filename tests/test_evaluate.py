@@ -18,6 +18,7 @@ from evaluate import (bits_per_byte, bootstrap, cells, continuation_rows, differ
 from sample import complete
 from tokenizer import Tokenizer, write_json
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules")  # runpy, in one process
 TEXT = "the cat sees a big red dog. the old bird likes the tree. a dog runs on under the sun. " * 9
 
 

@@ -1,7 +1,9 @@
-"""The field's tasks: rows as they are published, questions and scores as lm-evaluation-harness has
-them, programs run in a box, and small tasks that any text gives."""
+"""The leaves of evaluate.py: rows as they are published, questions and scores as
+lm-evaluation-harness has them, programs run in a box, small tasks, texts compared, overlap."""
 
+import itertools
 import json
+import math
 import sys
 from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -13,10 +15,21 @@ from urllib.parse import parse_qs, urlsplit
 import numpy as np
 import pytest
 import torch
+from conftest import keep
 
 import evaluate
-from evaluate import (SMALL, TASKS, ask, find_number, judge_choices, pairs_of, read_rows,
-                      run_program, solved, split_examples, with_examples)
+from chapters import exams
+from chapters.box import pass_at_k, run_program
+from chapters.card import calibration_error, overlaps, score_calibrated
+from chapters.exams import (EXAMS, TASKS, download_questions, find_number, format_question,
+                            solved, split_examples, with_examples)
+from chapters.probes import ROWS as PROBES
+from chapters.probes import bleu, f1, rouge_l
+from data import read_split
+from evaluate import format_row, interval, pairs_of, read_rows
+from tokenizer import write_json
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules")  # runpy, in one process
 
 ROWS = {  # one row of each task, in the words of its data set
     "arc_easy": dict(id="1", question="What melts ice?", answerKey="2",
@@ -56,58 +69,59 @@ ROWS |= {"arc_challenge": ROWS["arc_easy"], "truthfulqa_mc2": ROWS["truthfulqa_m
     "boolq": "Bees make honey.\nQuestion: do bees make honey?\nAnswer: yes",
     "gsm8k": "Question: Two cats have how many tails?\nAnswer: One each.\n#### 2"}.items())
 def test_a_solved_question_reads_as_the_field_writes_it(name, text):
-    assert solved(ask(name, ROWS[name])) == text
+    assert solved(format_question(name, ROWS[name])) == text
 
 
-def test_every_task_of_the_field_has_rows_here_and_makes_questions_of_them():
-    assert {*ROWS} == {*TASKS} - {*SMALL, "rows"}
-    assert all(ask(name, row) is not None for name, row in ROWS.items())
+def test_every_benchmark_has_a_row_here_and_makes_a_question_of_it():
+    assert {*ROWS} == {*EXAMS} - {"rows"}
+    assert all(format_question(name, row) for name, row in ROWS.items())
 
 
 def test_the_blank_of_winogrande_is_filled_in_the_context_and_the_rest_is_scored():
     before = "The cup does not fit because "
-    assert pairs_of(ask("winogrande", ROWS["winogrande"])) == [
+    assert pairs_of(format_question("winogrande", ROWS["winogrande"])) == [
         (before + "it", " is too big."), (before + "the box", " is too big.")]
 
 
 def test_ready_questions_of_other_benchmarks_are_asked_in_the_tasks_words():
     ready = {"query": "Question: What melts ice?", "choices": ["cold", "heat"], "gold": 1}
-    assert pairs_of(ask("arc_easy", ready)) == pairs_of(ask("arc_easy", ROWS["arc_easy"]))
+    assert pairs_of(format_question("arc_easy", ready)) == pairs_of(format_question("arc_easy", ROWS["arc_easy"]))
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_a_row_that_lacks_a_part_or_has_one_of_another_kind_is_none(name):
-    row = ROWS[name]
+def test_a_row_that_lacks_a_part_or_has_one_of_another_kind_is_refused(name):
+    row, wrong = ROWS[name], [[], None, "query"]
     for part in ("choices", "endings", "question", "goal", "sentence", "text", "passage", "prompt"):
         if part in row:
-            for wrong in (None, 3, [], {}):
-                assert ask(name, row | {part: wrong}) is None
-            assert ask(name, {key: row[key] for key in row if key != part}) is None
-    assert ask(name, []) is ask(name, None) is ask(name, "query") is None
+            wrong += [row | {part: value} for value in (None, 3, [], {})]
+            wrong.append({key: row[key] for key in row if key != part})
+    for bad in wrong:
+        with pytest.raises(ValueError, match=f"this is no row of {name}"):
+            format_question(name, bad)
 
 
 def test_a_wrong_row_of_a_task_is_named_by_its_line(tmp_path):
     (tmp_path / "x.jsonl").write_text(json.dumps(ROWS["piqa"]) + '\n{"goal": 1}', "utf-8")
-    with pytest.raises(ValueError, match="x.jsonl, line 2 is not .* of piqa"):
-        read_rows(tmp_path / "x.jsonl", "piqa")
+    with pytest.raises(ValueError, match="x.jsonl, line 2 cannot be read: this is no row of piqa"):
+        read_rows(tmp_path / "x.jsonl", partial(format_question, "piqa"))
 
 
 def test_solved_examples_stand_before_a_question_and_have_its_topic():
     rows = [dict(ROWS["mmlu"], subject=topic, question=f"{topic} {i}?")
             for i in range(3) for topic in ("art", "law")]
-    examples, questions = split_examples([ask("mmlu", row) for row in rows], 2)
+    examples, questions = split_examples([format_question("mmlu", row) for row in rows], 2)
     asked = with_examples(questions, examples, 2)
     assert len(examples) == 4 and len(asked) == 2
     assert asked[1]["context"] == "".join([
         "The following are multiple choice questions (with answers) about law.\n\n",
-        *(solved(ask("mmlu", rows[i])) + "\n\n" for i in (1, 3)), ask("mmlu", rows[5])["context"]])
+        *(solved(format_question("mmlu", rows[i])) + "\n\n" for i in (1, 3)), format_question("mmlu", rows[5])["context"]])
 
 
 @pytest.mark.parametrize("text, strict, flexible", [
     ("so 3 + 4 = 7.\n#### 7", "7", "7"), ("#### -1,200 or #### 3", "-1,200", "3"),
     ("that is $18.", "[invalid]", "$18."), ("none", "[invalid]", "[invalid]")])
 def test_the_number_of_an_answer_is_behind_four_hashes_or_the_last(text, strict, flexible):
-    found = [find_number(text, *where) for where in evaluate.NUMBERS.values()]
+    found = [find_number(text, *rule) for rule in exams.NUMBERS.values()]
     assert found == [strict, flexible]
 
 
@@ -135,24 +149,25 @@ def server(monkeypatch):
 
     server = HTTPServer(("127.0.0.1", 0), Rows)
     Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(evaluate, "ROWS_URL", f"http://127.0.0.1:{server.server_port}/rows?")
+    monkeypatch.setattr(exams, "ROWS_URL", f"http://127.0.0.1:{server.server_port}/rows?")
     yield server
     server.shutdown()
     server.server_close()
 
 
 def test_rows_are_downloaded_page_by_page_and_kept(server, tmp_path):
-    rows = evaluate.download_rows("piqa", "validation", folder=tmp_path)
-    assert [row["goal"] for row in rows] == [f"validation {i}" for i in range(250)]
+    questions = download_questions("piqa", "validation", folder=tmp_path)
+    assert [question["context"] for question in questions] == [
+        f"Question: validation {i}\nAnswer:" for i in range(250)]
     server.shutdown()
     server.server_close()
-    assert evaluate.download_rows("piqa", "validation", folder=tmp_path) == rows
+    assert download_questions("piqa", "validation", folder=tmp_path) == questions
 
 
 def test_without_a_network_a_task_says_how_it_is_had_from_a_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "ROWS_URL", "http://127.0.0.1:9/rows?")
+    monkeypatch.setattr(exams, "ROWS_URL", "http://127.0.0.1:9/rows?")
     with pytest.raises(ValueError, match="no rows of piqa .*: --tasks=piqa --rows=FILE.jsonl"):
-        evaluate.download_rows("piqa", "validation", folder=tmp_path)
+        download_questions("piqa", "validation", folder=tmp_path)
 
 
 # -----------------------------------------------------------------------------
@@ -160,7 +175,7 @@ def test_without_a_network_a_task_says_how_it_is_had_from_a_file(tmp_path, monke
 
 
 def test_a_right_solution_passes_its_tests_and_a_wrong_one_does_not():
-    question = ask("humaneval", ROWS["humaneval"])
+    question = format_question("humaneval", ROWS["humaneval"])
     assert run_program(f"{question['context']}{question['target']}\n{question['check']}")
     assert not run_program(f"{question['context']}    return 2\n{question['check']}")
 
@@ -189,35 +204,153 @@ SENTENCES = ["the cat sees a dog. ", "an old bird sings. ", "red trees grow up. 
 TEXTS = ["".join(Random(i).choices(SENTENCES, k=60)) for i in range(9)]
 
 
-@pytest.mark.parametrize("name", [name for name in SMALL if name not in ("perplexity", "writing")])
+@pytest.mark.parametrize("name", sorted({*PROBES} - {"writing"}))
 def test_small_tasks_are_sound_differ_by_seed_and_spread_their_answers(name):
-    make = partial(TASKS[name].source[1], TEXTS, 40)
+    make = partial(PROBES[name], TEXTS, 40)
     assert make(seed=1) == make(seed=1) != make(seed=2)
-    questions = [ask(name, row) for row in make(seed=1)]
-    assert None not in questions and all(len(question["choices"]) == 4 for question in questions)
-    assert len(questions) < 20 or {question["answer"] for question in questions} == {0, 1, 2, 3}
+    rows = make(seed=1)
+    assert all(format_row(row) and len(row["choices"]) == 4 for row in rows)
+    assert len(rows) < 20 or {row["answer"] for row in rows} == {0, 1, 2, 3}
 
 
 def test_rules_make_questions_whose_answers_are_right():
-    for row in TASKS["arithmetic"].source[1](TEXTS, 20, 0):
+    for row in PROBES["arithmetic"](TEXTS, 20, 0):
         left, right = row["context"].splitlines()[-1].rstrip(" =").split(" + ")
         assert int(left) + int(right) == int(row["choices"][row["answer"]])
-    for row in TASKS["brackets"].source[1](TEXTS, 20, 0):
+    for row in PROBES["brackets"](TEXTS, 20, 0):
         opened = [char for char in row["context"] if char in "([{"]
         assert [*row["choices"][row["answer"]]] == [")]}"["([{".index(c)] for c in opened[::-1]]
 
 
 def test_facts_are_followed_by_one_word_wherever_they_stand():
-    for row in TASKS["facts"].source[1](TEXTS, 20, 0):
+    for row in PROBES["facts"](TEXTS, 20, 0):
         fact, words = row["context"].split(), " ".join(TEXTS).split()
         after = {c for a, b, c in zip(words, words[1:], words[2:]) if [a, b] == fact}
         assert row["choices"][row["answer"]] in after
 
 
-@pytest.mark.parametrize("name", sorted({*SMALL} - {"perplexity", "arithmetic"}))
+@pytest.mark.parametrize("name", sorted({*PROBES} - {"arithmetic"}))
 def test_a_text_that_is_too_short_for_a_small_task_is_refused_by_name(name):
     with pytest.raises(ValueError, match=f"leave {name} out of --tasks"):
-        TASKS[name].source[1](["a b c"], 5, 0)
+        PROBES[name](["a b c"], 5, 0)
+
+
+# -----------------------------------------------------------------------------
+# Texts compared, and confidence.
+
+
+def test_f1_by_hand():
+    assert f1("The cat sat.", "a cat sat down") == pytest.approx(2 * (2 / 2 * 2 / 3) / (1 + 2 / 3))
+    assert (f1("x", "y"), f1("", ""), f1("An apple!", "apple")) == (0, 0, 1)
+
+
+def test_rouge_l_by_hand_and_as_its_library_has_it():
+    assert rouge_l("a b c d", "a x c d e") == pytest.approx(2 * 3 / (4 + 5))
+    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
+    for text, target in ("The cat, sat on it", "on it the cat sat"), ("x1 y", "X1-y z"), ("", "a"):
+        assert rouge_l(text, target) == pytest.approx(scorer.score(target, text)["rougeL"].fmeasure)
+
+
+def test_bleu_by_hand():
+    text, target = "the the cat sat on it", "the cat sat on the mat"
+    precisions = 5 / 6, 3 / 5, 2 / 4, 1 / 3  # the: as often as target has it; it: not there
+    assert bleu([text], [target]) == pytest.approx(math.prod(precisions) ** 0.25)
+    assert bleu(["the cat sat on"], [target]) == pytest.approx(math.exp(1 - 6 / 4))
+    assert bleu(["a b"], ["a b"]) == bleu([""], ["a"]) == 0  # too short for 4-grams
+
+
+def test_bleu_is_that_of_sacrebleu():
+    sacrebleu, rng = pytest.importorskip("sacrebleu"), random.Random(0)
+    for _ in range(20):
+        texts, targets = ([" ".join(rng.choices("a b c", k=rng.randrange(4, 30)))
+                           for _ in range(5)] for _ in range(2))
+        theirs = sacrebleu.corpus_bleu(texts, [targets], tokenize="none", smooth_method="none")
+        assert 100 * bleu(texts, targets) == pytest.approx(theirs.score)
+
+
+@pytest.mark.parametrize("n, right, k", [(5, 2, 1), (6, 1, 3), (6, 4, 3), (4, 0, 2), (4, 4, 2)])
+def test_pass_at_k_is_the_share_of_draws_with_a_right_one(n, right, k):
+    drawn = [*itertools.combinations(range(n), k)]
+    assert pass_at_k(n, right, k) == pytest.approx(np.mean([min(d) < right for d in drawn]))
+
+
+def test_calibration_error_by_hand():
+    assert calibration_error([0.9, 0.9], [1, 0]) == pytest.approx(0.4)
+    assert calibration_error([0.95, 0.15, 1.0], [1, 0, 1]) == pytest.approx((0.05 + 0.15) / 3)
+    rng = np.random.default_rng(0).random(20_000)
+    assert calibration_error(rng, np.random.default_rng(1).random(20_000) < rng) < 0.02
+
+
+# -----------------------------------------------------------------------------
+# Overlap with the training text, the card, and the command.
+
+
+@pytest.mark.parametrize("lengths", [[400], [90, 13, 5, 200]])
+def test_overlap_is_the_share_of_13_tokens_in_a_row_that_occur(lengths):
+    rng = np.random.default_rng(0)
+    shards = [rng.integers(2, size=n).astype(np.uint16) for n in lengths]
+    texts = [rng.integers(2, size=n).tolist() for n in (40, 13, 12, 60)] + [shards[0][5:30]]
+    cut = [{tuple(ids[i:i + 13]) for i in range(len(ids) - 12)} for ids in map(list, shards)]
+    expected = [[tuple(ids[i:i + 13]) in set.union(*cut) for i in range(len(ids) - 12)]
+                for ids in map(list, texts)]
+    found = overlaps(texts, shards)
+    assert math.isnan(found.pop(2)) and not expected.pop(2)
+    assert found == pytest.approx([np.mean(row) for row in expected]) and found[-1] == 1
+
+
+def test_runs_of_tokens_are_found_over_the_border_of_what_is_read_at_once(monkeypatch):
+    shard = np.random.default_rng(0).integers(4000, size=(1 << 22) + 50).astype(np.uint16)
+    texts = [shard[(1 << 22) - n:][:13].tolist() for n in range(14)]
+    assert overlaps([*texts, [1] * 13], [shard]) == [1.0] * 14 + [0.0]
+
+
+@pytest.fixture
+def command(tmp_path, model, shards, tokenizer, call, monkeypatch):
+    """Call evaluate.py, in a folder that holds runs/words -> the text on stdout and on stderr."""
+    folder = tmp_path / "runs" / "words"
+    keep(model, folder)
+    tokenizer.save(folder / "tokenizer.json")
+    data = {"path": str(shards), "sources": [{"name": "words.txt"}]}
+    write_json(folder / "config.json", {"data": data, "train": {"batch_size": 3}})
+    (folder / "log.jsonl").write_text('{"step": 7, "loss": 2.5}\n', "utf-8")
+    monkeypatch.chdir(tmp_path)
+    return lambda *words: call(evaluate, *words)
+
+
+def test_evaluate_hands_over_tasks_and_options_that_it_does_not_have(command):
+    shown, notes = command("--tasks=copying,writing,cloze", "--n_questions=5", "--max_tokens=900")
+    assert notes == "" and ["copying", "writing", "writing", "writing", "cloze"] == [
+        line.split()[0] for line in shown.splitlines()[2:7]]
+
+
+def test_what_was_in_the_training_text_is_said(command, shards, tokenizer, tmp_path):
+    text = tokenizer.decode(read_split(shards, "train")[0][100:160].tolist())
+    rows = [dict(context=text[:-8], choices=[text[-8:], "x"], answer=0),
+            dict(context="never seen " * 20, choices=["a", "b"], answer=0),
+            dict(context="short", choices=["a", "b"], answer=0)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    shown, _ = command("--rows=rows.jsonl", "--n_shots=0")
+    assert "runs/words, rows: 1 of 2 texts of 13 tokens or more" in shown.replace("\\", "/")
+
+
+def test_a_model_card_says_what_went_in_and_what_came_out(command, tmp_path):
+    command("--tasks=copying", "--n_questions=9", "--card")
+    folder = tmp_path / "runs" / "words"
+    card = (folder / "model_card.md").read_text("utf-8")
+    scores = json.loads((folder / "scores.json").read_text("utf-8"))["scores"]
+    for part in ("words.txt", "step: 7", "loss: 2.5", "batch_size: 3", "copying",
+                 f"{100 * scores[0]['value']:.1f}%", "- copying: "):
+        assert part in card
+
+
+@pytest.mark.parametrize("words, line", [
+    (["--n_shots=-1"], "n_shots=-1 must be at least 0"),
+    (["--n_shots=1"], "perplexity has no solved examples: leave out --n_shots, or the task"),
+    (["--tasks=humaneval"], "humaneval runs what the model writes, on this machine: --run_code"),
+    (["--tasks=piqa,boolq", "--rows=x"], "--rows=x has the rows of one task: name it in --tasks")])
+def test_a_wrong_input_ends_in_one_line(command, words, line):
+    _, notes = command(*words)
+    assert notes.startswith("error: " + line) and notes.count("\n") == 1
 
 
 # -----------------------------------------------------------------------------
@@ -240,7 +373,7 @@ def harness(tokenizer, tmp_path_factory):
         import transformers
         from lm_eval.models.huggingface import HFLM
         sys.modules.pop("evaluate", None)
-    from model import load_gpt2
+    from chapters.export import load_gpt2, to_huggingface
     folder = tmp_path_factory.mktemp("harness")
     torch.manual_seed(0)
     config = transformers.GPT2Config(
@@ -248,18 +381,18 @@ def harness(tokenizer, tmp_path_factory):
         initializer_range=0.3, bos_token_id=tokenizer.eot, eos_token_id=tokenizer.eot)
     theirs = transformers.GPT2LMHeadModel(config).eval()
     theirs.save_pretrained(folder)
-    tokenizer.to_huggingface(folder)
+    to_huggingface(tokenizer, folder)
     words = transformers.AutoTokenizer.from_pretrained(folder)
     return lm_eval, HFLM(pretrained=theirs, tokenizer=words, device="cpu"), load_gpt2(folder).eval()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("n_shots", [0, 2])
-@pytest.mark.parametrize("name", [name for name in ROWS if TASKS[name].judge is judge_choices])
+@pytest.mark.parametrize("name", [name for name in ROWS if TASKS[name].score is score_calibrated])
 def test_scores_equal_those_of_lm_evaluation_harness(
         harness, tokenizer, monkeypatch, name, n_shots):
     lm_eval, theirs, ours = harness
-    if n_shots and TASKS[name].source[3] is None:
+    if n_shots and EXAMS[name].shots is None:
         pytest.skip("asked without examples")
     rows = [row | {key: f"{value} {i}" for key, value in row.items() if key in (
         "question", "goal", "passage", "activity_label", "text")} for i, row in
@@ -272,13 +405,14 @@ def test_scores_equal_those_of_lm_evaluation_harness(
     monkeypatch.setattr(ContextSampler, "sample", lambda self, n, **_: list(self.df)[:n])
     task = GROUPS.get(name, name)
     report = lm_eval.simple_evaluate(theirs, tasks=[task], num_fewshot=n_shots, bootstrap_iters=0)
-    questions = [ask(name, row) for row in rows]
+    questions = [format_question(name, row) for row in rows]
     asked = with_examples(questions[n_shots:], questions[:n_shots], n_shots)
-    outcomes, _ = judge_choices(ours, tokenizer, asked)
+    outcomes, _ = score_calibrated(ours, tokenizer, asked)
     samples = sorted(report["samples"][task], key=lambda sample: sample["doc_id"])
     expected = [[score for score, _ in sample["filtered_resps"]] for sample in samples]
     found = [outcome["shown"]["scores"] for outcome in outcomes]
     np.testing.assert_allclose(found, np.array(expected, float).reshape(len(found), -1), rtol=1e-4)
     for metric in {*SCORES} & {*TASKS[name].metrics}:
-        score, *_ = evaluate.interval(metric, np.array([row[metric] for row in outcomes]))
+        score, *_ = interval(
+            np.array([row[metric] for row in outcomes]), TASKS[name].metrics[metric])
         assert score == pytest.approx(report["results"][task][SCORES[metric]], rel=1e-3), metric
