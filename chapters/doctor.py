@@ -21,7 +21,7 @@ from statistics import median
 if __name__ == "__main__":  # `python chapters/doctor.py` works as well, from any folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from chapters.trace import is_bad, last_streak, trace
+from chapters.trace import bad_numbers, is_bad, trace
 from sample import newest_run
 from tokenizer import Parser, reading, run_command
 from train import read_config, read_log
@@ -257,35 +257,18 @@ ALWAYS = (low_start, data_repeats, too_good_to_be_true)
 # The visit.
 
 
-def bad_numbers(rows, train):
-    """A Finding if steps had no finite loss or gradient, left out or to the end; or None."""
-    bad = [row for row in rows if is_bad(row)]
-    if not bad:
-        return None
-    if bad[-1] is not rows[-1]:
-        return Finding("steps left out", f"{len(bad)} of {len(rows)} steps had no finite loss or "
-                       f"gradient, the last was {bad[-1]['step']}", "a few do no harm, as they "
-                       "changed no weight; more of them want a tenth of the --learning_rate")
-    first = last_streak(rows)[0]
-    before = [f"; before it {describe([row])}, gradient {row['grad_norm']:.2g}"
-              for row in rows if row["step"] < first["step"]][-1:]
-    change = f"--learning_rate={train.learning_rate / 10:.2g} (a tenth)"
-    change += ", or --precision=bf16, which reaches further" * (train.precision == "fp16")
-    return Finding("not a number", f"step {first['step']} loss or gradient is not finite"
-                   + "".join(before), change + "; a checkpoint from before is still good")
-
-
 def diagnose(rows, config):
     """The findings in a log, the worst first; few rows can only show a bad beginning or end."""
-    numbers, bad = [row for row in rows if not is_bad(row)], bad_numbers(rows, config["train"])
-    log, bad = Log(numbers, config) if numbers else None, [bad] if bad else []
+    numbers = [row for row in rows if not is_bad(row)]
+    bad = [Finding(*words) for words in bad_numbers(rows, config["train"])]
+    log = Log(numbers, config) if numbers else None
 
     def see(*illnesses):
         found = [(illness.__name__.replace("_", " "), illness(log)) for illness in illnesses]
         return [Finding(name, *words) for name, words in found if words]
 
-    if not numbers or is_bad(rows[-1]) or len(numbers) < FEW:
-        return bad + (see(bad_start, low_start) if numbers else [])
+    if log is None or is_bad(rows[-1]) or len(numbers) < FEW:
+        return bad + (see(bad_start, low_start) if log else [])
     return (see(*CAUSES)[:1] or see(*CURVES)) + bad + see(*ALWAYS)
 
 

@@ -21,15 +21,13 @@ from types import SimpleNamespace
 import torch
 
 from chapters.cost import GPUS, gpu_cost, outline, short, show_published
-from chapters.memory import (free_memory, parameters_by_part, process_memory,
-                             training_memory)
+from chapters.memory import free_memory, parameters_by_part, process_memory, training_memory
 from data import folder_name, read_card
 from model import GPT, GPTConfig, check_known, check_options, option
 from sample import pick_device, pick_precision
 from tokenizer import parse_options, run_command
-from train import (LENGTHS, TrainConfig, check_run, complete_options, keep_freed_memory,
-                   last_step, matmul_rate, model_shape, new_run, peak_memory, seconds_per_step,
-                   split_batch)
+from train import (LENGTHS, TrainConfig, check_run, complete_options, keep_freed_memory, last_step,
+                   matmul_rate, model_shape, new_run, peak_memory, seconds_per_step, split_batch)
 
 TOKENS_PER_PARAMETER = 20  # of the best model for its FLOPs: arXiv:2203.15556
 
@@ -54,8 +52,7 @@ class PlanConfig:
 
 
 def seconds_of_step(shape, config, device, dtype):
-    """-> (seconds of a training step of a fresh model of this shape on random tokens, the kernels
-    that it used)"""
+    """-> (seconds of a training step of a new model on random tokens, the kernels that it used)"""
     micro, accumulate = split_batch(config, 1)
     model = GPT(shape).to(device)
     kernels = model.use(config.kernels, dtype, config.recompute, micro)
@@ -124,9 +121,8 @@ def planned_steps(config, has_length, model, n_tokens, seconds):
 
 
 def make_plan(config, shape=None, has_length=True, measure=True):
-    """All numbers of the run that a TrainConfig and a GPTConfig (None: that of --size) describe, as
-    a namespace; has_length=False plans 20 tokens a parameter. Without measure nothing is tried, and
-    seconds (of a step) are None."""
+    """All numbers of the run that a TrainConfig and a GPTConfig (None: that of --size) describe;
+    has_length=False plans 20 tokens a parameter. Without measure, seconds (of a step) are None."""
     device, card = pick_device(config.device), find_card(config)
     shape = shape or model_shape(config.size, config.vocab_size)
     check_run(config, shape, "torch", device, world_size=1)
@@ -167,7 +163,7 @@ def gigabytes(n):
     return f"{n / 1e9:,.2f} GB" if n < 1e11 else f"{n / 1e9:,.0f} GB"
 
 
-def listed(parts):
+def join_parts(parts):
     return ", ".join(f"{name} {short(n)}" for name, n in parts.items() if n)
 
 
@@ -194,7 +190,7 @@ def memory_lines(plan):
             total = process_memory(parts, plan.base, recompute or plan.config.low_memory)
             options += " --low_memory" * recompute
         fits = "" if not plan.free else ", fits" if total < plan.free else ", does NOT fit"
-        yield f"{options}: {gigabytes(total)}{fits}; bytes of {listed(parts)}"
+        yield f"{options}: {gigabytes(total)}{fits}; bytes of {join_parts(parts)}"
     if plan.free:
         yield f"{gigabytes(plan.free)} are free here ({plan.device})"
 
@@ -233,7 +229,7 @@ def show_plan(plan, options):
     model = [f"{c.architecture}, {c.n_layer} layers, {c.n_embd} channels, {c.n_head} heads, "
              f"{c.n_kv_head} of keys, {c.block_size} tokens, vocabulary {c.vocab_size:,}"]
     flops = [f"{plan.flops:.3g} FLOPs, {short(plan.model.flops_per_token())} a token"]
-    parameters = [f"{plan.model.n_parameters():,}: {listed(parameters_by_part(plan.model))}"]
+    parameters = [f"{plan.model.n_parameters():,}: {join_parts(parameters_by_part(plan.model))}"]
     sections = {"model": model, "parameters": parameters, "tokens": token_lines(plan),
                 "compute": flops, "memory": memory_lines(plan), "time here": time_lines(plan),
                 options.gpu: gpu_lines(plan, options)}

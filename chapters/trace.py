@@ -33,6 +33,24 @@ def last_streak(rows):
     return rows[first + 1:last + 1]
 
 
+def bad_numbers(rows, config):
+    """What the doctor says of steps without a finite loss or gradient: yields at most one
+    (illness, what was seen, what to change)."""
+    n_bad = sum(map(is_bad, rows))
+    if n_bad and not is_bad(rows[-1]):
+        yield ("steps left out", f"{n_bad} of {len(rows)} steps had no finite loss or gradient, "
+               f"the last was {last_streak(rows)[-1]['step']}", "a few do no harm, as they changed "
+               "no weight; more of them want a tenth of the --learning_rate")
+    elif n_bad:
+        first = last_streak(rows)[0]
+        before = [f"; before it step {row['step']} loss {row['loss']:.3f}, gradient "
+                  f"{row['grad_norm']:.2g}" for row in rows if row["step"] < first["step"]]
+        change = f"--learning_rate={config.learning_rate / 10:.2g} (a tenth)"
+        change += ", or --precision=bf16, which reaches further" * (config.precision == "fp16")
+        yield ("not a number", f"step {first['step']} loss or gradient is not finite"
+               + "".join(before[-1:]), change + "; a checkpoint from before is still good")
+
+
 def first_bad(model, blocks):
     """Where numbers stop being finite on blocks (B, T + 1): the name of the first module whose
     output is not, or of the parameter nearest to the loss whose gradient is not; "" if none."""

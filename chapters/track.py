@@ -16,9 +16,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenizer import parse_options, replacing, run_command
 from model import check_known, check_options, option
 from sample import newest_run
+from tokenizer import parse_options, read_json, replacing, run_command
 from train import read_log
 
 HELP = {  # of the values in a row of the log, for Prometheus
@@ -83,9 +83,12 @@ def open_tensorboard(folder, config):
 
 @contextlib.contextmanager
 def open_wandb(folder, config):
-    """A new run of the project language-model, named as the folder is."""
+    """A new run of the project language-model, named as the folder is, with its config.json."""
     import wandb
-    with wandb.init(project="language-model", name=folder.name, dir=folder) as online:
+    path = folder / "config.json"
+    options = read_json(path) if path.exists() else {}
+    with wandb.init(project="language-model", name=folder.name, dir=folder,
+                    config=options) as online:
         def write(rows):
             for row in rows:
                 online.log(numbers(row), step=row["step"])
