@@ -64,6 +64,9 @@ def check_known(name, known, what):
         raise ValueError(f"unknown {what} {name!r}: {hint}")
 
 
+TINY = 1e-9  # low=TINY means above 0, below=1 + TINY at most 1
+
+
 def option(default, help, low=0, below=2**31, positional=False):
     """A dataclass field that is also an option of a command line: its default, its help, and for
     numbers the range low <= value < below."""
@@ -82,8 +85,9 @@ def check_options(config):
         right = isinstance(value, (*kinds, int) if float in kinds else kinds)
         if kinds[0] in (int, float) and value is not None:
             right = right and not isinstance(value, bool) and low <= value < below  # nan is not
-            high = "2^31" if below == 2**31 else below
-            words = f"at least {low} and below {high}" + ", a whole number" * (kinds[0] is int)
+            words = (("above 0" if low == TINY else f"at least {low}")
+                     + {2**31: " and below 2^31", 1 + TINY: " and at most 1"}.get(
+                         below, f" and below {below}") + ", a whole number" * (kinds[0] is int))
         if not right:
             raise ValueError(f"{f.name}={value!r:.40} must be {words}")
 

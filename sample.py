@@ -16,17 +16,15 @@ import random
 import re
 import sys
 import time
-import timeit
 from collections import namedtuple
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 
 import torch
 
-from model import (KVCache, check_known, check_options, load_model, option, read_progress,
-                   read_safetensors)
+from model import (TINY, KVCache, check_known, check_options, has_bf16_units, load_model, option,
+                   read_progress, read_safetensors)
 from tokenizer import Tokenizer, parse_options, reading, run_command
 
 DEVICES = ("cuda", "mps", "cpu")
@@ -40,10 +38,10 @@ class SampleConfig:
     max_new_tokens: int = option(200, "longest continuation, in tokens", low=1)
     temperature: float = option(0.8, "0 always takes the likeliest token, above 1 is wild")
     top_k: int | None = option(None, "keep only this many of the likeliest tokens", low=1)
-    top_p: float | None = option(None, "keep the likeliest that sum to this probability", low=1e-9)
-    min_p: float | None = option(None, "keep tokens this many times as likely as the likeliest")
-    typical_p: float | None = option(None, "keep the most typical of this probability", low=1e-9)
-    repetition_penalty: float = option(1.0, "above 1 makes earlier tokens less likely", low=1e-9)
+    top_p: float | None = option(None, "keep the likeliest that sum to this", TINY, 1 + TINY)
+    min_p: float | None = option(None, "keep tokens this likely beside the likeliest", 0, 1 + TINY)
+    typical_p: float | None = option(None, "keep the most typical up to this", TINY, 1 + TINY)
+    repetition_penalty: float = option(1.0, "above 1 makes earlier tokens less likely", TINY)
     frequency_penalty: float = option(0.0, "taken off per time that a token was written", -2**31)
     presence_penalty: float = option(0.0, "taken off once a token was written", -2**31)
     no_repeat_ngram: int | None = option(None, "never repeat a run of this many tokens", low=1)
@@ -57,9 +55,6 @@ class SampleConfig:
     def __post_init__(self):
         check_options(self)
         check_known(self.overflow, ("stop", "slide"), "overflow")
-        for name in "top_p", "min_p", "typical_p":
-            if (getattr(self, name) or 0) > 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at most 1")
         if not all((*self.stop, *self.ban)):
             raise ValueError("a text in stop or ban is empty: leave it out, or give it characters")
 
@@ -80,22 +75,11 @@ def pick_device(name="auto"):
     raise ValueError(f"device={name} does not work on this machine: take auto or cpu")
 
 
-@lru_cache
-def has_fast_bf16(size=512):
-    """Whether this CPU multiplies matrices at least 1.5 times as fast in bfloat16: measured."""
-    def seconds(dtype):
-        x = torch.ones(size, size, dtype=dtype)
-        return min(timeit.repeat(lambda: x @ x, number=1, repeat=4))
-    return seconds(torch.float32) >= 1.5 * seconds(torch.bfloat16)
-
-
 def pick_precision(name="auto", device="cpu"):
-    """auto | fp32 | bf16 | fp16 -> (name, torch dtype); auto: bf16 where that is fast."""
+    """auto | fp32 | bf16 | fp16 -> (name, torch dtype); auto: bf16 where the device has units."""
     check_known(name, ("auto", *PRECISIONS), "precision")
     if name == "auto":
-        kind = device.partition(":")[0]
-        fast = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        name = "bf16" if fast or kind == "cpu" and has_fast_bf16() else "fp32"
+        name = "bf16" if has_bf16_units(device) else "fp32"
     return name, PRECISIONS[name]
 
 

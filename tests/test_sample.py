@@ -457,7 +457,7 @@ def test_help_names_each_option_with_its_default():
      "must follow: shorten it, or let it slide out with overflow=slide"),
     (["--max_new_tokens=0"],
      "error: max_new_tokens=0 must be at least 1 and below 2^31, a whole number"),
-    (["--top_p=3"], "error: top_p=3.0 must be at most 1"),
+    (["--top_p=3"], "error: top_p=3.0 must be above 0 and at most 1"),
     (["--overflow=slid"], "error: unknown overflow 'slid': did you mean slide?"),
     (["--show=logprob"], "error: unknown show 'logprob': did you mean logprobs?"),
     (["--beams=0"], "error: beams=0 must be at least 1 and below 2^31, a whole number"),
