@@ -64,15 +64,15 @@ def machine():
             f"torch {torch.__version__}, {torch.get_num_threads()} threads; {gpu}")
 
 
-def median_seconds(function, times=7):
-    """The median of a few calls, after one that warms up."""
-    function()
-    seconds = []
-    for _ in range(times):
-        start = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+def medians(*functions, times=7):
+    """The seconds of each function, by the medians of calls in turns, after one that warms up."""
+    seconds = [[] for _ in functions]
+    for _ in range(times + 1):
+        for own, function in zip(seconds, functions):
+            start = time.perf_counter()
+            function()
+            own.append(time.perf_counter() - start)
+    return [statistics.median(own[1:]) for own in seconds]
 
 
 def show(name, value):
@@ -100,7 +100,7 @@ def training():
     """The step of the default run, in each precision, against this machine's matrix products."""
     for precision, kernels in itertools.product(dict.fromkeys([BEST, "fp32"]), ("plain", "auto")):
         run, ids, kernels = prepare_step(SHAPE, DEFAULT.batch_size, precision, kernels)
-        seconds = median_seconds(lambda: take_step(run, run.model, [ids], [ids], 1.0)[0].item())
+        seconds, = medians(lambda: take_step(run, run.model, [ids], [ids], 1.0)[0].item())
         best = matmul_rate(run.model.device, run.model.dtype)
         used = run.model.flops_per_token() * ids.numel() / seconds / best
         show(f"training {DEFAULT.size}, {DEVICE} {precision}, {kernels} kernels",
@@ -113,15 +113,13 @@ def muon():
               ("the default run", SHAPE, DEFAULT.batch_size, 1)]
     for (name, shape, B, n_passes), optimizer in itertools.product(shapes, ("muon", "adamw")):
         run, ids, _ = prepare_step(shape, B, optimizer=optimizer)
-        times = []
-        for _ in range(4):
-            times.append([time.perf_counter()])
-            gradients(run, run.model, [ids], [ids], 1.0)[0].item()
-            times[-1].append(time.perf_counter())
+
+        def step():
             update(run)
             next(run.model.parameters())[0, 0].item()  # a GPU has then finished
-            times[-1].append(time.perf_counter())
-        one, own = (statistics.median(row[i + 1] - row[i] for row in times[1:]) for i in (0, 1))
+
+        one, own = medians(
+            lambda: gradients(run, run.model, [ids], [ids], 1.0)[0].item(), step, times=3)
         show(f"{optimizer}, {name}, {DEVICE} {BEST}",
              f"{1000 * own:,.0f} ms, {own / (n_passes * one + own):.1%} of a step of {n_passes} x "
              f"{B} sequences, which take {n_passes} x {1000 * one:,.0f} ms")
@@ -136,10 +134,9 @@ def compare(name, functions, inputs, times=15):
         y = torch.autograd.grad(y, leaves, torch.ones_like(y))[0] if leaves else y
         y.flatten()[0].item()  # a GPU has then finished
 
-    found = {f.__name__: median_seconds(lambda: call(f), times) for f in functions}
-    first = next(iter(found.values()))
-    show(name, ", ".join(f"{function} {1000 * seconds:.2f} ms ({seconds / first:.2f}x)"
-                         for function, seconds in found.items()))
+    found = medians(*(partial(call, function) for function in functions), times=times)
+    show(name, ", ".join(f"{function.__name__} {1000 * seconds:.2f} ms ({seconds / found[0]:.2f}x)"
+                         for function, seconds in zip(functions, found)))
 
 
 def twins():
@@ -226,8 +223,8 @@ def contest(entry):
     step = nanogpt_step(folder, shape, **options) if folder else our_step(shape, **options)
     for _ in range(6 if DEVICE == "cuda" else 1):
         step()
-    rate = shape[3] * shape[4] / median_seconds(step, times)
-    print(json.dumps([rate, peak_memory(DEVICE)]))
+    seconds, = medians(step, times=times)
+    print(json.dumps([shape[3] * shape[4] / seconds, peak_memory(DEVICE)]))
 
 
 def nanogpt(folder):
@@ -316,7 +313,7 @@ def sampling():
     model = GPT(SHAPE).eval().to(DEVICE)
     ids = torch.zeros(1, 1, dtype=torch.long, device=DEVICE)
     for cache in True, False:
-        seconds = median_seconds(lambda: [*generate(model, ids, 200, cache=cache)], 3)
+        seconds, = medians(lambda: [*generate(model, ids, 200, cache=cache)], times=3)
         show(f"sampling, {DEVICE}, cache={cache}", f"{200 / seconds:,.0f} tokens/s")
 
 
@@ -336,7 +333,7 @@ def decoding():
         for B, T in (1, 1), (1, 512), (8, 1):
             ids = torch.zeros(B, T, dtype=torch.long, device=DEVICE)
             steps = generate(model, ids, 42, temperature=0)
-            rate, limit = in_turns(lambda: next(steps)[0].item(), stream)
+            rate, limit = (1 / s for s in medians(lambda: next(steps)[0].item(), stream, times=40))
             base = base or rate
             more = f", {B * rate / base:.1f}x of one sequence" if B > 1 else ""
             show(f"decoding, GPT-2, {DEVICE} {precision}, {B} x {T} tokens of context",
@@ -347,22 +344,11 @@ def decoding():
             theirs = GPT2LMHeadModel(GPT2Config()).eval().to(DEVICE, dtype)
             for T in 1, 512:
                 ids = torch.zeros(1, T, dtype=torch.long, device=DEVICE)
-                seconds = [median_seconds(lambda: theirs.generate(
-                    ids, max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0), 3)
-                    for n in (2, 26)]
+                few, many = medians(*(partial(theirs.generate, ids, max_new_tokens=n,
+                                              min_new_tokens=n, do_sample=False, pad_token_id=0)
+                                      for n in (2, 26)), times=3)
                 show(f"the same by transformers, {T} tokens of context",
-                     f"{24 / (seconds[1] - seconds[0]):,.1f} tokens/s")
-
-
-def in_turns(*functions, times=40):
-    """How often a second each function is called, by the medians of calls in turns."""
-    seconds = [[] for _ in functions]
-    for _ in range(times + 1):
-        for own, function in zip(seconds, functions):
-            start = time.perf_counter()
-            function()
-            own.append(time.perf_counter() - start)
-    return [1 / statistics.median(own[1:]) for own in seconds]
+                     f"{24 / (many - few):,.1f} tokens/s")
 
 
 def saving():
@@ -374,8 +360,7 @@ def saving():
         take_step(run, model, [ids], [ids], 1.0)  # now the optimizer has a state
         state = snapshot(run)
         with tempfile.TemporaryDirectory() as folder:
-            holds = median_seconds(lambda: snapshot(run), 3)
-            writes = median_seconds(lambda: save_run(folder, state), 3)
+            holds, writes = medians(lambda: snapshot(run), lambda: save_run(folder, state), times=3)
             n_bytes = sum(path.stat().st_size for path in Path(folder).iterdir())
         show(f"a checkpoint of {n_bytes / 1e6:,.0f} MB", f"training waits {1000 * holds:,.0f} ms, "
              f"while writing and checking take {1000 * writes:,.0f} ms")
@@ -401,11 +386,11 @@ def bpe_training(texts, vocab_size, times):
     """Our seconds to train on texts, and where `tokenizers` is installed, how theirs compare."""
     n_bytes = sum(len(text.encode()) for text in texts)
     name = f"{n_bytes / 1e6:.1f} MB to {vocab_size:,} tokens"
-    ours = median_seconds(lambda: train_fast(texts, vocab_size, pattern=GPT2_SPLIT), times)
+    ours, = medians(lambda: train_fast(texts, vocab_size, pattern=GPT2_SPLIT), times=times)
     show(f"BPE training, {name}", f"{ours:.2f} s, {n_bytes / 1e6 / ours:.1f} MB/s")
     if importlib.util.find_spec("tokenizers"):
-        theirs = median_seconds(lambda: hugging_face(texts, vocab_size), times)
-        show(f"the same by Hugging Face's tokenizers, {name}",
+        theirs, = medians(lambda: hugging_face(texts, vocab_size), times=times)
+        show("the same by Hugging Face's tokenizers",
              f"{theirs:.2f} s; ours takes {ours / theirs:.2f}x")
 
 
@@ -430,20 +415,20 @@ def bpe():
     bpe_training(texts, 4096, 3)
     tokenizer = Tokenizer(train_fast(texts, 4096), SPECIAL_TOKENS)
     joined, twin = "\n".join(texts)[:4_000_000], tokenizer.to_tiktoken()
-    for name, encode in ("ours", tokenizer.encode), ("tiktoken", twin.encode_ordinary):
-        seconds = median_seconds(lambda: encode(joined), 3)
-        show(f"encoding, {name}, one thread", f"{len(joined.encode()) / 1e6 / seconds:.1f} MB/s")
-    ours, theirs = (median_seconds(lambda: encode(texts), 3) for encode in
-                    (tokenizer.encode_batch, twin.encode_ordinary_batch))
-    show("encoding a batch on all cores", f"{theirs / ours:.2f}x of the speed of tiktoken's own")
+    for name, encoders, given in (("one thread", (tokenizer.encode, twin.encode_ordinary), joined),
+                                  ("a batch on all cores", (tokenizer.encode_batch,
+                                                            twin.encode_ordinary_batch), texts)):
+        ours, theirs = medians(*(partial(encode, given) for encode in encoders), times=3)
+        n_bytes = len("".join(given).encode())
+        show(f"encoding, {name}", f"{n_bytes / 1e6 / ours:.1f} MB/s, {theirs / ours:.2f}x of "
+             "tiktoken's speed")
 
 
 # -----------------------------------------------------------------------------
 # The command.
 
-PARTS = {part.__name__: part for part in (training, attention, twins, sampling, decoding, saving,
-                                          bpe, bpe100, learning, nanogpt, muon)}
-QUICK = ["training", "attention", "twins", "sampling", "saving", "bpe"]
+PARTS = {part.__name__: part for part in (training, attention, twins, sampling, saving, bpe,
+                                          decoding, muon, bpe100, learning, nanogpt)}
 
 
 @dataclass
@@ -458,7 +443,7 @@ def main():
     if sys.argv[1:2] == ["--contest"]:
         return contest(sys.argv[2])
     options = Options(**parse_options(__doc__, Options)[0])
-    parts = options.parts or (["nanogpt"] if options.nanogpt else QUICK)
+    parts = options.parts or (["nanogpt"] if options.nanogpt else [*PARTS][:6])
     for part in parts:
         if part not in PARTS:
             raise ValueError(f"unknown part {part!r}: the parts are {' '.join(PARTS)}")
