@@ -509,8 +509,8 @@ def went_on(call, run):
 
 
 @pytest.mark.parametrize("command, rounds", [
-    (sampled, 1), pytest.param(sampled, 20, marks=slow), pytest.param(evaluated, 8, marks=slow),
-    pytest.param(went_on, 8, marks=slow)])
+    (sampled, 1), pytest.param(sampled, 9, marks=slow), pytest.param(evaluated, 3, marks=slow),
+    pytest.param(went_on, 5, marks=slow)])
 def test_a_flipped_bit_of_weights_or_tokens_changes_nothing_or_is_said(tmp_path, place, call,
                                                                        command, rounds):
     shutil.copytree(place, tmp_path / "backup")
