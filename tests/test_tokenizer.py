@@ -395,7 +395,7 @@ def test_a_text_in_a_chat_never_makes_a_special_id(trained, name):
     ([], "a chat is a list of messages"), ("hi", "a chat is a list of messages"),
     (None, "a chat is a list of messages"), (["hi"], "message 0 is 'hi'"),
     ([turn("user", None)], "a role and a content, which is a str"),
-    ([turn("user", ["a" * 10**6] * 99)], "a role and a content, which is a str"),
+    ([turn("user", ["a" * 999] * 9)], "a role and a content, which is a str"),
     ([turn("robot"), turn("user")], "role 'robot': it must be system or user"),
     ([dict(content="hi")], "has role None"), ([turn(["user"])], "has role ['user']"),
     ([turn("user"), turn("system"), turn("user")], "message 1 has role 'system'"),
