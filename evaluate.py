@@ -451,7 +451,7 @@ def draw_scores(scores, path):
             ax.annotate(written(row["value"], row["metric"]), (row["value"], i), (0, 4),
                         ha="center", textcoords="offset points", fontsize=8)
         label, scale, limits, form = PANELS[kind]
-        ax.set(xlabel=label, xscale=scale, xlim=limits, ylim=(len(rows) - 0.4, -0.8),
+        ax.set(xlabel=label, xscale=scale, xmargin=0.1, xlim=limits, ylim=(len(rows) - 0.4, -0.8),
                yticks=range(len(rows)),
                yticklabels=[f"{row['task']}, {row['metric']}\n{row['run']}" for row in rows])
         ax.xaxis.set_major_formatter(form)

@@ -132,7 +132,7 @@ A {architecture} language model of {parameters:,} parameters, {checkpoint}.
 Guessing is what a model gets that knows nothing; the interval holds 95 of 100 scores on other
 questions of this kind. Seed {seed}, {precision}.
 
-{overlap}
+Of the questions that are long enough, {overlap}.
 
 ## What it cannot do
 
@@ -151,11 +151,11 @@ def config_of(folder):
         return {name: dict(part or {}) for name, part in config.items()}
 
 
-def overlap_lines(overlap):
+def overlap_line(overlap):
     """What contamination found, in words."""
-    return [f"{name}: {found['with_overlap']} of {found['long_enough']} texts of 13 tokens or more "
-            "have 13 tokens in a row in common with the training text"
-            for name, found in overlap.items() if found["long_enough"]]
+    found = [f"{name} {part['with_overlap']} of {part['long_enough']}"
+             for name, part in overlap.items() if part["long_enough"]]
+    return f"{OVERLAP} tokens in a row are in the training text, too: {', '.join(found) or '-'}"
 
 
 def training_figures(folder, model):
@@ -180,12 +180,11 @@ def model_card(folder):
                for name, value in training_figures(folder, model).items()]
     head, *rows = (f"| {' | '.join(line[:-1])} |" for line in cells(report["scores"]))
     scores = [head, "|" + "---|" * (head.count("|") - 1), *rows]
-    overlap = [f"- {line}" for line in overlap_lines(report.get("overlap", {}))]
     return CARD.format(**report | dict(
         architecture=model.config.architecture, parameters=model.n_parameters(),
         block_size=model.config.block_size, training="\n".join(figures),
         data="\n".join(lines) or "Its run folder does not say.", scores="\n".join(scores),
-        overlap="\n".join(overlap) or "Overlap with the training text was not looked for."))
+        overlap=overlap_line(report.get("overlap", {}))))
 
 
 def write_card(folder):

@@ -23,7 +23,7 @@ from urllib.parse import urlencode
 import evaluate
 from chapters import probes
 from chapters.box import score_programs
-from chapters.card import (calibration_of_sums, contamination, overlap_lines, score_calibrated,
+from chapters.card import (calibration_of_sums, contamination, overlap_line, score_calibrated,
                            write_card)
 from chapters.prompts import (format_arc, format_boolq, format_gsm8k, format_hellaswag,
                               format_humaneval, format_lambada, format_mmlu, format_mosaic,
@@ -215,8 +215,7 @@ def main():
     for report in reports:
         folder = Path(report["run"])
         overlap = contamination(folder, Tokenizer.load(folder / "tokenizer.json"), texts)
-        for line in overlap_lines(overlap):
-            print(f"{folder}, {line}")
+        print(f"{folder}: {overlap_line(overlap)}")
         del report["vectors"]
         write_json(folder / "scores.json", report | dict(overlap=overlap))
         if config.card:

@@ -85,7 +85,8 @@ def test_the_blank_of_winogrande_is_filled_in_the_context_and_the_rest_is_scored
 
 def test_ready_questions_of_other_benchmarks_are_asked_in_the_tasks_words():
     ready = {"query": "Question: What melts ice?", "choices": ["cold", "heat"], "gold": 1}
-    assert pairs_of(format_question("arc_easy", ready)) == pairs_of(format_question("arc_easy", ROWS["arc_easy"]))
+    asked = [format_question("arc_easy", row) for row in (ready, ROWS["arc_easy"])]
+    assert pairs_of(asked[0]) == pairs_of(asked[1])
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -109,12 +110,13 @@ def test_a_wrong_row_of_a_task_is_named_by_its_line(tmp_path):
 def test_solved_examples_stand_before_a_question_and_have_its_topic():
     rows = [dict(ROWS["mmlu"], subject=topic, question=f"{topic} {i}?")
             for i in range(3) for topic in ("art", "law")]
-    examples, questions = split_examples([format_question("mmlu", row) for row in rows], 2)
+    ready = [format_question("mmlu", row) for row in rows]
+    examples, questions = split_examples(ready, 2)
     asked = with_examples(questions, examples, 2)
     assert len(examples) == 4 and len(asked) == 2
     assert asked[1]["context"] == "".join([
         "The following are multiple choice questions (with answers) about law.\n\n",
-        *(solved(format_question("mmlu", rows[i])) + "\n\n" for i in (1, 3)), format_question("mmlu", rows[5])["context"]])
+        *(solved(ready[i]) + "\n\n" for i in (1, 3)), ready[5]["context"]])
 
 
 @pytest.mark.parametrize("text, strict, flexible", [
@@ -260,7 +262,7 @@ def test_bleu_by_hand():
 
 
 def test_bleu_is_that_of_sacrebleu():
-    sacrebleu, rng = pytest.importorskip("sacrebleu"), random.Random(0)
+    sacrebleu, rng = pytest.importorskip("sacrebleu"), Random(0)
     for _ in range(20):
         texts, targets = ([" ".join(rng.choices("a b c", k=rng.randrange(4, 30)))
                            for _ in range(5)] for _ in range(2))
@@ -330,7 +332,7 @@ def test_what_was_in_the_training_text_is_said(command, shards, tokenizer, tmp_p
             dict(context="short", choices=["a", "b"], answer=0)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
     shown, _ = command("--rows=rows.jsonl", "--n_shots=0")
-    assert "runs/words, rows: 1 of 2 texts of 13 tokens or more" in shown.replace("\\", "/")
+    assert "13 tokens in a row are in the training text, too: rows 1 of 2\n" in shown
 
 
 def test_a_model_card_says_what_went_in_and_what_came_out(command, tmp_path):
@@ -339,7 +341,7 @@ def test_a_model_card_says_what_went_in_and_what_came_out(command, tmp_path):
     card = (folder / "model_card.md").read_text("utf-8")
     scores = json.loads((folder / "scores.json").read_text("utf-8"))["scores"]
     for part in ("words.txt", "step: 7", "loss: 2.5", "batch_size: 3", "copying",
-                 f"{100 * scores[0]['value']:.1f}%", "- copying: "):
+                 f"{100 * scores[0]['value']:.1f}%", "copying 0 of "):
         assert part in card
 
 
