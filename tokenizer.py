@@ -278,30 +278,21 @@ def compile_special(special_tokens):
 
 
 def split_chunks(text, compiled):
-    """The chunks of a text: split_chunks("we've", compile_split(GPT2_SPLIT)) == ["we", "'ve"]."""
-    if compiled.pattern not in SPLITS.values():
-        return [*find_chunks(text, compiled)]
-    return (text.isascii() and ASCII_SPLITS.get(compiled.pattern) or compiled).findall(text)
-
-
-def find_chunks(text, compiled):
-    """split_chunks one by one; ValueError for a pattern that leaves characters out, or that takes
-    very long, as one may that tries all ways to match."""
-    end, seconds = 0, PATIENCE + len(text) / 10_000
-    if compiled.pattern in SPLITS.values():
-        seconds = None  # they are quick, and watching the time doubles it
+    """The chunks of a text: split_chunks("we've", compile_split(GPT2_SPLIT)) == ["we", "'ve"].
+    ValueError for a pattern that leaves characters out, or takes very long, as some do."""
+    if compiled.pattern in SPLITS.values():  # they are quick, and watching the time doubles it
+        return (text.isascii() and ASCII_SPLITS.get(compiled.pattern) or compiled).findall(text)
+    seconds = PATIENCE + len(text) / 10_000
     try:
-        for found in compiled.finditer(text, timeout=seconds):
-            if found.start() != end:
-                break
-            end = found.end()
-            yield found[0]
+        chunks = [found[0] for found in compiled.finditer(text, timeout=seconds)]
     except TimeoutError:
         raise ValueError(f"split pattern {compiled.pattern!r} takes more than {seconds:.0f} s for "
                          f"{len(text):,} characters: take another") from None
-    if end != len(text):
-        raise ValueError(f"split pattern {compiled.pattern!r} leaves out character {end} of "
-                         rf"{len(text)}: let it match all, if need be by ending it with |[\s\S]")
+    lost = len(text) - sum(map(len, chunks))
+    if lost:
+        raise ValueError(f"split pattern {compiled.pattern!r} loses {lost} of {len(text)} "
+                         r"characters: let it match all, if need be by ending it with |[\s\S]")
+    return chunks
 
 
 def count_chunks(texts, special_tokens, pattern):
@@ -583,14 +574,14 @@ def check_chat(messages, last):
     if not isinstance(messages, (list, tuple)) or not messages:
         raise ValueError(f"a chat is a list of messages, not {messages!r:.40}")
     for i, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise ValueError(f"message {i} is {message!r:.60}: it must be a dict with a role and "
-                             "a content, which is a str")
-        role, known = message.get("role"), ROLES[1:] if i else ROLES[:2]
+        roles = ROLES[1:] if i else ROLES[:2]
         if i == len(messages) - 1:
-            known = [role for role in known if role in last]
-        if role not in known:
-            raise ValueError(f"message {i} has role {role!r}: it must be {' or '.join(known)}")
+            roles = [role for role in roles if role in last]
+        if not (isinstance(message, dict) and isinstance(message.get("content"), str)
+                and message.get("role") in roles):
+            raise ValueError(f"message {i} is {message!r:.60}: it must be a dict with a content, "
+                             "which is a str, and a role, which is here "
+                             f"{' or '.join(roles) or 'not the last'}")
 
 
 class StreamDecoder:
@@ -682,12 +673,11 @@ class Tokenizer:
         return ids
 
     def encode_iterable(self, texts):
-        """Yield the ids of texts, one text after the other; a text is encoded chunk by chunk."""
+        """Yield the ids of texts, such as the lines of an open file: no more than one is held."""
         for text in texts:
-            for chunk in find_chunks(well_formed(text), self.split_pattern):
-                if len(self.cache) > CACHE >> 4:
-                    self.cache.clear()  # to stay below a megabyte
-                yield from self.cache.get(chunk) or self.encode_chunk(chunk)
+            if len(self.cache) > CACHE >> 4:
+                self.cache.clear()  # to stay below a megabyte
+            yield from self.encode(text)
 
     def encode_batch(self, texts):
         """A list with encode(text) of each text, by the fast twin on all cores. Texts for which the

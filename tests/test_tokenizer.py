@@ -152,7 +152,7 @@ def test_many_processes_count_what_one_counts(monkeypatch):
     (dict(texts=""), "the input is empty"),
     (dict(texts=[]), "the input is empty"),
     (dict(pattern="(?:"), "does not compile"),
-    (dict(pattern=r"\p{L}+"), "leaves out character 4 of 10"),
+    (dict(pattern=r"\p{L}+"), "loses 1 of 10 characters"),
 ])
 def test_training_refuses_what_cannot_work(options, problem):
     for train in train_plain, train_fast:
@@ -197,7 +197,7 @@ def test_a_pattern_that_loses_characters_is_refused_by_all_that_encode(pattern):
     tokenizer, text = Tokenizer([], pattern=pattern), "one two a"
     for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch(["", text]),
                    lambda text: [*tokenizer.encode_iterable([text])]):
-        with pytest.raises(ValueError, match="leaves out character . of 9"):
+        with pytest.raises(ValueError, match="loses . of 9 characters"):
             encode(text)
 
 
@@ -216,13 +216,12 @@ def test_twice_as_long_a_chunk_takes_twice_as_long_to_encode(name):
 
 
 @pytest.mark.slow
-def test_encoding_lazily_holds_less_than_a_megabyte_beside_the_text(trained):
-    rng = random.Random(0)
+def test_encoding_lines_lazily_holds_less_than_a_megabyte(trained):
+    rng, tokenizer = random.Random(0), Tokenizer(trained.merges)
     words = [random_text(rng, COMMON, 9) + rng.choice(OLD) for _ in range(30_000)]
-    texts = ["".join(words), " ".join(reversed(words))]
-    tokenizer = Tokenizer(trained.merges)
+    lines = ["".join(words[i:i + 20]) for i in range(0, len(words), 20)]
     tracemalloc.start()
-    n = sum(1 for _ in tokenizer.encode_iterable(texts))
+    n = sum(1 for _ in tokenizer.encode_iterable(lines * 2))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert n > 200_000 and peak < 1_000_000
@@ -394,25 +393,24 @@ def test_a_text_in_a_chat_never_makes_a_special_id(trained, name):
 @pytest.mark.parametrize("messages, problem", [
     ([], "a chat is a list of messages"), ("hi", "a chat is a list of messages"),
     (None, "a chat is a list of messages"), (["hi"], "message 0 is 'hi'"),
-    ([turn("user", None)], "a role and a content, which is a str"),
-    ([turn("user", ["a" * 999] * 9)], "a role and a content, which is a str"),
-    ([turn("robot"), turn("user")], "role 'robot': it must be system or user"),
-    ([dict(content="hi")], "has role None"), ([turn(["user"])], "has role ['user']"),
-    ([turn("user"), turn("system"), turn("user")], "message 1 has role 'system'"),
-    ([turn("assistant")], "message 0 has role 'assistant'"), ([turn("tool")], "message 0 has role"),
-    ([turn("system")], "message 0 has role 'system'"),
+    ([turn("user", None)], "a content, which is a str"),
+    ([turn("user", ["a" * 999] * 9)], "a content, which is a str"),
+    ([turn("robot"), turn("user")], "a role, which is here system or user"),
+    ([dict(content="hi")], "message 0 is {'content': 'hi'}"), ([turn(["user"])], "message 0"),
+    ([turn("user"), turn("system"), turn("user")], "message 1 is {'role': 'system'"),
+    ([turn("assistant")], "message 0"), ([turn("tool")], "message 0"), ([turn("system")], "here "),
 ])
 def test_messages_that_are_no_chat_are_refused_in_one_line(trained, messages, problem):
     for render in trained.render_chat, trained.render_prompt:
         with pytest.raises(ValueError, match=regex.escape(problem)) as error:
             render(messages)
-        assert "\n" not in str(error.value) and len(str(error.value)) < 200
+        assert "\n" not in str(error.value) and len(str(error.value)) < 250
 
 
 def test_who_speaks_last_decides_between_chat_and_prompt(trained):
-    with pytest.raises(ValueError, match="message 1 has role 'user': it must be assistant"):
+    with pytest.raises(ValueError, match="message 1 .* a role, which is here assistant"):
         trained.render_chat(CHAT[:2])
-    with pytest.raises(ValueError, match="role 'assistant': it must be user or tool"):
+    with pytest.raises(ValueError, match="a role, which is here user or tool"):
         trained.render_prompt(CHAT)
 
 
