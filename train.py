@@ -8,8 +8,7 @@ Train a model: text or token shards in, a run folder with checkpoints out.
 
 With none of --max_steps, --tokens, --epochs and --minutes a run ends after 2 epochs or 4 minutes,
 whichever comes first. A resumed run can change every option but those of its model and its data.
-
-Ctrl-C or SIGTERM: it saves and ends, with exit code 130 or 143; the second Ctrl-C ends it at once.
+Ctrl-C or SIGTERM saves and ends it, with exit code 130 or 143; the second Ctrl-C at once.
 """
 
 import contextlib
@@ -23,6 +22,7 @@ import signal
 import sys
 import time
 import timeit
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import islice
@@ -37,10 +37,10 @@ from tqdm import tqdm
 
 from data import MixedLoader, TokenLoader, check_shards, folder_name, locked, prepare, read_card
 from model import (GPT, SIZES, GPTConfig, accelerator, check_ids, check_known, check_options,
-                   load_model, option, read_safetensors, save_model)
-from sample import checkpoints, complete, first_whole, has_fast_bf16
+                   has_bf16_units, load_model, option, read_safetensors, save_model)
+from sample import (checkpoints, complete, first_whole, newest_run, pick_checkpoint, pick_device,
+                    pick_precision)
 from sample import load_run as load_finished
-from sample import newest_run, pick_checkpoint, pick_device, pick_precision
 from tokenizer import (Tokenizer, check_fields, parse_options, read_json, reading, replacing,
                        run_command, write_json)
 
@@ -63,7 +63,6 @@ class TrainConfig:
     resume: bool = option(False, "continue the run in --out, or the newest one")
     vocab_size: int = option(4096, "of the tokenizer, when one is trained", low=1)
     size: str = option("mini", "nano | tiny | mini | small | base | gpt2 ...; a model's defaults")
-    # length and batch
     max_steps: int = option(0, "optimizer steps; 0: no limit")
     epochs: float = option(0.0, "passes over the data; 0: no limit")
     tokens: float = option(0.0, "tokens read, such as 1e8; 0: no limit", below=1e15)
@@ -73,7 +72,6 @@ class TrainConfig:
     patience: int = option(0, "end after so many validations without a lower loss; 0: never")
     mix: str = option("", "further shards and their share of batches: shards/a=0.2,shards/b=0.1")
     curriculum: float = option(0.0, "share of the run in which sequences are cut short", below=1)
-    # optimizer
     optimizer: str = option("muon", "muon | adamw")
     learning_rate: float = option(0.0, "the highest; 0: 0.02 for muon, 0.003 for adamw")
     min_lr: float = option(0.0, "the last")
@@ -86,12 +84,10 @@ class TrainConfig:
     grad_clip: float = option(1.0, "longest gradient; 0: no limit")
     skip_spikes: float = option(0.0, "skip steps so many deviations above the median; 0: none")
     bad_steps: int = option(10, "end after so many steps in a row with a loss not finite", low=1)
-    # what is seen
     eval_every: int = option(100, "steps between validations, each with a checkpoint", low=1)
     eval_sequences: int = option(64, "sequences in the fixed validation set", low=1)
     sample_tokens: int = option(48, "tokens shown at a validation", low=1)
     keep_last: int = option(2, "how many of the last checkpoints stay, beside the best", low=1)
-    # machine
     device: str = option("auto", "auto | cpu | cuda | mps")
     precision: str = option("auto", "auto | fp32 | bf16 | fp16 (weights stay float32)")
     kernels: str = option("auto", "auto, the fastest in a trial | plain | fused | torch | cuda")
@@ -104,9 +100,10 @@ class TrainConfig:
         check_options(self)
         check_known(self.optimizer, RATES, "optimizer")
         check_known(self.schedule, SCHEDULES, "schedule")
+        own = dict(learning_rate=self.learning_rate or RATES[self.optimizer])
         if not any(getattr(self, name) for name in LENGTHS):
-            self.__dict__.update(epochs=2.0, minutes=4.0)  # as a frozen class allows
-        self.__dict__["learning_rate"] = self.learning_rate or RATES[self.optimizer]
+            own |= dict(epochs=2.0, minutes=4.0)
+        self.__dict__.update(own)  # the class is frozen for everyone else
         if self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}")
 
@@ -125,14 +122,14 @@ def read_config(path):
     """-> (TrainConfig, GPTConfig, dict of the data) in a run's config.json; ValueError if wrong."""
     saved = read_json(path)
     with reading(path):
-        data = dict(saved["data"], path=Path(saved["data"]["path"]))
+        saved["data"]["path"], [*saved["data"]["fingerprints"].values()]  # they must be there
         return (check_fields(TrainConfig, saved["train"], path),
-                check_fields(GPTConfig, saved["model"], path), data)
+                check_fields(GPTConfig, saved["model"], path), saved["data"])
 
 
 def complete_options(typed, typed_model):
-    """The options that were typed, two dicts, over those of the config.json that --config or
-    --resume point to -> (TrainConfig, GPTConfig). A new --size or --architecture is a new model."""
+    """The options typed, two dicts, over those of the config.json that --config or --resume point
+    to -> (TrainConfig, GPTConfig). With --config a new --size or --architecture is a new model."""
     config = TrainConfig(**typed)
     if config.resume:
         folder = run_folder(config)
@@ -141,16 +138,16 @@ def complete_options(typed, typed_model):
         return config, model_shape(config.size, config.vocab_size, typed_model)
     saved, shape, data = read_config(typed["config"])
     options = asdict(saved) | dict(out="", resume=False)
-    if config.resume and (data["path"] / "card.json").exists():
-        options["data"] = str(data["path"])  # not made again from what may have changed
+    if config.resume and Path(data["path"], "card.json").exists():
+        options["data"] = data["path"]  # not made again from what may have changed
     if typed.keys() & set(LENGTHS):  # a new length takes the place of all former ones
         options |= dict.fromkeys(LENGTHS, 0)
     if typed.get("optimizer", saved.optimizer) != saved.optimizer:
         options["learning_rate"] = 0.0
-    config = TrainConfig(**options | typed)
     is_new = not config.resume and ("size" in typed or "architecture" in typed_model)
-    before = {} if is_new else asdict(shape)
-    return config, model_shape(config.size, config.vocab_size, before | typed_model)
+    config = TrainConfig(**options | typed)
+    typed_model = typed_model if is_new else asdict(shape) | typed_model
+    return config, model_shape(config.size, config.vocab_size, typed_model)
 
 
 # -----------------------------------------------------------------------------
@@ -158,8 +155,7 @@ def complete_options(typed, typed_model):
 
 
 def start_processes(config):
-    """-> (rank, world_size, device). Under torchrun each process takes a GPU of its own, or a share
-    of the CPU."""
+    """-> (rank, world_size, device), as torchrun says: each process with a GPU of its own."""
     rank, world_size, local = (int(os.environ.get(name, default)) for name, default in
                                (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = pick_device(config.device)
@@ -181,17 +177,15 @@ def average(values, device):
 
 
 def keep_freed_memory(low_memory=False):
-    """Ask glibc to keep freed memory in the process: handing pages back and taking them again can
-    cost a third of a step on a CPU. But what is kept has holes: low_memory hands tensors above a
-    megabyte back, and takes them in huge pages, as torch does if told so before its first tensor.
-    """
+    """Ask glibc to keep freed memory: handing pages back and taking them again can cost a third of
+    a step on a CPU. With low_memory large tensors are handed back, and taken in huge pages."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
         libc.mallopt(*((M_MMAP_THRESHOLD, 2**20) if low_memory else (M_MMAP_MAX, 0)))
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         if low_memory:
             os.environ["THP_MEM_ALLOC_ENABLE"] = "1"
-            torch.empty(1)  # now torch has read it, and programs that we start do not
+            torch.empty(1)  # torch reads it at its first tensor; programs that we start must not
             del os.environ["THP_MEM_ALLOC_ENABLE"]
 
 
@@ -210,13 +204,11 @@ def memory_explained(n_sequences, block_size, device):
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("(?i)out of memory|allocate memory",
-                                                             str(error)):
+        if "memory" not in str(error) and not isinstance(error, MemoryError):
             raise
-        raise ValueError(
-            f"out of memory with {n_sequences} sequences of {block_size} tokens on {device}: take "
-            "a smaller --micro_batch_size, or --recompute, or a smaller --size; python -m "
-            "chapters.plan says what needs how much") from None
+        raise ValueError(f"out of memory with {n_sequences} sequences of {block_size} tokens on "
+                         f"{device}: take a smaller --micro_batch_size, --recompute, or a smaller "
+                         "--size; python -m chapters.plan says what needs how much") from error
 
 
 def matmul_rate(device, dtype, size=256):
@@ -230,8 +222,7 @@ def matmul_rate(device, dtype, size=256):
 
 @contextlib.contextmanager
 def stop_signals():
-    """Ctrl-C, SIGTERM and a terminal that closes become a request in the list that is yielded; the
-    second acts at once."""
+    """Yield a list that Ctrl-C, SIGTERM or a closed terminal enters; the second acts at once."""
     asked, before = [], {}
 
     def note(number, frame):
@@ -239,8 +230,8 @@ def stop_signals():
         signal.signal(number, before[number])
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows lacks the last
-        with contextlib.suppress(ValueError, TypeError):  # only a main thread handles signals
+        with contextlib.suppress(ValueError, AttributeError):  # in a thread; on Windows
+            number = getattr(signal, name)
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks
                 before[number] = signal.signal(number, note)
     try:
@@ -255,8 +246,8 @@ def stop_signals():
 
 
 def learning_rate(step, config, progress=None):
-    """Linear warm-up to learning_rate, then the schedule from there to min_lr at the end.
-    progress in [0, 1] is the share of the run done: step / max_steps, unless the clock is ahead."""
+    """Linear warm-up to learning_rate, then the schedule from there to min_lr at the end. progress,
+    the share of the run that is done, is step / max_steps, unless the clock is ahead."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     progress = min(1.0, step / max(1, config.max_steps) if progress is None else progress)
@@ -302,8 +293,7 @@ def fast_orthogonal(x, steps=5):
 
 class Muon:
     """Muon for the groups with muon=True: the step is the momentum of a matrix's gradients, made
-    orthogonal, so that all its directions move alike (arXiv:2502.16982). AdamW for the others.
-    torch's own Muon takes matrices one by one; here those of one shape go together."""
+    orthogonal, so that all its directions move alike (arXiv:2502.16982). AdamW for the others."""
 
     def __init__(self, groups, momentum=0.95, **options):
         self.adamw, self.momentum = torch.optim.AdamW(groups, **options), momentum
@@ -324,12 +314,12 @@ class Muon:
         self.adamw.step()  # which passes over the matrices, as they have no gradient any more
 
     def update_matrices(self, params, lr, weight_decay):
-        """Muon's step for matrices of one shape."""
+        """Muon's step for matrices of one shape, all at once."""
         gradients = [p.grad for p in params]
         momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
         torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
         ahead = torch.stack(torch._foreach_lerp(gradients, momenta, self.momentum))  # Nesterov's
-        _, dtype = pick_precision("auto", ahead.device.type)  # bfloat16 where there are units
+        dtype = torch.bfloat16 if has_bf16_units(ahead.device) else ahead.dtype
         rows, columns = params[0].shape
         updates = fast_orthogonal(ahead.to(dtype)) * (lr * max(1, rows / columns) ** 0.5)
         for p, update in zip(params, updates):
@@ -340,19 +330,17 @@ class Muon:
 def build_optimizer(model, config):
     """AdamW (arXiv:1711.05101), whose weight decay pulls matrices to zero, never gains and biases.
     Or Muon for the matrices of the blocks, and AdamW at half its rate for all else."""
-    muon = config.optimizer == "muon"
-    matrices = {name: p for name, p in model.named_parameters()
-                if p.dim() >= 2 and ("blocks." in name or not muon)}
-    rest = [p for name, p in model.named_parameters() if name not in matrices]
-    groups = [dict(params=list(matrices.values()), weight_decay=config.weight_decay, muon=muon,
-                   share=1.0),
-              dict(params=rest, weight_decay=0.0, muon=False, share=0.5 if muon else 1.0)]
+    muon, named = config.optimizer == "muon", list(model.named_parameters())
+    is_matrix = [p.dim() >= 2 and ("blocks." in name or not muon) for name, p in named]
+    groups = [dict(params=[p for (_, p), yes in zip(named, is_matrix) if yes], muon=muon, share=1.0,
+                   weight_decay=config.weight_decay),
+              dict(params=[p for (_, p), yes in zip(named, is_matrix) if not yes], muon=False,
+                   share=0.5 if muon else 1.0, weight_decay=0.0)]
     rate = config.learning_rate
     if config.cuda_graph:  # a graph repeats what it saw: only what is in a tensor can change
         rate = torch.tensor(rate, device=model.device)
-    return (Muon if muon else torch.optim.AdamW)(
-        groups, lr=rate, betas=(config.beta1, config.beta2), fused=True,
-        capturable=config.cuda_graph)
+    return (Muon if muon else torch.optim.AdamW)(groups, lr=rate, fused=True, betas=(
+        config.beta1, config.beta2), capturable=config.cuda_graph)
 
 
 def set_rate(optimizer, rate):
@@ -385,9 +373,14 @@ def to_device(batch, model):
 def cut_short(ids, progress, curriculum):
     """Rows (B, T) cut into (8 B, T / 8), later 4, then 2, during the first `curriculum` of the run:
     short sequences first, as many tokens (arXiv:2108.06084)."""
-    if progress >= curriculum:
-        return ids
-    return ids.reshape(ids.size(0) * (8 >> int(3 * progress / curriculum)), -1)
+    parts = 8 >> int(3 * progress / curriculum) if progress < curriculum else 1
+    return ids.reshape(ids.size(0) * parts, -1)
+
+
+def micro_batches(batches, n, model, progress=1.0, curriculum=0.0):
+    """The next n batches -> (inputs, targets), two lists of tensors (B, T)."""
+    pairs = [to_device(next(batches), model) for _ in range(n)]
+    return zip(*([cut_short(ids, progress, curriculum) for ids in pair] for pair in pairs))
 
 
 def gradients(run, model, xs, ys, grad_clip):
@@ -420,8 +413,7 @@ def take_step(run, model, xs, ys, grad_clip):
 
 
 def validation_loss(model, shards, config, rank=0, world_size=1):
-    """Mean loss in nats over the first eval_sequences sequences of the validation split, which the
-    processes share."""
+    """Mean loss in nats over the first eval_sequences sequences of the validation split."""
     loader = TokenLoader(shards, 1, model.config.block_size, rank, world_size, split="val")
     n_own, total = len(range(rank, config.eval_sequences, world_size)), 0.0
     model.eval()
@@ -440,16 +432,14 @@ def validation_loss(model, shards, config, rank=0, world_size=1):
 
 @dataclass
 class Progress:
-    """How far a run has come. Random numbers need no place here: batches, dropout and samples
-    depend on the seed and the step alone."""
+    """How far a run has come. Batches, dropout and samples depend on the seed and step alone."""
     step: int = 0               # optimizer steps, skipped ones included
     sequences: int = 0          # sequences read, over all processes: where the loader stands
     elapsed: float = 0.0        # seconds trained, over all sessions
     best_step: int = 0          # the step with the lowest validation loss so far
     best_loss: float = 1e9      # that loss; before the first one above all
     val_loss: float | None = None  # measured at this very step
-    skipped: int = 0            # steps skipped
-    bad: int = 0                # those of them with a loss that is not finite, in a row until now
+    bad: int = 0                # steps with a loss that is not finite, in a row until now
     recent: list = field(default_factory=list)      # the last [loss, length of the gradient] pairs
     loss_scale: dict = field(default_factory=dict)  # the state of fp16's GradScaler
 
@@ -475,8 +465,7 @@ def new_run(folder, model, config, device):
 
 
 def snapshot(run):
-    """What a checkpoint of this moment holds, copied to main memory: (model, {name: tensor of the
-    optimizer}, progress). Training may go on meanwhile."""
+    """What a checkpoint holds, copied to main memory: (model, optimizer's tensors, progress)."""
     copies = {id(p): torch.nn.Parameter(p.detach().to("cpu", copy=True), requires_grad=False)
               for p in run.model.parameters()}
     names = {p: name for name, p in run.model.named_parameters()}
@@ -488,8 +477,8 @@ def snapshot(run):
 
 
 def save_run(folder, state, keep=2):
-    """Write a snapshot as step_NNNNNN.safetensors, read it back, and only if it is as it was meant
-    remove older ones: all but the last `keep` and the one with the best validation."""
+    """Write a snapshot as step_NNNNNN.safetensors, read it back, and then remove all older ones but
+    the last `keep` and the one with the best validation."""
     model, tensors, progress = state
     path = Path(folder, f"step_{progress['step']:06d}.safetensors")
     with replacing(path) as file:
@@ -505,65 +494,24 @@ def save_run(folder, state, keep=2):
 
 
 def load_run(folder, config, device):
-    """The Run in a folder as its newest whole checkpoint left it. ValueError if its tensors are not
-    what the optimizer remembers of each weight, or nothing, as before the first update."""
+    """The Run in a folder as its newest whole checkpoint left it; ValueError if it lacks a tensor
+    that the optimizer needs."""
     path = pick_checkpoint(folder, "last")
     model, state = load_model(path, device)
     tensors = state.pop("tensors")
     progress, run = check_fields(Progress, state, path), new_run(folder, model, config, device)
     run.__dict__.update(progress.__dict__)
     run.scaler.load_state_dict(run.scaler.state_dict() | progress.loss_scale)
-    names = {p: name for name, p in model.named_parameters()}
-    for group in run.optimizer.param_groups if tensors else ():
-        for p in group["params"]:
-            shapes = (dict(momentum=p.shape) if group["muon"] else
-                      dict(exp_avg=p.shape, exp_avg_sq=p.shape, step=()))
-            for what, shape in shapes.items():
-                name = f"optimizer.{names[p]}.{what}"
-                if name not in tensors or tensors[name].shape != shape:
-                    raise ValueError(f"{path} has no {name} of shape {(*shape,)}: if another "
-                                     "--optimizer trained it, leave that option out")
-                run.optimizer.state[p][what] = tensors[name].to(p.device, torch.float32)
+    kinds = {p: ("momentum",) if group["muon"] else ("exp_avg", "exp_avg_sq", "step")
+             for group in run.optimizer.param_groups for p in group["params"]}
+    for name, p in model.named_parameters() if tensors else ():  # none before the first update
+        for kind in kinds[p]:
+            tensor = tensors.get(f"optimizer.{name}.{kind}")
+            if tensor is None or tensor.shape != (() if kind == "step" else p.shape):
+                raise ValueError(f"{path} has no optimizer.{name}.{kind} of its shape: if another "
+                                 "--optimizer trained it, leave that option out")
+            run.optimizer.state[p][kind] = tensor.float()
     return run
-
-
-class Saver:
-    """Saves beside training, which only waits until all is copied to memory. What could not be
-    saved is said once, and the next save tries again: no full disk ends a run."""
-
-    def __init__(self, folder, keep, say, worker):
-        self.folder, self.keep, self.say, self.worker = folder, keep, say, worker
-        self.job = self.trouble = None
-
-    def save(self, run, last=False):
-        """Save the run as it is now; not while the disk is busy with one before, but the last."""
-        if last or self.job is None or self.job.done():
-            self.wait()
-            self.job = self.worker.submit(self.write, snapshot(run))
-
-    def write(self, state):
-        save_run(self.folder, state, self.keep)
-        with contextlib.suppress(OSError):  # all that is in it is in the log
-            draw_loss(self.folder)
-
-    def wait(self):
-        """Wait for what is being saved, and say if that is a change."""
-        before, self.trouble = self.trouble, self.job and self.job.exception()
-        if self.trouble and not before:
-            self.say(f"warning: {self.folder} could not be saved ({self.trouble!r}); training goes "
-                     "on, the next save tries again")
-        if before and not self.trouble:
-            self.say(f"{self.folder} could be saved again")
-
-    def end(self):
-        """Wait for the last save; OSError if there is none."""
-        self.wait()
-        if self.trouble:
-            raise OSError(f"the end of the run could not be saved in {self.folder}, only what its "
-                          f"last checkpoint holds is there ({self.trouble!r})")
-
-
-MEASURED = ("loss", "lr", "grad_norm", "val_loss", "elapsed", "tokens_per_second")  # in a row
 
 
 def read_log(folder):
@@ -573,48 +521,11 @@ def read_log(folder):
     for line in path.read_bytes().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
             row = json.loads(line, parse_constant=lambda word: None)  # NaN, for one
-            numbers = [row[name] for name in MEASURED if row.get(name) is not None]
+            numbers = [row.get(name) or 0 for name in ("loss", "lr", "grad_norm", "val_loss",
+                                                       "elapsed", "tokens_per_second")]
             if type(row["step"]) is int and "loss" in row and all(abs(x) < 1e99 for x in numbers):
                 rows.append(row)
     return rows
-
-
-def append(path, data):
-    """Add bytes to the end of a file, all of them or none."""
-    with open(path, "ab", buffering=0) as file:
-        size = file.seek(0, os.SEEK_END)
-        if file.write(data) < len(data):
-            file.truncate(size)
-            raise OSError(f"{path} takes no more bytes")
-
-
-class Log:
-    """log.jsonl, a JSON object a line. Rows that a full disk refuses wait for the next one."""
-
-    def __init__(self, path, say):
-        self.path, self.say, self.waiting = path, say, b""
-
-    def __call__(self, row):
-        finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value
-                  for name, value in row.items()}  # JSON has no word for the others
-        before, self.waiting = self.waiting, self.waiting + json.dumps(finite).encode() + b"\n"
-        try:
-            append(self.path, self.waiting)
-            self.waiting = b""
-        except OSError as error:
-            if not before:
-                self.say(f"warning: {self.path} cannot be written ({error}); training goes on, the "
-                         "rows wait for room")
-
-
-def cut_log(folder, step):
-    """Leave out of the log what came after a step, as it happens again, and what an interrupted
-    save has left in the folder."""
-    rows = [json.dumps(row) + "\n" for row in read_log(folder) if row["step"] <= step]
-    with replacing(folder / "log.jsonl") as file:
-        file.write("".join(rows).encode())
-    for part in folder.glob("*.part"):
-        part.unlink()
 
 
 def draw_loss(folder):
@@ -626,24 +537,77 @@ def draw_loss(folder):
     steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
     means = [sum(losses[max(0, n - 20):n]) / min(n, 20) for n in range(1, len(losses) + 1)]
     measured = [(row["step"], row["val_loss"]) for row in rows if row.get("val_loss")]
-    what, last = ("validation", measured[-1][1]) if measured else ("training", means[-1])
-    fig = Figure(figsize=(8, 4.5), dpi=120)
-    ax = fig.subplots()
-    ax.plot(steps, losses, color="#bbccdd", linewidth=0.8, label="training, each step")
-    ax.plot(steps, means, color="#4477aa", linewidth=2, label="training, mean of 20 steps")
-    if measured:
-        ax.plot(*zip(*measured), color="#cc6633", marker="o", markersize=4, label="validation")
-    ax.set(title=f"{Path(folder).name}: {what} loss {last:.3f} after {steps[-1]:,} steps",
-           xlabel="step", ylabel="loss (nats per token)")
-    ax.grid(alpha=0.3)
-    ax.legend(frameon=False)
+    figure = Figure(figsize=(8, 4.5), dpi=120)
+    axes = figure.subplots()
+    axes.plot(steps, losses, color="#bbccdd", linewidth=0.8, label="training, each step")
+    axes.plot(steps, means, color="#4477aa", linewidth=2, label="training, mean of 20 steps")
+    axes.plot(*zip(*measured or [((), ())]), "o-", color="#cc6633", label="validation")
+    axes.set(title=f"{Path(folder).name}: loss {means[-1]:.3f} after {steps[-1]:,} steps",
+             xlabel="step", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
     with replacing(Path(folder) / "loss.png") as file:
-        fig.savefig(file, format="png", bbox_inches="tight")
+        figure.savefig(file, format="png", bbox_inches="tight")
+
+
+class Recorder:
+    """Writes log and checkpoints of a run, these beside training. What cannot be written is said
+    once and tried again with the next: no full disk ends a run."""
+
+    def __init__(self, folder, keep, say):
+        self.folder, self.keep, self.say, self.rows, self.troubles = folder, keep, say, b"", {}
+        self.worker = ThreadPoolExecutor(1)
+        self.waiting = deque(maxlen=1)  # a slow disk: a snapshot that still waits gives way
+
+    def log(self, row):
+        finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value
+                  for name, value in row.items()}  # JSON has no word for the others
+        self.rows += json.dumps(finite).encode() + b"\n"
+        self.attempt("the log", self.write_rows)
+
+    def write_rows(self):
+        with open(self.folder / "log.jsonl", "ab", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            if file.write(self.rows) < len(self.rows):  # all of them or none
+                file.truncate(size)
+                raise OSError("no room is left")
+        self.rows = b""
+
+    def save(self, run):
+        self.waiting.append(snapshot(run))
+        self.worker.submit(self.attempt, "a checkpoint", self.write_waiting)
+
+    def write_waiting(self):
+        if self.waiting:
+            save_run(self.folder, self.waiting.pop(), self.keep)
+            draw_loss(self.folder)
+
+    def attempt(self, what, write):
+        before, self.troubles[what] = self.troubles.get(what), None
+        try:
+            write()
+            if before:
+                self.say(f"{what} of {self.folder} could be saved again")
+        except Exception as error:  # whatever it is, training goes on
+            self.troubles[what] = error
+            if not before:
+                self.say(f"warning: {what} of {self.folder} could not be saved ({error}); training "
+                         "goes on, the next save tries again")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        """Wait for what is being saved; OSError if the last of it could not be."""
+        self.worker.shutdown(cancel_futures=kind is KeyboardInterrupt)
+        trouble = self.troubles.get("a checkpoint")
+        if trouble and kind is None:
+            raise OSError(f"the end of the run could not be saved in {self.folder}, only what its "
+                          f"last checkpoint holds is there ({trouble})")
 
 
 def run_folder(config, shards=None):
-    """Where the run is or will be: --out; without it the newest run to resume, or a new folder,
-    named as the shards are, with a number if that name is taken."""
+    """Where the run is or will be: --out, or the newest run to resume, or runs/ and a free name."""
     if config.resume:
         folder = Path(config.out) if config.out else newest_run()
         return folder if checkpoints(folder) else pick_checkpoint(folder)  # says what is missing
@@ -669,19 +633,17 @@ def find_shards(config, rank, say):
     return folder
 
 
-def mixed_shards(config, shards, tokenizer):
-    """{folder: share of the batches} of --mix; ValueError for shards of another tokenizer."""
+def shares_of_shards(config, shards):
+    """{folder: share of the batches} of the run's shards and those of --mix."""
     shares = {}
     for part in filter(None, config.mix.split(",")):
-        name, _, share = part.partition("=")
-        if not re.fullmatch(r"0?\.\d+", share) or not Path(name, "card.json").exists():
-            raise ValueError(f"mix={part} is not a folder of shards and its share, such as "
-                             "shards/a=0.2: python data.py TEXT makes one")
-        shares[Path(name)] = float(share)
-        if Tokenizer.load(Path(name, "tokenizer.json")).hash() != tokenizer.hash():
-            raise ValueError(f"{name} was made with another tokenizer than {shards}: "
-                             f"python data.py TEXT --tokenizer={shards / 'tokenizer.json'}")
-    return shares
+        folder, _, share = part.partition("=")
+        if (not re.fullmatch(r"0?\.\d+", share) or not Path(folder, "card.json").exists()
+                or read_card(folder).tokenizer != read_card(shards).tokenizer):
+            raise ValueError(f"mix={part} is not a folder of shards and its share, shards/a=0.2: "
+                             f"python data.py TEXT --tokenizer={shards}/tokenizer.json makes one")
+        shares[Path(folder)] = float(share)
+    return {shards: 1 - sum(shares.values())} | shares
 
 
 def split_batch(config, world_size):
@@ -700,92 +662,36 @@ def last_step(config, n_tokens, tokens_per_step):
     return min(filter(None, limits), default=math.inf)
 
 
-def check_run(config, shape, kernels, device, world_size):
-    """ValueError for what this loop cannot train, or not as a CUDA graph."""
+def check_model(shape, config):
+    """ValueError for a model that this loop cannot train."""
     if shape.cross or not shape.causal or shape.n_classes:
         raise ValueError(f"architecture={shape.architecture} does not predict the next token: "
                          "take gpt2 or modern; chapters/05_transformer.ipynb trains the others")
     if config.curriculum and shape.block_size % 8:
-        raise ValueError(f"block_size={shape.block_size} is no multiple of the 8 parts into which "
-                         "curriculum cuts sequences")
-    if config.cuda_graph and (not device.startswith("cuda") or world_size > 1 or config.skip_spikes
-                              or config.precision == "fp16" or kernels not in ("torch", "cuda")):
-        raise ValueError("--cuda_graph works without --skip_spikes, on one GPU in fp32 or bf16 with "
-                         f"torch or cuda kernels, not on {world_size} x {device} in "
-                         f"{config.precision} with {kernels} kernels: leave it out")
+        raise ValueError(f"curriculum cuts into 8 parts: block_size={shape.block_size} is no "
+                         "multiple of 8")
 
 
 def check_resume(run, shape, fingerprints, say):
     """ValueError with all differences, if model, tokenizer or data are not those of the run until
     now; what else is different is said, and goes on."""
-    config, (before, _, data) = run.config, read_config(run.folder / "config.json")
-    wrong = [f"{name}={value} (it has {getattr(old, name)})"
-             for old, new in ((run.model.config, asdict(shape or run.model.config)),
-                              (before, {"vocab_size": config.vocab_size, "size": config.size}))
-             for name, value in new.items() if value != getattr(old, name)]
+    before, _, data = read_config(run.folder / "config.json")
+    old, new = asdict(before), asdict(run.config)
+    fixed_old = asdict(run.model.config) | {name: old[name] for name in ("size", "vocab_size")}
+    fixed_new = asdict(shape) | {name: new[name] for name in ("size", "vocab_size")}
+    wrong = [f"{name}={value} (it has {fixed_old[name]})" for name, value in fixed_new.items()
+             if value != fixed_old[name]]
     if Tokenizer.load(run.folder / "tokenizer.json").hash() != run.tokenizer.hash():
         wrong.append("another tokenizer")
     if [*fingerprints.values()] != [*data["fingerprints"].values()]:
         wrong.append(f"another corpus, {' and '.join(fingerprints)}")
     if wrong:
-        raise ValueError(f"{run.folder} cannot go on with {'; '.join(wrong)}: start a new run, or "
-                         "leave these options out")
-    changed = [f"{f.name}={getattr(config, f.name)} (was {getattr(before, f.name)})"
-               for f in fields(config) if f.name not in ("data", "out", "config", "resume")
-               and getattr(config, f.name) != getattr(before, f.name)]
+        raise ValueError(f"{run.folder} cannot go on with {'; '.join(wrong)}: leave these out, or "
+                         "start a new run")
+    changed = [f"{name}={value} (was {old[name]})" for name, value in new.items()
+               if value != old[name] and name not in ("data", "out", "config", "resume")]
     if changed:
         say(f"goes on at step {run.step} with {', '.join(changed)}")
-
-
-def choose_kernels(model, config, dtype, micro):
-    """Let the model compute with --kernels, on all ranks with what was the fastest on the first
-    -> (their name, and in words why)."""
-    names = [model.use(config.kernels, dtype, config.recompute, batch_size=micro)]
-    tried = model.trial if config.kernels == "auto" else {}
-    if tried and dist.is_initialized():
-        dist.broadcast_object_list(names, src=0)
-        model.use(names[0], dtype, config.recompute)
-    times = ", ".join(f"{name} {1000 * seconds:.0f} ms" for name, seconds in tried.items())
-    return names[0], f"{names[0]} kernels" + f" (tried: {times} a block)" * bool(tried)
-
-
-def seconds_per_step(run, config, micro, accumulate):
-    """What the log of a resumed run says; of a new one two trial steps, of which the second counts.
-    At a rate of 0 they change no weight."""
-    if run.step:
-        rates = [row["tokens_per_second"] for row in read_log(run.folder)] or [1e4]
-        return config.batch_size * run.model.config.block_size / median(rates)
-    ids = torch.randint(run.model.config.vocab_size, (micro, run.model.config.block_size),
-                        device=run.model.device)
-    set_rate(run.optimizer, 0.0)
-    for _ in range(2):
-        start = time.perf_counter()
-        gradients(run, run.model, [ids], [ids], config.grad_clip)[0].item()
-        middle = time.perf_counter()
-        update(run)
-    run.optimizer.state.clear()
-    return accumulate * (middle - start) + time.perf_counter() - middle
-
-
-def clock(seconds):
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
-def announce(config, model, n_tokens, n_steps, seconds, how):
-    """The lines before the run: how large, how much, how long, on what; and what is odd about it.
-    seconds are those of a step."""
-    tokens_per_step = config.batch_size * model.config.block_size
-    n_steps = min(n_steps, 60 * config.minutes / seconds if config.minutes else math.inf)
-    tokens, corpus = n_steps * tokens_per_step, f"its {n_tokens / 1e6:.1f}M tokens"
-    epochs = tokens / n_tokens
-    yield (f"{model.n_parameters() / 1e6:.1f}M parameters, {tokens / 1e6:.1f}M tokens "
-           f"({epochs:.1f} epochs) in about {n_steps:,.0f} steps of {tokens_per_step:,}: about "
-           f"{clock(n_steps * seconds)} minutes on {how}")
-    if epochs < 0.5:
-        yield f"it will see {epochs:.0%} of {corpus}: a smaller --size or more --minutes uses them"
-    if epochs > 8:
-        yield (f"it will see {corpus} {epochs:.0f} times, and more than 8 times teaches little: "
-               "give more text, a shorter run, or --dropout and --patience")
 
 
 def prepare_run(config, model_config, say, stack):
@@ -795,56 +701,52 @@ def prepare_run(config, model_config, say, stack):
     micro, _ = split_batch(config, world_size)
     shape = model_config or (read_config(run_folder(config) / "config.json")[1] if config.resume
                              else model_shape(config.size, config.vocab_size))
+    check_model(shape, config)  # before the data is made
+    stack.enter_context(memory_explained(micro, shape.block_size, device))
     shards = find_shards(config, rank, say)
     tokenizer, folder = Tokenizer.load(shards / "tokenizer.json"), run_folder(config, shards)
-    stack.enter_context(memory_explained(micro, shape.block_size, device))
-    if config.resume and rank == 0:
-        stack.enter_context(locked(folder))
+    shape = replace(shape, vocab_size=tokenizer.n_vocab)
     precision, dtype = pick_precision(config.precision, device)
-    config, asked = replace(config, precision=precision), config.precision
+    config = replace(config, precision=precision)
     torch.manual_seed(config.seed)
-    if config.resume:
-        run = load_run(folder, config, device)
-    elif checkpoints(folder):
+    if checkpoints(folder) and not config.resume:
         raise ValueError(f"{folder} already holds a run: add --resume, or choose another --out")
-    else:
-        shape = replace(shape, vocab_size=tokenizer.n_vocab)
-        run = new_run(folder, GPT(shape).to(device), config, device)
-    kernels, how = choose_kernels(run.model, config, dtype, micro)
-    check_run(config, run.model.config, kernels, device, world_size)
-    run.config = replace(config, kernels=kernels)  # a resumed run computes in the same way
-    run.tokenizer, run.shards = tokenizer, shards
-    mixed, T = mixed_shards(config, shards, tokenizer), run.model.config.block_size
-    place = dict(rank=rank, world_size=world_size, seed=config.seed,
-                 position=run.sequences // (micro * world_size))
-    run.batches = (MixedLoader({shards: 1 - sum(mixed.values())} | mixed, micro, T, **place)
-                   if mixed else TokenLoader(shards, micro, T, **place))
+    run = (load_run(folder, config, device) if config.resume else
+           new_run(folder, GPT(shape).to(device), config, device))
+    names = [run.model.use(config.kernels, dtype, config.recompute, batch_size=micro)]
+    if world_size > 1:
+        dist.broadcast_object_list(names, src=0)  # what was the fastest there
+        run.model.use(names[0], dtype, config.recompute)
+    if config.cuda_graph and not (device.startswith("cuda") and world_size == 1 and accelerator()
+                                  and names[0] in ("torch", "cuda") and precision != "fp16"
+                                  and not config.skip_spikes):
+        raise ValueError("--cuda_graph needs chapters/kernels.py, one GPU, fp32 or bf16, and torch "
+                         f"or cuda kernels, and goes without --skip_spikes; it is {world_size} x "
+                         f"{device} in {precision} with {names[0]} kernels")
+    run.config = replace(config, kernels=names[0])  # a resumed run takes the same
+    run.tokenizer, run.shards, shares = tokenizer, shards, shares_of_shards(config, shards)
+    run.batches = MixedLoader(shares, micro, shape.block_size, rank, world_size, config.seed,
+                              run.sequences // (micro * world_size))
     if rank == 0:
-        slow = precision != "fp32" and device == "cpu" and not has_fast_bf16()
-        how = f"{device}, {precision}, {how}" + ", which this CPU has no units for" * slow
-        begin_folder(run, model_config, [shards, *mixed], how, say, stack)
+        begin_folder(run, shape, list(shares), say, stack)
     return run
 
 
-def begin_folder(run, model_config, folders, how, say, stack):
-    """Check a resumed run, say what is to come, write config.json and tokenizer.json."""
-    config, T = run.config, run.model.config.block_size
+def begin_folder(run, shape, folders, say, stack):
+    """Lock the run's folder, check a run that is resumed, and write the first files."""
     fingerprints = {str(folder): check_shards(folder).fingerprint for folder in folders}
-    if config.resume:
-        check_resume(run, model_config, fingerprints, say)
-    else:
-        stack.enter_context(locked(run.folder))
-    cut_log(run.folder, run.step)
-    seconds = seconds_per_step(run, config, *split_batch(config, run.batches.world_size))
-    n_steps = last_step(config, run.batches.n_tokens, config.batch_size * T)
-    if peak := peak_memory(str(run.model.device)):
-        how += f", with {peak / 1e9:.1f} GB of memory"
-    for line in announce(config, run.model, run.batches.n_tokens, n_steps, seconds, how):
-        say(line)
+    stack.enter_context(locked(run.folder))
+    if run.config.resume:
+        check_resume(run, shape, fingerprints, say)
+    rows = [json.dumps(row) + "\n" for row in read_log(run.folder) if row["step"] <= run.step]
+    with replacing(run.folder / "log.jsonl") as file:  # what came after the checkpoint comes again
+        file.write("".join(rows).encode())
+    for part in run.folder.glob("*.part"):  # of an interrupted save
+        part.unlink()
     run.tokenizer.save(run.folder / "tokenizer.json")
     data = dict(path=str(run.shards), fingerprints=fingerprints, **asdict(read_card(run.shards)))
-    write_json(run.folder / "config.json",
-               dict(model=asdict(run.model.config), train=asdict(config), data=data))
+    write_json(run.folder / "config.json", dict(
+        model=asdict(run.model.config), train=asdict(run.config), data=data))
 
 
 # -----------------------------------------------------------------------------
@@ -852,8 +754,8 @@ def begin_folder(run, model_config, folders, how, say, stack):
 
 
 def is_spike(recent, values, deviations):
-    """Whether one of values lies so many robust deviations above the median of those before it;
-    recent holds rows of them. Medians, as a few wild values move neither of the two."""
+    """Whether one of values lies so many deviations above those before it, rows in recent, by
+    medians, which a few wild values do not move."""
     for value, past in zip(values, zip(*recent)):
         middle = median(past)
         spread = 1.4826 * median(abs(x - middle) for x in past)  # a normal's standard deviation
@@ -863,30 +765,47 @@ def is_spike(recent, values, deviations):
 
 
 def why_skip(run, loss, norm, deviations):
-    """Why a step is to be skipped, in words, or "". To be asked once a step, with the same answer
-    on all processes. Only finite numbers enter the statistics of spikes."""
-    scale = run.scaler.get_scale() if run.scaler.is_enabled() else 0
-    if math.isfinite(loss) and not math.isfinite(norm) and scale >= 1:
+    """Why a step is to be skipped, or ""; to be asked once a step, with the same on all ranks."""
+    if math.isfinite(loss) and math.isfinite(norm):
+        spike = deviations and len(run.recent) >= 20 and is_spike(run.recent, (loss, norm),
+                                                                  deviations)
+        run.bad, run.recent = 0, [*run.recent, [loss, norm]][-100:]
+        return "spike" if spike else ""
+    if math.isfinite(loss) and run.scaler.is_enabled() and run.scaler.get_scale() >= 1:
         return "fp16 overflow"  # the scaler halves what the loss is multiplied with
-    if not math.isfinite(loss) or not math.isfinite(norm):
-        run.bad += 1
-        return "not finite"
-    run.bad = 0
-    spike = deviations and len(run.recent) >= 20 and is_spike(run.recent, (loss, norm), deviations)
-    run.recent = [*run.recent, [loss, norm]][-100:]
-    return "spike" if spike else ""
+    run.bad += 1
+    return "not finite"
 
 
-def give_up(run, rate, saver):
+def give_up(run, rate, recorder):
     """ValueError after too many bad steps in a row, with the run saved as it was before them."""
     bad, saved = run.bad, "no checkpoint is newer, as the weights are bad, too"
     if run.model.is_finite():
         run.bad, saved = 0, "the weights from before them are saved"
-        if saver is not None:
-            saver.save(run, last=True)
+        if recorder:
+            recorder.save(run)
     raise ValueError(f"the loss or its gradient is not finite at step {run.step}, {bad} in a row; "
                      f"{saved}: go on with --resume and a --learning_rate below {rate:.1e}; python "
                      f"-m chapters.doctor {run.folder} says more")
+
+
+def announce(run, n_steps, seconds, memory):
+    """Yield what a run is going to be, known from a step of so many seconds and bytes."""
+    config, model, trial = run.config, run.model, getattr(run.model, "trial", {})
+    n_steps = min(n_steps, 60 * config.minutes / seconds if config.minutes else math.inf)
+    tokens = n_steps * config.batch_size * run.batches.block_size
+    epochs, corpus = tokens / run.batches.n_tokens, f"its {run.batches.n_tokens / 1e6:.1f}M tokens"
+    tried = ", ".join(f"{name} {1000 * taken:.0f} ms" for name, taken in trial.items())
+    yield (f"{model.n_parameters() / 1e6:.1f}M parameters, {tokens / 1e6:.1f}M tokens "
+           f"({epochs:.1f} epochs) in about {n_steps:,.0f} steps of {seconds:.2f} s on "
+           f"{model.device}, {config.precision}, {config.kernels} kernels"
+           + f" (tried: {tried} a block)" * bool(tried)
+           + f", with {(memory or 0) / 1e9:.1f} GB of memory" * bool(memory))
+    if epochs < 0.5:
+        yield f"it will see {epochs:.0%} of {corpus}: a smaller --size or more --minutes uses them"
+    if epochs > 8:
+        yield (f"it will see {corpus} {epochs:.0f} times, and more than 8 times teaches little: "
+               "give more text, a shorter run, or --dropout and --patience")
 
 
 def sample_lines(model, tokenizer, n_tokens, seed):
@@ -897,16 +816,8 @@ def sample_lines(model, tokenizer, n_tokens, seed):
     return "\n".join("    | " + line for line in text.strip("\n").splitlines())
 
 
-def warning_signs(run, row):
-    """A line if a validation shows what should not be, naming the doctor; or ""."""
-    found = ["the loss is above that of guessing"] * (
-        row["loss"] > math.log(run.model.config.vocab_size) + 0.1)
-    found += [f"validation was better at step {run.best_step}"] * (
-        row["val_loss"] > 1.03 * run.best_loss)
-    return found and f"{' and '.join(found)}: python -m chapters.doctor {run.folder} looks into it"
-
-
 def progress_line(row, progress):
+    left = tqdm.format_interval(row["elapsed"] * (1 - progress) / progress)
     if "skipped" in row:
         return (f"step {row['step']:5d} | skipped: {row['skipped']}, loss {row['loss']}, norm "
                 f"{row['grad_norm']}, sequences {row['sequences'][0]} to {row['sequences'][1]}")
@@ -914,57 +825,48 @@ def progress_line(row, progress):
     memory = f" | {row['memory'] / 1e9:.1f} GB" if row["memory"] else ""
     return (f"step {row['step']:5d} | loss {row['loss']:.4f}{validation} | lr {row['lr']:.1e} | "
             f"norm {row['grad_norm']:.2f}{memory} | mfu {row['mfu']:.0%} | "
-            f"{row['tokens_per_second']:,} tok/s, "
-            f"{clock(row['elapsed'] * (1 - progress) / progress)} left")
+            f"{row['tokens_per_second']:,} tok/s, {left} left")
 
 
 def train(config, model_config=None, say=tqdm.write):
     """Train as config says; the model is model_config, or that of --size, or of the checkpoint that
-    is resumed. say takes the lines to show. -> a summary of the run: folder, step, loss and
-    val_loss (nats per token), bits_per_byte, tokens_per_second, seconds, how, stopped (by which
-    signal, or 0), skipped (steps); None on all ranks but 0."""
-    began = time.perf_counter()
-    keep_freed_memory(config.low_memory)
-    is_main = int(os.environ.get("RANK", 0)) == 0
+    is resumed; say takes the lines to show. -> a dict, None on all ranks but 0: folder, step, loss
+    and val_loss (nats per token), bits_per_byte, tokens_per_second, seconds, how, stopped (by which
+    signal, or 0), skipped (steps)."""
+    began, is_main = time.perf_counter(), int(os.environ.get("RANK", 0)) == 0
     say = say if is_main else lambda text: None
+    keep_freed_memory(config.low_memory)
     with contextlib.ExitStack() as stack:
         run = prepare_run(config, model_config, say, stack)
         config, batches, device = run.config, run.batches, str(run.model.device)
-        rank, world_size = batches.rank, batches.world_size
-        model, (_, accumulate) = parallelize(run.model, world_size, device), split_batch(
-            config, world_size)
+        rank, world_size, T = batches.rank, batches.world_size, batches.block_size
+        model = parallelize(run.model, world_size, device)
+        _, accumulate = split_batch(config, world_size)
         whole_step = config.cuda_graph and accelerator().GraphedStep(
             lambda xs, ys: take_step(run, model, xs, ys, config.grad_clip))
-        tokens_per_step = config.batch_size * batches.block_size
-        n_steps = last_step(config, batches.n_tokens, tokens_per_step)
+        n_steps = last_step(config, batches.n_tokens, config.batch_size * T)
         peak_rate = matmul_rate(run.model.device, run.model.dtype) * world_size
-        before = run.elapsed  # the minutes of this session, preparations included, come on top
+        before, first, said = run.elapsed, run.step, began
 
         def share_done():
             run.elapsed = before + time.perf_counter() - began
             by_clock = run.elapsed / (60 * config.minutes) if config.minutes else 0.0
             return min(1.0, max(run.step / n_steps, by_clock))
 
-        progress, stopping, said = share_done(), False, 0.0
+        progress, stopping = share_done(), False
         if progress == 1:
             say("this run is finished: a larger --max_steps, --epochs or --minutes trains on")
         bar = stack.enter_context(tqdm(
             total=1.0, initial=progress, disable=not (is_main and sys.stderr.isatty()), leave=False,
             bar_format="{percentage:3.0f}% {bar:20} {desc}"))
         asked = stack.enter_context(stop_signals())
-        worker = stack.enter_context(ThreadPoolExecutor(1))
-        saver = Saver(run.folder, config.keep_last, say, worker) if is_main else None
-        log = Log(run.folder / "log.jsonl", say) if is_main else lambda row: None
+        recorder = is_main and stack.enter_context(Recorder(run.folder, config.keep_last, say))
         while progress < 1 and not stopping:
             start = time.perf_counter()
             torch.manual_seed(1_000_003 * run.step + config.seed + rank)  # dropout: of this step
             rate = learning_rate(run.step, config, progress)
             set_rate(run.optimizer, rate)
-            xs, ys = [], []
-            for _ in range(accumulate):
-                x, y = to_device(next(batches), run.model)                           # (B, T) twice
-                xs.append(cut_short(x, progress, config.curriculum))
-                ys.append(cut_short(y, progress, config.curriculum))
+            xs, ys = micro_batches(batches, accumulate, run.model, progress, config.curriculum)
             loss, norm = (whole_step(xs, ys) if whole_step else
                           gradients(run, model, xs, ys, config.grad_clip))
             run.step, run.sequences = run.step + 1, run.sequences + config.batch_size
@@ -972,34 +874,37 @@ def train(config, model_config=None, say=tqdm.write):
                 [loss.item(), norm.item(), share_done(), len(asked)], device)
             row = dict(step=run.step, loss=loss, lr=rate, grad_norm=norm)
             if why := why_skip(run, loss, norm, config.skip_spikes):
-                run.scaler.update()
-                run.optimizer.zero_grad()
-                run.skipped += 1
                 row |= dict(skipped=why, sequences=[run.sequences - config.batch_size,
                                                     run.sequences - 1])
+                run.scaler.update()
+                run.optimizer.zero_grad()
             elif not whole_step:  # which includes it
                 update(run)
-            speed = tokens_per_step / (time.perf_counter() - start)
+            seconds = time.perf_counter() - start
+            speed = config.batch_size * T / seconds
             mfu = speed * run.model.flops_per_token() / peak_rate
-            share_done()
             row |= dict(tokens_per_second=round(speed), mfu=round(mfu, 3),
                         memory=peak_memory(device), elapsed=round(run.elapsed, 3))
 
             is_check, run.val_loss = run.step % config.eval_every == 0 or progress == 1, None
             if is_check:
-                val_loss = validation_loss(run.model, run.shards, config, rank, world_size)
-                row["val_loss"] = val_loss
-                run.val_loss = val_loss if math.isfinite(val_loss) else None
-                if val_loss < run.best_loss:
-                    run.best_loss, run.best_step = val_loss, run.step
+                row["val_loss"] = validation_loss(run.model, run.shards, config, rank, world_size)
+                if math.isfinite(row["val_loss"]):
+                    run.val_loss = row["val_loss"]
+                    run.best_loss, run.best_step = min((run.best_loss, run.best_step),
+                                                       (run.val_loss, run.step))
                 if 0 < config.patience <= (run.step - run.best_step) / config.eval_every:
                     say(f"no lower validation loss since step {run.best_step}: --patience ends it")
                     progress = 1.0
-            log(row)
+            if recorder:
+                recorder.log(row)
             if run.bad and (run.bad >= config.bad_steps or whole_step):
-                give_up(run, rate, saver)
-            if not is_main:
+                give_up(run, rate, recorder)
+            if not recorder:
                 continue
+            if run.step == first + 2:  # the first step warms up
+                for line in announce(run, n_steps, seconds, row["memory"]):
+                    say(line)
             line = progress_line(row, progress)
             bar.set_description_str(line, refresh=False)
             bar.update(progress - bar.n)
@@ -1007,48 +912,38 @@ def train(config, model_config=None, say=tqdm.write):
                 say(line)
                 said = time.perf_counter()
             if (is_check or stopping) and run.model.is_finite():
-                saver.save(run, last=stopping or progress == 1)
+                recorder.save(run)
                 if is_check and progress < 1 and not why:
-                    say(warning_signs(run, row) or sample_lines(
-                        run.model, run.tokenizer, config.sample_tokens, config.seed))
-        if is_main:
-            saver.end()
-    stopped = stopping and int(asked[0] if asked else signal.SIGTERM)
+                    say(sample_lines(run.model, run.tokenizer, config.sample_tokens, config.seed))
+        stopped = stopping and int(asked[0] if asked else signal.SIGTERM)
     return summarize(run, time.perf_counter() - began, stopped) if is_main else None
 
 
 def summarize(run, seconds, stopped):
     """What train() returns: where the run is, how far it came, how good and how fast it was."""
-    rows = [row for row in read_log(run.folder) if row["loss"] is not None]
-    val, val_loss = read_card(run.shards).val, rows[-1].get("val_loss")
-    bits = val_loss and val_loss / math.log(2) * val["tokens"] / val["bytes"]
-    speed = round(median(row["tokens_per_second"] for row in rows))
-    how = f"{run.model.device}, {run.config.precision}, {run.config.kernels} kernels"
-    return dict(folder=str(run.folder), step=run.step, loss=rows[-1]["loss"], val_loss=val_loss,
-                bits_per_byte=bits, tokens_per_second=speed, seconds=seconds, how=how,
-                stopped=stopped, skipped=run.skipped)
-
-
-def report(summary):
-    """The last lines of the command: a longer sample, the figures, and what to type next."""
-    folder = summary["folder"]
-    if summary["stopped"]:
-        return print(f"stopped at step {summary['step']}, saved at "
-                     f"{max(checkpoints(folder), default=0)}; to go on: python train.py --resume "
-                     f"--out={folder}")
-    model, tokenizer = load_finished(folder)
-    print(sample_lines(model, tokenizer, 200, seed=1))
-    print(f"{summary['step']:,} steps in {clock(summary['seconds'])} minutes on {summary['how']}, "
-          f"{summary['tokens_per_second']:,} tokens/s: validation loss {summary['val_loss']:.4f}, "
-          f"{summary['bits_per_byte']:.3f} bits per byte")
-    print(f"{folder} holds the model, its log and its picture {folder}/loss.png")
-    print(f'next: python sample.py {folder} --prompt="def "')
+    rows = read_log(run.folder)
+    last, val = rows[-1], read_card(run.shards).val
+    bits = last.get("val_loss") and last["val_loss"] / math.log(2) * val["tokens"] / val["bytes"]
+    return dict(folder=str(run.folder), step=run.step, loss=last["loss"], stopped=stopped,
+                val_loss=last.get("val_loss"), bits_per_byte=bits, seconds=seconds,
+                tokens_per_second=round(median(row["tokens_per_second"] for row in rows)),
+                how=f"{run.model.device}, {run.config.precision}, {run.config.kernels} kernels",
+                skipped=sum("skipped" in row for row in rows))
 
 
 def main():
     summary = train(*complete_options(*parse_options(__doc__, TrainConfig, GPTConfig)))
-    if summary:
-        report(summary)
+    if summary and summary["stopped"]:
+        saved = max(checkpoints(summary["folder"]), default=0)
+        print("stopped at step {step}, saved at {saved}; to go on: python train.py --resume "
+              "--out={folder}".format(saved=saved, **summary))
+    elif summary:
+        model, tokenizer = load_finished(summary["folder"])
+        print(sample_lines(model, tokenizer, 200, seed=1))
+        print("{step:,} steps in {seconds:.0f} seconds on {how}, {tokens_per_second:,} tokens/s: "
+              "validation loss {val_loss:.4f}, {bits_per_byte:.3f} bits per byte\n"
+              "{folder} holds the model, its log and its picture {folder}/loss.png\n"
+              'next: python sample.py {folder} --prompt="def "'.format(**summary))
     if dist.is_initialized():
         dist.barrier()  # all leave together: who goes first takes the others' connections along
         dist.destroy_process_group()
