@@ -855,15 +855,13 @@ class GPT(nn.Module):
 
     def flops_per_token(self, T=None):
         """Of forward and backward, in sequences of T tokens, and a source as long: 6 for each
-        weight of a matrix product, 12 for each channel of each key that a query sees. On average
-        over a sequence a causal one sees T/2, or its window, shorter at the beginning."""
+        weight of a matrix product, 12 for each channel of each key that a query attends to. On
+        average that is T/2 keys before it, or its window, shorter at the beginning."""
         T, c = T or self.config.block_size, self.config
         weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, Linear))
         window = min(c.window or T, T)
-        past, later = window - window**2 / (2 * T), T / 2
-        keys = c.n_layer * (past + (0 if c.causal else later))
-        if c.cross:
-            keys += c.n_encoder_layer * (past + later) + c.n_layer * T
+        before, behind = window - window**2 / (2 * T), 0 if c.causal else T / 2
+        keys = c.n_layer * (before + behind + T * c.cross) + c.n_encoder_layer * (before + T / 2)
         return 6 * weights + 12 * c.n_embd * keys
 
 
@@ -978,8 +976,11 @@ def from_weights(config, weights, path):
     if config.n_layer + config.n_encoder_layer > len(weights):  # each would take time and memory
         raise ValueError(f"{path} does not hold the weights of its config: n_layer="
                          f"{config.n_layer} with {len(weights)} weights")
-    with torch.device("meta"):  # no memory, no random numbers: the weights are replaced at once
-        model = GPT(config)
+    try:
+        with torch.device("meta"):  # no memory, no random numbers: the weights are replaced at once
+            model = GPT(config)
+    except RuntimeError as error:  # more numbers than can be counted
+        raise ValueError(f"{path} does not hold the weights of its config: {error!s:.80}") from None
     expected, found = ({name: tuple(w.shape) for name, w in tensors} for tensors in (
         model.named_parameters(), weights.items()))
     wrong = [f"{name} is {found.get(name, 'missing')}, not {expected.get(name, 'expected')}"
