@@ -26,8 +26,9 @@ from data import folder_name, read_card
 from model import GPT, GPTConfig, check_known, check_options, option
 from sample import pick_device, pick_precision
 from tokenizer import parse_options, run_command
-from train import (LENGTHS, TrainConfig, check_run, complete_options, keep_freed_memory, last_step,
-                   matmul_rate, model_shape, new_run, peak_memory, seconds_per_step, split_batch)
+from train import (LENGTHS, TrainConfig, check_model, complete_options, gradients,
+                   keep_freed_memory, last_step, matmul_rate, model_shape, new_run, peak_memory,
+                   split_batch, update)
 
 TOKENS_PER_PARAMETER = 20  # of the best model for its FLOPs: arXiv:2203.15556
 
@@ -52,12 +53,20 @@ class PlanConfig:
 
 
 def seconds_of_step(shape, config, device, dtype):
-    """-> (seconds of a training step of a new model on random tokens, the kernels that it used)"""
-    micro, accumulate = split_batch(config, 1)
+    """-> (seconds of a training step of a new model on random tokens, the kernels that it used).
+    The second of two steps counts, and its one forward pass stands for all of them."""
+    micro, n_passes = split_batch(config, 1)
     model = GPT(shape).to(device)
     kernels = model.use(config.kernels, dtype, config.recompute, micro)
     run = new_run(os.devnull, model, config, device)
-    return seconds_per_step(run, config, micro, accumulate), kernels
+    ids = torch.randint(shape.vocab_size, (micro, shape.block_size), device=device)
+    for _ in range(2):
+        start = time.perf_counter()
+        gradients(run, model, [ids], [ids], config.grad_clip)[0].item()
+        middle = time.perf_counter()
+        update(run)
+        model.lm_head.weight[0, 0].item()  # a GPU has then finished
+    return n_passes * (middle - start) + time.perf_counter() - middle, kernels
 
 
 def base_memory():
@@ -125,7 +134,7 @@ def make_plan(config, shape=None, has_length=True, measure=True):
     has_length=False plans 20 tokens a parameter. Without measure, seconds (of a step) are None."""
     device, card = pick_device(config.device), find_card(config)
     shape = shape or model_shape(config.size, config.vocab_size)
-    check_run(config, shape, "torch", device, world_size=1)
+    check_model(shape, config)
     model = outline(replace(shape, vocab_size=card.vocab_size if card else shape.vocab_size))
     if has_length and config.epochs and not card:
         raise ValueError(f"--epochs={config.epochs:g} are passes over data that is not prepared: "

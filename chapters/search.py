@@ -31,10 +31,11 @@ from pathlib import Path
 from random import Random
 
 from chapters.sweep import find_rate, picture, running_mean
+from chapters.trace import is_bad
 from model import GPTConfig, check_options, option
 from sample import checkpoints, pick_device, pick_precision
 from tokenizer import field_kind, parse_options, read_json, run_command, write_json
-from train import (TrainConfig, check_run, complete_options, find_shards, read_log, split_batch,
+from train import (TrainConfig, check_model, complete_options, find_shards, read_log, split_batch,
                    train)
 
 OWN = {"out", "max_steps", "seed", "config", "resume", "epochs", "tokens", "minutes", "eval_every"}
@@ -98,7 +99,7 @@ def complete_config(options):
     names = {f.name for f in dataclasses.fields(TrainConfig)}
     config, shape = complete_options({name: options[name] for name in options if name in names},
                                      {name: options[name] for name in options if name not in names})
-    check_run(config, shape, "torch", pick_device(config.device), world_size=1)
+    check_model(shape, config)
     split_batch(config, 1)
     return config, shape
 
@@ -182,8 +183,8 @@ def run_trial(options, folder):
             raise KeyboardInterrupt
         loss = summary["val_loss"] if math.isfinite(summary["val_loss"]) else None
     except ValueError:
-        if [row["loss"] for row in read_log(folder)][-1:] != [None]:
-            raise  # no number went wrong, something else did
+        if not any(map(is_bad, read_log(folder)[-1:])):
+            raise  # no number went bad, something else did
     return dict(val_loss=loss, seconds=round(time.perf_counter() - began, 1), folder=folder.name)
 
 
@@ -224,8 +225,8 @@ def draw_search(folder, trials, winner):
     where validation ended."""
     lengths = sorted({trial["steps"] for trial in trials})
     with picture(folder / "search.png", title=f"{folder.name}: {as_typed(winner['setting'])}",
-                 xlabel="step", xscale="log", yscale="log",
-                 ylabel="loss (nats per token); dots: validation") as ax:
+                 xlabel="step", xscale="log", ylabel="loss (nats per token); dots: validation",
+                 ylim=(None, 1.1 * read_log(folder / winner["folder"])[0]["loss"])) as ax:
         for trial in sorted(trials, key=lambda trial: -trial["steps"]):
             rows = [row for row in read_log(folder / trial["folder"]) if row["loss"] is not None]
             means = running_mean([row["loss"] for row in rows], 20)

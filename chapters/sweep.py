@@ -15,19 +15,19 @@ from tqdm import tqdm
 
 from model import GPTConfig
 from tokenizer import parse_options, replacing, run_command
-from train import (TrainConfig, complete_options, find_shards, prepare_run, run_folder, set_rate,
-                   split_batch, take_step, to_device)
+from train import (TrainConfig, complete_options, find_shards, micro_batches, prepare_run,
+                   run_folder, set_rate, split_batch, take_step)
 
 N_STEPS, LOWEST, HIGHEST = 60, 1e-4, 3.0  # of the sweep, and its rates
 TAKES_OFF = 1.3  # times the lowest mean loss
 
 
 def running_mean(values, n):
-    """Means that follow the values: each value counts 1/n, the first ones more."""
+    """Means that follow the values: over about n of them, at the beginning over a third."""
     means = []
     for i, value in enumerate(values):
         last = means[-1] if means else value
-        means.append(last + (value - last) / min(i + 1, n))
+        means.append(last + (value - last) / min(1 + i // 3, n))
     return means
 
 
@@ -39,6 +39,7 @@ def picture(path, **labels):
     ax = fig.subplots()
     yield ax
     ax.set(**labels)
+    ax.xaxis.set_major_formatter("{x:g}")
     ax.grid(alpha=0.3)
     ax.legend(frameon=False)
     with replacing(path) as file:
@@ -57,8 +58,7 @@ def sweep(config, shape):
         for step in tqdm(range(N_STEPS), disable=not sys.stderr.isatty(), leave=False):
             rates.append(LOWEST * (HIGHEST / LOWEST) ** (step / (N_STEPS - 1)))
             set_rate(run.optimizer, rates[-1])
-            batches = [to_device(next(run.batches), run.model) for _ in range(n_passes)]
-            xs, ys = zip(*batches)                                       # n_passes of (B, T) each
+            xs, ys = micro_batches(run.batches, n_passes, run.model)
             losses.append(take_step(run, run.model, xs, ys, config.grad_clip)[0].item())
             means = running_mean(losses, 5)
             if not means[-1] < TAKES_OFF * min(means):

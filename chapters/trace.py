@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
-from data import MixedLoader, TokenLoader
+from data import MixedLoader
 from model import load_model
 from sample import checkpoints, pick_device, pick_precision
-from tokenizer import Parser, Tokenizer, run_command
-from train import mixed_shards, read_config, read_log
+from tokenizer import Parser, run_command
+from train import read_config, read_log, shares_of_shards
 
 
 def is_bad(row):
@@ -72,17 +72,6 @@ def first_bad(model, blocks):
                  if p.grad is not None and not p.grad.isfinite().all()), "")
 
 
-def find_loader(config, data, block_size):
-    """The loader that the run read; None where its shards are not there any more."""
-    shards = data["path"]
-    if not (shards / "card.json").exists():
-        return None
-    mixed = mixed_shards(config, shards, Tokenizer.load(shards / "tokenizer.json"))
-    options = dict(batch_size=1, block_size=block_size, seed=config.seed)
-    return (MixedLoader({shards: 1 - sum(mixed.values())} | mixed, **options) if mixed else
-            TokenLoader(shards, **options))
-
-
 def trace(folder):
     """Where the numbers of the last bad steps of a run went bad, in words."""
     config, shape, data = read_config(Path(folder) / "config.json")
@@ -92,11 +81,13 @@ def trace(folder):
     # Skipped steps change no weight: a checkpoint from within the streak has those from before it.
     streak = last_streak(rows)
     paths = [path for step, path in checkpoints(folder).items() if step <= streak[-1]["step"]]
-    loader = find_loader(config, data, shape.block_size)
-    if not paths or loader is None or "sequences" not in streak[0]:
+    shards = Path(data["path"])
+    if not (paths and (shards / "card.json").exists() and "sequences" in streak[0]):
         return "unknown: it takes a checkpoint from before, sequences in the log, and the shards"
     model, _ = load_model(paths[-1], pick_device())
     model.train().use("torch", pick_precision(config.precision, model.device.type)[1])
+    shares = shares_of_shards(config, shards)
+    loader = MixedLoader(shares, 1, shape.block_size, seed=config.seed)
     first, last = streak[0]["sequences"]
     for n in range(first, last + 1):
         block = torch.from_numpy(loader.block(n).astype("int64")).to(model.device)   # (T + 1,)

@@ -137,8 +137,8 @@ def test_an_interrupted_search_has_lost_no_finished_run(shards, tmp_path, monkey
 
 
 def test_a_running_mean_begins_with_the_values_and_follows_them():
-    assert running_mean([4.0, 2.0, 3.0], 20) == [4.0, 3.0, 3.0]
-    assert running_mean([1.0, 1.0, 2.0], 2) == [1.0, 1.0, 1.5]
+    assert running_mean([4.0, 2.0, 3.0, 5.0, 4.0], 20) == [4.0, 2.0, 3.0, 4.0, 4.0]
+    assert running_mean([1.0] * 9 + [3.0], 2)[-1] == 2.0
 
 
 def test_a_sweep_suggests_a_rate_and_leaves_a_picture_and_no_run(shards, tmp_path, call):
