@@ -36,8 +36,8 @@ def imports(tree):
 
 def python(words, folder, **variables):
     """Run Python in a folder as a user does -> what it prints; it must not fail."""
-    done = subprocess.run([sys.executable, "-B", *words], cwd=folder, capture_output=True, text=True,
-                          env=dict(os.environ, **variables))
+    done = subprocess.run([sys.executable, "-B", *words], cwd=folder, capture_output=True,
+                          text=True, env=dict(os.environ, **variables))
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 
