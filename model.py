@@ -987,9 +987,9 @@ def from_weights(config, weights, path):
              for name in expected | found if expected.get(name) != found.get(name)]
     wrong += [f"{name} is {w.dtype}" for name, w in weights.items() if not w.is_floating_point()]
     if wrong:
+        words = " ".join("; ".join(wrong[:6]).split())[:600]  # names may be of any kind and length
         more = f" and {len(wrong) - 6} more" if len(wrong) > 6 else ""
-        raise ValueError(f"{path} does not hold the weights of its config: "
-                         f"{'; '.join(wrong[:6])}{more}")
+        raise ValueError(f"{path} does not hold the weights of its config: {words}{more}")
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie()
     return model.requires_grad_()
