@@ -25,11 +25,9 @@ import timeit
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
-from itertools import islice
 from pathlib import Path
 from statistics import median
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -204,7 +202,8 @@ def memory_explained(n_sequences, block_size, device):
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if "memory" not in str(error) and not isinstance(error, MemoryError):
+        if not (isinstance(error, MemoryError)
+                or re.search("out of memory|allocate memory", str(error))):
             raise
         raise ValueError(f"out of memory with {n_sequences} sequences of {block_size} tokens on "
                          f"{device}: take a smaller --micro_batch_size, --recompute, or a smaller "
@@ -246,8 +245,8 @@ def stop_signals():
 
 
 def learning_rate(step, config, progress=None):
-    """Linear warm-up to learning_rate, then the schedule from there to min_lr at the end. progress,
-    the share of the run that is done, is step / max_steps, unless the clock is ahead."""
+    """Linear warm-up to learning_rate, then the schedule from there to min_lr at the end. progress
+    is the share of the run that is done: step / max_steps, unless the clock is ahead."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     progress = min(1.0, step / max(1, config.max_steps) if progress is None else progress)
@@ -305,12 +304,10 @@ class Muon:
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            by_shape = {}
-            for p in group["params"] if group["muon"] else ():
-                if p.grad is not None:
-                    by_shape.setdefault(p.shape, []).append(p)
-            for params in by_shape.values():
-                self.update_matrices(params, group["lr"], group["weight_decay"])
+            params = [p for p in group["params"] if group["muon"] and p.grad is not None]
+            for shape in {p.shape for p in params}:
+                alike = [p for p in params if p.shape == shape]
+                self.update_matrices(alike, group["lr"], group["weight_decay"])
         self.adamw.step()  # which passes over the matrices, as they have no gradient any more
 
     def update_matrices(self, params, lr, weight_decay):
@@ -330,17 +327,17 @@ class Muon:
 def build_optimizer(model, config):
     """AdamW (arXiv:1711.05101), whose weight decay pulls matrices to zero, never gains and biases.
     Or Muon for the matrices of the blocks, and AdamW at half its rate for all else."""
-    muon, named = config.optimizer == "muon", list(model.named_parameters())
-    is_matrix = [p.dim() >= 2 and ("blocks." in name or not muon) for name, p in named]
-    groups = [dict(params=[p for (_, p), yes in zip(named, is_matrix) if yes], muon=muon, share=1.0,
-                   weight_decay=config.weight_decay),
-              dict(params=[p for (_, p), yes in zip(named, is_matrix) if not yes], muon=False,
-                   share=0.5 if muon else 1.0, weight_decay=0.0)]
+    muon = config.optimizer == "muon"
+    groups = [dict(params=[], muon=muon, share=1.0, weight_decay=config.weight_decay),
+              dict(params=[], muon=False, share=0.5 if muon else 1.0, weight_decay=0.0)]
+    for name, p in model.named_parameters():
+        is_matrix = p.dim() >= 2 and ("blocks." in name or not muon)
+        groups[0 if is_matrix else 1]["params"].append(p)
     rate = config.learning_rate
     if config.cuda_graph:  # a graph repeats what it saw: only what is in a tensor can change
         rate = torch.tensor(rate, device=model.device)
-    return (Muon if muon else torch.optim.AdamW)(groups, lr=rate, fused=True, betas=(
-        config.beta1, config.beta2), capturable=config.cuda_graph)
+    betas, build = (config.beta1, config.beta2), Muon if muon else torch.optim.AdamW
+    return build(groups, lr=rate, betas=betas, fused=True, capturable=config.cuda_graph)
 
 
 def set_rate(optimizer, rate):
@@ -419,9 +416,9 @@ def validation_loss(model, shards, config, rank=0, world_size=1):
     model.eval()
     with torch.inference_mode():
         for first in range(0, n_own, config.micro_batch_size):
-            rows = islice(loader, min(config.micro_batch_size, n_own - first))
-            x, y = to_device(map(np.concatenate, zip(*rows)), model)                 # (B, T) twice
-            total += len(x) * model(x, y)[1].item()
+            n = min(config.micro_batch_size, n_own - first)
+            x, y = map(torch.cat, micro_batches(loader, n, model))                   # (n, T) twice
+            total += n * model(x, y)[1].item()
     model.train()
     return average([total], model.device)[0] * world_size / config.eval_sequences
 
@@ -477,8 +474,8 @@ def snapshot(run):
 
 
 def save_run(folder, state, keep=2):
-    """Write a snapshot as step_NNNNNN.safetensors, read it back, and then remove all older ones but
-    the last `keep` and the one with the best validation."""
+    """Write a snapshot, read it back, and then remove all older ones but the last `keep` and the
+    one with the best validation."""
     model, tensors, progress = state
     path = Path(folder, f"step_{progress['step']:06d}.safetensors")
     with replacing(path) as file:
@@ -494,8 +491,7 @@ def save_run(folder, state, keep=2):
 
 
 def load_run(folder, config, device):
-    """The Run in a folder as its newest whole checkpoint left it; ValueError if it lacks a tensor
-    that the optimizer needs."""
+    """The Run in a folder as its newest whole checkpoint left it; ValueError if it does not fit."""
     path = pick_checkpoint(folder, "last")
     model, state = load_model(path, device)
     tensors = state.pop("tensors")
@@ -506,11 +502,10 @@ def load_run(folder, config, device):
              for group in run.optimizer.param_groups for p in group["params"]}
     for name, p in model.named_parameters() if tensors else ():  # none before the first update
         for kind in kinds[p]:
-            tensor = tensors.get(f"optimizer.{name}.{kind}")
-            if tensor is None or tensor.shape != (() if kind == "step" else p.shape):
-                raise ValueError(f"{path} has no optimizer.{name}.{kind} of its shape: if another "
-                                 "--optimizer trained it, leave that option out")
-            run.optimizer.state[p][kind] = tensor.float()
+            key, shape = f"optimizer.{name}.{kind}", () if kind == "step" else p.shape
+            if key not in tensors or tensors[key].shape != shape:
+                raise ValueError(f"{path} has no {key} of its shape: leave out --optimizer")
+            run.optimizer.state[p][kind] = tensors[key].float()
     return run
 
 
@@ -550,7 +545,7 @@ def draw_loss(folder):
         figure.savefig(file, format="png", bbox_inches="tight")
 
 
-class Recorder:
+class Recorder(contextlib.AbstractContextManager):
     """Writes log and checkpoints of a run, these beside training. What cannot be written is said
     once and tried again with the next: no full disk ends a run."""
 
@@ -559,11 +554,23 @@ class Recorder:
         self.worker = ThreadPoolExecutor(1)
         self.waiting = deque(maxlen=1)  # a slow disk: a snapshot that still waits gives way
 
+    def attempt(self, what, write, *arguments):
+        before, self.troubles[what] = self.troubles.get(what), None
+        try:
+            write(*arguments)
+            if before:
+                self.say(f"{what} could be saved again in {self.folder}")
+        except Exception as error:  # whatever it is, training goes on
+            self.troubles[what] = error
+            if not before:
+                self.say(f"warning: {what} could not be saved in {self.folder} ({error}); training "
+                         "goes on, the next save tries again")
+
     def log(self, row):
         finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value
                   for name, value in row.items()}  # JSON has no word for the others
         self.rows += json.dumps(finite).encode() + b"\n"
-        self.attempt("the log", self.write_rows)
+        self.attempt("log.jsonl", self.write_rows)
 
     def write_rows(self):
         with open(self.folder / "log.jsonl", "ab", buffering=0) as file:
@@ -575,30 +582,15 @@ class Recorder:
 
     def save(self, run):
         self.waiting.append(snapshot(run))
-        self.worker.submit(self.attempt, "a checkpoint", self.write_waiting)
+        self.worker.submit(self.write_waiting)
 
     def write_waiting(self):
-        if self.waiting:
-            save_run(self.folder, self.waiting.pop(), self.keep)
-            draw_loss(self.folder)
-
-    def attempt(self, what, write):
-        before, self.troubles[what] = self.troubles.get(what), None
-        try:
-            write()
-            if before:
-                self.say(f"{what} of {self.folder} could be saved again")
-        except Exception as error:  # whatever it is, training goes on
-            self.troubles[what] = error
-            if not before:
-                self.say(f"warning: {what} of {self.folder} could not be saved ({error}); training "
-                         "goes on, the next save tries again")
-
-    def __enter__(self):
-        return self
+        if self.waiting:  # the job before may have taken it
+            self.attempt("a checkpoint", save_run, self.folder, self.waiting.pop(), self.keep)
+            self.attempt("loss.png", draw_loss, self.folder)
 
     def __exit__(self, kind, error, trace):
-        """Wait for what is being saved; OSError if the last of it could not be."""
+        """Wait for what is being saved; OSError if the last checkpoint could not be."""
         self.worker.shutdown(cancel_futures=kind is KeyboardInterrupt)
         trouble = self.troubles.get("a checkpoint")
         if trouble and kind is None:
@@ -676,11 +668,10 @@ def check_resume(run, shape, fingerprints, say):
     """ValueError with all differences, if model, tokenizer or data are not those of the run until
     now; what else is different is said, and goes on."""
     before, _, data = read_config(run.folder / "config.json")
-    old, new = asdict(before), asdict(run.config)
-    fixed_old = asdict(run.model.config) | {name: old[name] for name in ("size", "vocab_size")}
-    fixed_new = asdict(shape) | {name: new[name] for name in ("size", "vocab_size")}
-    wrong = [f"{name}={value} (it has {fixed_old[name]})" for name, value in fixed_new.items()
-             if value != fixed_old[name]]
+    old, new = asdict(run.model.config) | asdict(before), asdict(shape) | asdict(run.config)
+    changed = {name: f"{name}={value} (it has {old[name]})" for name, value in new.items()
+               if value != old[name] and name not in ("data", "out", "config", "resume")}
+    wrong = [changed[name] for name in (*asdict(shape), "size") if name in changed]
     if Tokenizer.load(run.folder / "tokenizer.json").hash() != run.tokenizer.hash():
         wrong.append("another tokenizer")
     if [*fingerprints.values()] != [*data["fingerprints"].values()]:
@@ -688,10 +679,8 @@ def check_resume(run, shape, fingerprints, say):
     if wrong:
         raise ValueError(f"{run.folder} cannot go on with {'; '.join(wrong)}: leave these out, or "
                          "start a new run")
-    changed = [f"{name}={value} (was {old[name]})" for name, value in new.items()
-               if value != old[name] and name not in ("data", "out", "config", "resume")]
     if changed:
-        say(f"goes on at step {run.step} with {', '.join(changed)}")
+        say(f"goes on at step {run.step} with {', '.join(changed.values())}")
 
 
 def prepare_run(config, model_config, say, stack):
@@ -720,9 +709,9 @@ def prepare_run(config, model_config, say, stack):
     if config.cuda_graph and not (device.startswith("cuda") and world_size == 1 and accelerator()
                                   and names[0] in ("torch", "cuda") and precision != "fp16"
                                   and not config.skip_spikes):
-        raise ValueError("--cuda_graph needs chapters/kernels.py, one GPU, fp32 or bf16, and torch "
-                         f"or cuda kernels, and goes without --skip_spikes; it is {world_size} x "
-                         f"{device} in {precision} with {names[0]} kernels")
+        raise ValueError("--cuda_graph needs chapters/kernels.py, one GPU, fp32 or bf16, torch or "
+                         f"cuda kernels, and no --skip_spikes: here are {world_size} x {device}, "
+                         f"{precision}, {names[0]} kernels")
     run.config = replace(config, kernels=names[0])  # a resumed run takes the same
     run.tokenizer, run.shards, shares = tokenizer, shards, shares_of_shards(config, shards)
     run.batches = MixedLoader(shares, micro, shape.block_size, rank, world_size, config.seed,

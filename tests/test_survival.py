@@ -486,7 +486,7 @@ def test_a_disk_that_is_really_full_ends_no_run(shards, tmp_path, small_disk, un
     with instead("gradients", fill):
         train(config, shape, say=said.append)
     assert sum("a checkpoint" in line and "could not be saved" in line for line in said) == 1
-    assert sum("the log" in line and "could not be saved" in line for line in said) <= 1
+    assert sum("log.jsonl" in line and "could not be saved" in line for line in said) <= 1
     assert_equal_runs(config.out, undisturbed(**options))
 
 
@@ -668,8 +668,8 @@ def test_resume_says_which_options_changed(shards, tmp_path):
     train(dataclasses.replace(config, resume=True, max_steps=2, learning_rate=0.5, batch_size=4,
                               schedule="wsd"), say=said.append)
     line = next(line for line in said if "goes on at step 1 with" in line)
-    for words in ("learning_rate=0.5 (was 0.02)", "batch_size=4 (was 8)", "max_steps=2 (was 1)",
-                  "schedule=wsd (was linear)"):
+    for words in ("learning_rate=0.5 (it has 0.02)", "batch_size=4 (it has 8)", "max_steps=2 (it has 1)",
+                  "schedule=wsd (it has linear)"):
         assert words in line
 
 
@@ -680,14 +680,14 @@ def test_options_typed_beside_resume_are_compared_with_the_checkpoint(shards, tm
     for more, model, words in [({}, dict(n_layer=3), "n_layer=3 (it has 2)"),
                                (dict(size="nano"), {}, "size=nano (it has mini)"),
                                (dict(vocab_size=300), {}, "vocab_size=300 (it has 4096)"),
-                               (dict(optimizer="adamw"), {}, "leave that option out")]:
+                               (dict(optimizer="adamw"), {}, "leave out --optimizer")]:
         with pytest.raises(ValueError, match=re.escape(words)):
             train(*module.complete_options(typed | more, model), **QUIET)
 
 
 def test_a_checkpoint_of_another_version_is_refused_by_name(tmp_path):
     (tmp_path / "step_000001.pt").write_bytes(b"what torch.save wrote")
-    with pytest.raises(ValueError, match="step_000001.pt.* an? older version"):
+    with pytest.raises(ValueError, match="step_000001.pt.* an older version"):
         load_run(tmp_path, TrainConfig(precision="fp32"), "cpu")
 
 
