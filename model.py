@@ -125,11 +125,12 @@ class GPTConfig:
         check_known(self.architecture, ARCHITECTURES, "architecture")
         row = dict(ARCHITECTURES[self.architecture])
         queries_per_kv_head = row.pop("queries_per_kv_head")
-        self.fill_in({name: value for name, value in row.items() if getattr(self, name) is None})
+        derived = self.__dict__  # through which alone fields of a frozen class can be set
+        derived |= {name: value for name, value in row.items() if getattr(self, name) is None}
         check_options(self)
-        self.fill_in(dict(
-            n_kv_head=self.n_kv_head or self.n_head // math.gcd(self.n_head, queries_per_kv_head),
-            n_encoder_layer=(self.n_encoder_layer or self.n_layer) if self.cross else 0))
+        derived["n_kv_head"] = self.n_kv_head or self.n_head // math.gcd(self.n_head,
+                                                                         queries_per_kv_head)
+        derived["n_encoder_layer"] = self.cross and (self.n_encoder_layer or self.n_layer) or 0
         for name, known in ("position", POSITIONS), ("norm", NORMS), ("activation", ACTIVATIONS):
             check_known(getattr(self, name), known, name)
         if self.n_embd % self.n_head:
@@ -138,10 +139,6 @@ class GPTConfig:
             raise ValueError(f"n_head={self.n_head} is no multiple of n_kv_head={self.n_kv_head}")
         if self.position == "rope" and self.head_size % 2:
             raise ValueError(f"n_embd / n_head = {self.head_size} must be even: rope rotates pairs")
-
-    def fill_in(self, values):
-        for name, value in values.items():
-            object.__setattr__(self, name, value)  # the one way to set a field of a frozen class
 
     @property
     def head_size(self):
