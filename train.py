@@ -474,16 +474,13 @@ def snapshot(run):
 
 
 def save_run(folder, state, keep=2):
-    """Write a snapshot, read it back, and then remove all older ones but the last `keep` and the
-    one with the best validation."""
+    """Write a snapshot, read it back, and only then remove older ones: all but the last `keep` and
+    the one with the best validation."""
     model, tensors, progress = state
     path = Path(folder, f"step_{progress['step']:06d}.safetensors")
     with replacing(path) as file:
         save_model(model, file, tensors, **progress)
-    try:
-        read_safetensors(path)
-    except ValueError as error:
-        raise OSError(f"{path} is not on the disk as it was written: {error}") from None
+    read_safetensors(path)  # ValueError if it is not on the disk as it was written
     found = list(checkpoints(folder).values())
     best, _ = first_whole(reversed(found), by_loss=True)
     for old in set(found[:-keep]) - {best}:
@@ -778,23 +775,21 @@ def give_up(run, rate, recorder):
                      f"-m chapters.doctor {run.folder} says more")
 
 
-def announce(run, n_steps, seconds, memory):
-    """Yield what a run is going to be, known from a step of so many seconds and bytes."""
-    config, model, trial = run.config, run.model, getattr(run.model, "trial", {})
+def announce(run, n_steps, row):
+    """What a run is going to be, as a row of its log lets expect."""
+    config, model, n_tokens = run.config, run.model, run.batches.n_tokens
+    seconds = config.batch_size * run.batches.block_size / row["tokens_per_second"]
     n_steps = min(n_steps, 60 * config.minutes / seconds if config.minutes else math.inf)
-    tokens = n_steps * config.batch_size * run.batches.block_size
-    epochs, corpus = tokens / run.batches.n_tokens, f"its {run.batches.n_tokens / 1e6:.1f}M tokens"
-    tried = ", ".join(f"{name} {1000 * taken:.0f} ms" for name, taken in trial.items())
-    yield (f"{model.n_parameters() / 1e6:.1f}M parameters, {tokens / 1e6:.1f}M tokens "
-           f"({epochs:.1f} epochs) in about {n_steps:,.0f} steps of {seconds:.2f} s on "
-           f"{model.device}, {config.precision}, {config.kernels} kernels"
-           + f" (tried: {tried} a block)" * bool(tried)
-           + f", with {(memory or 0) / 1e9:.1f} GB of memory" * bool(memory))
-    if epochs < 0.5:
-        yield f"it will see {epochs:.0%} of {corpus}: a smaller --size or more --minutes uses them"
-    if epochs > 8:
-        yield (f"it will see {corpus} {epochs:.0f} times, and more than 8 times teaches little: "
-               "give more text, a shorter run, or --dropout and --patience")
+    epochs = n_steps * config.batch_size * run.batches.block_size / n_tokens
+    tried = ", ".join(f"{name} {1000 * taken:.0f} ms" for name, taken in model.trial.items())
+    advice = ("; a smaller --size or more --minutes would see more of them" if epochs < 0.5 else
+              "; more than 8 times teach little: give more text, a shorter run, or --dropout and "
+              "--patience" if epochs > 8 else "")
+    return (f"{model.n_parameters() / 1e6:.1f}M parameters, in about {n_steps:,.0f} steps of "
+            f"{seconds:.2f} s and {(row['memory'] or 0) / 1e9:.1f} GB on {model.device}, "
+            f"{config.precision}, {config.kernels} kernels{' (tried: ' * bool(tried)}{tried}"
+            f"{' a block)' * bool(tried)}\nit will see its {n_tokens / 1e6:.1f}M tokens "
+            f"{epochs:.1f} times{advice}")
 
 
 def sample_lines(model, tokenizer, n_tokens, seed):
@@ -806,14 +801,13 @@ def sample_lines(model, tokenizer, n_tokens, seed):
 
 
 def progress_line(row, progress):
+    """A row of the log, as it is shown; the time left is as the time taken."""
     left = tqdm.format_interval(row["elapsed"] * (1 - progress) / progress)
-    if "skipped" in row:
-        return (f"step {row['step']:5d} | skipped: {row['skipped']}, loss {row['loss']}, norm "
-                f"{row['grad_norm']}, sequences {row['sequences'][0]} to {row['sequences'][1]}")
     validation = f" | validation {row['val_loss']:.4f}" if "val_loss" in row else ""
+    skipped = f" | skipped: {row['skipped']} at {row['sequences']}" if "skipped" in row else ""
     memory = f" | {row['memory'] / 1e9:.1f} GB" if row["memory"] else ""
-    return (f"step {row['step']:5d} | loss {row['loss']:.4f}{validation} | lr {row['lr']:.1e} | "
-            f"norm {row['grad_norm']:.2f}{memory} | mfu {row['mfu']:.0%} | "
+    return (f"step {row['step']:5d} | loss {row['loss']:.4f}{validation}{skipped} | lr "
+            f"{row['lr']:.1e} | norm {row['grad_norm']:.2f}{memory} | mfu {row['mfu']:.0%} | "
             f"{row['tokens_per_second']:,} tok/s, {left} left")
 
 
@@ -834,7 +828,8 @@ def train(config, model_config=None, say=tqdm.write):
         whole_step = config.cuda_graph and accelerator().GraphedStep(
             lambda xs, ys: take_step(run, model, xs, ys, config.grad_clip))
         n_steps = last_step(config, batches.n_tokens, config.batch_size * T)
-        peak_rate = matmul_rate(run.model.device, run.model.dtype) * world_size
+        peak_speed = (matmul_rate(run.model.device, run.model.dtype) * world_size
+                      / run.model.flops_per_token())  # tokens per second
         before, first, said = run.elapsed, run.step, began
 
         def share_done():
@@ -869,10 +864,8 @@ def train(config, model_config=None, say=tqdm.write):
                 run.optimizer.zero_grad()
             elif not whole_step:  # which includes it
                 update(run)
-            seconds = time.perf_counter() - start
-            speed = config.batch_size * T / seconds
-            mfu = speed * run.model.flops_per_token() / peak_rate
-            row |= dict(tokens_per_second=round(speed), mfu=round(mfu, 3),
+            speed = config.batch_size * T / (time.perf_counter() - start)
+            row |= dict(tokens_per_second=round(speed), mfu=round(speed / peak_speed, 3),
                         memory=peak_memory(device), elapsed=round(run.elapsed, 3))
 
             is_check, run.val_loss = run.step % config.eval_every == 0 or progress == 1, None
@@ -892,8 +885,7 @@ def train(config, model_config=None, say=tqdm.write):
             if not recorder:
                 continue
             if run.step == first + 2:  # the first step warms up
-                for line in announce(run, n_steps, seconds, row["memory"]):
-                    say(line)
+                say(announce(run, n_steps, row))
             line = progress_line(row, progress)
             bar.set_description_str(line, refresh=False)
             bar.update(progress - bar.n)
@@ -904,7 +896,7 @@ def train(config, model_config=None, say=tqdm.write):
                 recorder.save(run)
                 if is_check and progress < 1 and not why:
                     say(sample_lines(run.model, run.tokenizer, config.sample_tokens, config.seed))
-        stopped = stopping and int(asked[0] if asked else signal.SIGTERM)
+        stopped = int(asked[0] if asked else signal.SIGTERM) if stopping else 0
     return summarize(run, time.perf_counter() - began, stopped) if is_main else None
 
 
