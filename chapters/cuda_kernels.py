@@ -1,7 +1,7 @@
 """
 Norm, rotary positions and loss in CUDA C (kernels.cu): between torch's matrix products each number
-is read and written about once. NVRTC, which CUDA builds of torch bring along, compiles the kernels when they
-are first used: no compiler, no toolkit. chapters/kernels.py offers them as the row "cuda".
+is read and written about once. NVRTC, which CUDA builds of torch bring along, compiles them when
+they are first used: no compiler, no toolkit. chapters/kernels.py offers them as the row "cuda".
 """
 
 import ctypes

@@ -1,5 +1,5 @@
-// The kernels of cuda_kernels.py. Number is float, bfloat16 or float16; widen and narrow turn it into
-// a float and back.
+// The kernels of cuda_kernels.py. Number is float, bfloat16 or float16; widen and narrow turn it
+// into a float and back.
 
 typedef long long Int;  // offsets can exceed 2^31
 extern __shared__ float shared[];  // the first 32 belong to over_block()
