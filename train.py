@@ -688,10 +688,10 @@ def prepare_run(config, model_config, say, stack):
     shape = model_config or (read_config(run_folder(config) / "config.json")[1] if config.resume
                              else model_shape(config.size, config.vocab_size))
     check_model(shape, config)  # before the data is made
-    stack.enter_context(memory_explained(micro, shape.block_size, device))
     shards = find_shards(config, rank, say)
     tokenizer, folder = Tokenizer.load(shards / "tokenizer.json"), run_folder(config, shards)
     shape = replace(shape, vocab_size=tokenizer.n_vocab)
+    stack.enter_context(memory_explained(micro, shape.block_size, device))
     precision, dtype = pick_precision(config.precision, device)
     config = replace(config, precision=precision)
     torch.manual_seed(config.seed)

