@@ -68,6 +68,22 @@ def short(n):
     return f"{n:.0f}"
 
 
+def join_parts(parts):
+    return ", ".join(f"{name} {short(n)}" for name, n in parts.items() if n)
+
+
+def duration(seconds):
+    """duration(7200) == "2.0 hours"."""
+    for unit, name in ((31557600, "years"), (86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 1.5 * unit:
+            return f"{seconds / unit:,.1f} {name}"
+    return f"{seconds:.0f} seconds"
+
+
+def gigabytes(n):
+    return f"{n / 1e9:,.2f} GB" if n < 1e11 else f"{n / 1e9:,.0f} GB"
+
+
 def show_published(mfu):
     """The table of known models: parameters, FLOPs and hours at this mfu, ours and theirs."""
     columns = "{:12} {:>10}{:1} {:>9} {:>7} {:>9} {:>9} {:>11} {:>9} {:>9}"

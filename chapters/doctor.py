@@ -5,7 +5,6 @@ and the option to change; where numbers went bad, also the module in which they 
     python -m chapters.doctor                 # the newest run
     python -m chapters.doctor runs/stdlib     # a running or a finished one
 
-It reads log.jsonl and config.json, and after a bad number the newest checkpoint from before it.
 Medians over several rows are compared, as a single batch may be odd; the bounds stand below with
 their reasons. Losses are nats per token.
 """
@@ -13,7 +12,7 @@ their reasons. Losses are nats per token.
 import math
 import sys
 from bisect import bisect_left
-from dataclasses import dataclass
+from collections import namedtuple
 from itertools import accumulate
 from pathlib import Path
 from statistics import median
@@ -21,10 +20,9 @@ from statistics import median
 if __name__ == "__main__":  # `python chapters/doctor.py` works as well, from any folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from chapters.trace import bad_numbers, is_bad, trace
+from chapters.nonfinite import bad_numbers, describe, is_bad, read_run, trace, typical
 from sample import newest_run
-from tokenizer import Parser, reading, run_command
-from train import read_config, read_log
+from tokenizer import Parser, run_command
 
 FEW = 20             # rows below which a curve has no shape yet
 WINDOW = 5           # rows of a median: what lasts for three of them is no odd batch
@@ -40,46 +38,7 @@ WORSE = 1.03         # validation loss over the best: the same sequences each ti
 REPEATS = 8          # epochs; the first four teach almost as new text does (arXiv:2305.16264)
 TOO_GOOD = 0.05      # share of ln V; no language is so predictable
 
-
-@dataclass
-class Finding:
-    """An illness, the rows it was seen in, and what to change."""
-    illness: str
-    seen: str
-    change: str
-
-
-# -----------------------------------------------------------------------------
-# A log, and what it says as a whole.
-
-
-def read_run(folder):
-    """-> (the rows of a run's log in the order of their steps, its config as {"model": GPTConfig,
-    "train": TrainConfig, "data": dict}). What a row lacks is nan."""
-    path = Path(folder) / "config.json"
-    if not (path.exists() and path.with_name("log.jsonl").exists()):
-        raise ValueError(f"{folder} is no run: it lacks the config.json or the log.jsonl that "
-                         "train.py writes")
-    train, model, data = read_config(path)
-    with reading(path):
-        if not data["train"]["tokens"] > 0:
-            raise ValueError("data.train.tokens must be above 0")
-    empty = dict.fromkeys(("loss", "lr", "grad_norm", "elapsed", "val_loss"), math.nan)
-    rows = {row["step"]: empty | {name: value for name, value in row.items() if value is not None}
-            for row in read_log(folder)}
-    return [rows[step] for step in sorted(rows)], dict(model=model, train=train, data=data)
-
-
-def typical(rows, name="loss"):
-    """The median of a column, without rows that lack it."""
-    return median([row[name] for row in rows if math.isfinite(row[name])] or [math.nan])
-
-
-def describe(rows):
-    """Rows in words, such as "step 1 loss 5.704" or "steps 91-100 loss 3.021"."""
-    first, last = rows[0]["step"], rows[-1]["step"]
-    steps = f"step {first}" if first == last else f"steps {first}-{last}"
-    return f"{steps} loss {typical(rows):.3f}"
+Finding = namedtuple("Finding", "illness seen change")  # what it is, in which rows, what to do
 
 
 class Log:
@@ -89,9 +48,9 @@ class Log:
         self.rows, self.train = rows, config["train"]
         self.n_tokens = config["data"]["train"]["tokens"]
         self.guessing = math.log(config["model"].vocab_size)  # the loss where all tokens are alike
-        self.start, self.first, self.last = rows[0]["loss"], rows[:1], rows[-2 * WINDOW:]
-        self.beginning = f"{describe(rows[:1])}, and a guess costs ln V = {self.guessing:.3f}"
-        self.end = typical(self.last)
+        self.start, self.end = rows[0]["loss"], typical(rows[-2 * WINDOW:])
+        self.beginning = f"{describe(rows[:1])} (a guess costs ln V = {self.guessing:.3f})"
+        self.ending = describe(rows[-2 * WINDOW:])
         self.off_start = self.start - self.guessing if rows[0]["step"] == 1 else 0.0
         self.is_new = rows[0]["step"] == 1 and self.off_start > -OFF_START
         self.validations = [row for row in rows if math.isfinite(row["val_loss"])]
@@ -110,8 +69,8 @@ class Log:
         seconds = max((row["elapsed"] for row in self.rows if row["elapsed"] > 0), default=0)
         done = dict(max_steps=self.rows[-1]["step"], tokens=self.tokens, minutes=seconds / 60,
                     epochs=self.epochs)
-        limits = {name: getattr(self.train, name) for name in done}
-        return min(1.0, max(done[name] / limit for name, limit in limits.items() if limit))
+        limits = vars(self.train)
+        return min(1.0, max(n / limits[name] for name, n in done.items() if limits[name]))
 
     def progress(self):
         words = f"{self.share_done():.0%} of the run, loss {self.start:.3f} to {self.end:.3f}"
@@ -127,14 +86,14 @@ class Log:
 
 
 # -----------------------------------------------------------------------------
-# Illnesses: a Log -> None, or (what was seen, what to change). The function's name is the illness.
+# Illnesses, each under its name: a Log -> None, or (what was seen, what to change).
 
 
 def bad_start(log):
     """Worse than a guess before anything was learned."""
     if log.off_start > OFF_START:
-        return (log.beginning, "the initialisation: logits are too large, begin with smaller "
-                "weights or a norm before lm_head; or --softcap=15")
+        return (log.beginning, "the logits are too large: begin with smaller weights or a norm "
+                "before lm_head; or --softcap=15")
 
 
 def low_start(log):
@@ -147,9 +106,7 @@ def low_start(log):
 def too_good_to_be_true(log):
     """Validation is as good as solved: the answer is in the question."""
     if log.best and log.best["val_loss"] < TOO_GOOD * log.guessing:
-        loss = log.best["val_loss"]
-        return (f"step {log.best['step']} validation {loss:.4f}, a perplexity of "
-                f"{math.exp(loss):.2f}",
+        return (f"step {log.best['step']} validation {log.best['val_loss']:.4f}",
                 "--data: a text that repeats itself? Else the model sees what it is to predict")
 
 
@@ -157,23 +114,23 @@ def dead_run(log):
     """The loss stands where it began, and no gradient comes back."""
     norm = typical(log.rows, "grad_norm")
     if norm < DEAD_NORM and abs(log.end - log.start) < RISE / 5:
-        return (f"{describe(log.first)}; {describe(log.last)}; gradient norm {norm:.1g}",
-                "the weights: layers that are all zero or saturated pass nothing back; begin "
-                "anew, in --precision=fp32 if it was fp16")
+        return (f"{log.beginning}; {log.ending}; gradient norm {norm:.1g}",
+                "new weights: layers of zeros or saturated ones pass no gradient back; and "
+                "--precision=fp32 if it was fp16")
 
 
 def learning_rate_too_high(log):
     """The loss rises above its beginning, or leaves its lowest level for good."""
-    highest, lowest = (pick(log.curve, key=lambda point: point[1]) for pick in (max, min))
+    lowest, *_, highest = sorted(log.curve, key=lambda point: point[1])
     rises = highest[1] > log.start + RISE
     if (rises or log.end > lowest[1] + log.jump) and not spike(log):
         step, loss = highest if rises else lowest
         limit = log.train.grad_clip or math.inf
         clipped = sum(row["grad_norm"] > limit for row in log.rows) / len(log.rows)
-        return (f"{describe(log.first)}; from step {step} on {loss:.3f}; {describe(log.last)}; "
-                f"gradient norm {typical(log.rows, 'grad_norm'):.2g}, clipped at {clipped:.0%} of "
-                f"the steps", f"--learning_rate={log.train.learning_rate / 5:.2g} (a fifth), or "
-                "let chapters.search --find_lr measure one; or a longer --warmup_steps")
+        return (f"{log.beginning}; from step {step} on {loss:.3f}; {log.ending}; gradient norm "
+                f"{typical(log.rows, 'grad_norm'):.2g}, clipped at {clipped:.0%} of the steps",
+                f"--learning_rate={log.train.learning_rate / 5:.2g} (a fifth), or let "
+                "chapters.search --find_lr measure one; or a longer --warmup_steps")
 
 
 def learning_rate_too_low(log):
@@ -186,8 +143,8 @@ def learning_rate_too_low(log):
         change = f"--learning_rate={train.learning_rate * 10:.2g} (ten times)"
         if train.warmup_steps > len(log.rows) / 2:
             change = f"--warmup_steps={len(log.rows) // 20} (it was {train.warmup_steps})"
-        return (f"{describe(log.first)}; {describe(log.last)}: {max(0.0, lost):.1%} lost, "
-                f"{late:.0%} of it in the second half",
+        return (f"{log.beginning}; {log.ending}: {max(0.0, lost):.1%} lost, {late:.0%} of it in "
+                "the second half",
                 f"{change}, or let chapters.search --find_lr measure one")
 
 
@@ -199,9 +156,9 @@ def spike(log):
             continue  # no jump, or nothing had been learned that could be lost
         back = next((step for step, loss in log.curve[i + 1:] if loss < before + RISE / 5), None)
         top = max(log.rows[i:i + FEW], key=lambda row: row["loss"])
+        seen = f"{describe(log.rows[i - FEW:i])}; {describe([top])}, norm {top['grad_norm']:.2g}"
         then = "nothing, unless it comes again: then" if back else "--resume from before it, with"
-        return (f"{describe(log.rows[i - FEW:i])}; {describe([top])}, gradient norm "
-                f"{top['grad_norm']:.2g}; {f'back from step {back} on' if back else 'not back'}",
+        return (f"{seen}; {f'back from step {back} on' if back else 'not back'}",
                 f"{then} a lower --learning_rate or --grad_clip; look at the data of that step")
 
 
@@ -212,10 +169,10 @@ def overfitting(log):
         i = log.rows.index(best)
         then = typical(log.rows[max(0, i - WINDOW):i + WINDOW])
         if log.end <= then:
-            return (f"validation {best['val_loss']:.3f} at step {best['step']}, "
-                    f"{log.validation:.3f} at the end, while training went from {then:.3f} to "
-                    f"{log.end:.3f}", "--patience=3 ends such a run (its best checkpoint is step "
-                    f"{best['step']}); more --data, --dropout=0.1, or a smaller --size")
+            return (f"step {best['step']} validation {best['val_loss']:.3f}, at the end "
+                    f"{log.validation:.3f}; training went from {then:.3f} to {log.end:.3f}",
+                    f"--patience=3 ends such a run (step {best['step']} is its best checkpoint); "
+                    "more --data, --dropout=0.1, or a smaller --size")
 
 
 def data_repeats(log):
@@ -231,21 +188,18 @@ def plateau(log):
     then, now = part[:len(part) // 3], part[-(len(part) // 3):]
     blur = 2 * log.noise / math.sqrt(max(1, len(then)))
     if len(log.rows) > 5 * FEW and typical(then) - typical(now) + blur < FLAT * typical(then):
-        return (f"{describe(then)}; {describe(now)}, learning rate {typical(then, 'lr'):.1e}, then "
-                f"{typical(now, 'lr'):.1e}",
-                "more steps will not help: a larger --size, or if the rate was high until the end, "
-                "a --schedule that decays; --patience=3 ends such a run")
+        return (f"{describe(then)}; {describe(now)}, learning rate {typical(now, 'lr'):.1e}",
+                "a larger --size; a --schedule that decays, if the rate was high to the end; "
+                "--patience=3 ends such a run")
 
 
 def underfitting(log):
     """The run ended while training and validation, still equal, were both falling steeply."""
-    late = log.late_share()
-    if (log.validation < WORSE * log.end and STEEP < late < 1 and log.is_new
-            and log.share_done() > 0.95):
-        return (f"{describe(log.last)}, validation {log.validation:.3f}; {late:.0%} of the fall "
-                "came in the second half of the run",
-                f"train longer, such as --resume --max_steps={2 * log.rows[-1]['step']}; when that "
-                "no longer helps, a larger --size")
+    late, is_over = log.late_share(), log.share_done() > 0.95
+    if log.is_new and is_over and log.validation < WORSE * log.end and STEEP < late < 1:
+        return (f"{log.ending}, validation {log.validation:.3f}; {late:.0%} of the fall came in "
+                "the second half of the run",
+                f"--resume --max_steps={2 * log.rows[-1]['step']}, later a larger --size")
 
 
 CAUSES = (bad_start, dead_run, learning_rate_too_high, learning_rate_too_low)  # the first explains
@@ -287,8 +241,8 @@ def main():
     if len(numbers) < len(rows):
         print(f"\nnumbers went bad\n  where   {trace(folder)}")
     elif not found:
-        print(f"too few rows to say more: come back after {FEW}" if len(rows) < FEW else
-              "healthy: none of the illnesses that this doctor knows")
+        print("healthy: none of the illnesses that this doctor knows" if len(rows) >= FEW else
+              f"too few rows to say more: come back after {FEW}")
 
 
 if __name__ == "__main__":

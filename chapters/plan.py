@@ -20,7 +20,8 @@ from types import SimpleNamespace
 
 import torch
 
-from chapters.cost import GPUS, gpu_cost, outline, short, show_published
+from chapters.cost import (GPUS, duration, gigabytes, gpu_cost, join_parts, outline, short,
+                           show_published)
 from chapters.memory import free_memory, parameters_by_part, process_memory, training_memory
 from data import folder_name, read_card
 from model import GPT, GPTConfig, check_known, check_options, option
@@ -158,22 +159,6 @@ def make_plan(config, shape=None, has_length=True, measure=True):
 
 # -----------------------------------------------------------------------------
 # In words.
-
-
-def duration(seconds):
-    """duration(7200) == "2.0 hours"."""
-    for unit, name in ((31557600, "years"), (86400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= 1.5 * unit:
-            return f"{seconds / unit:,.1f} {name}"
-    return f"{seconds:.0f} seconds"
-
-
-def gigabytes(n):
-    return f"{n / 1e9:,.2f} GB" if n < 1e11 else f"{n / 1e9:,.0f} GB"
-
-
-def join_parts(parts):
-    return ", ".join(f"{name} {short(n)}" for name, n in parts.items() if n)
 
 
 def token_lines(plan):

@@ -11,35 +11,27 @@ A..B is a range, sampled on a log scale (evenly if A is 0); A,B,C are choices; o
 With --runs=9 and --keep=3, nine settings get a ninth of --max_steps, the best three of them a
 third, the best one all. The same command again goes on where it was interrupted.
 
-Each round trains from the beginning: going on from a checkpoint would save a fifth of the steps,
-but only under a constant rate. A rate that has decayed must be compared at its end, and a search
-without decay finds lower rates than a run with it wants.
+Each round trains from the beginning, as rates that decay can only be compared at their end; a
+search without decay finds lower rates than a run with it wants.
 """
 
-import argparse
 import contextlib
-import dataclasses
 import itertools
-import json
 import math
-import shlex
 import shutil
 import time
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from random import Random
 
+from chapters.nonfinite import is_bad
+from chapters.settings import all_values, as_typed, sample_settings, searchable
 from chapters.sweep import find_rate, picture, running_mean
-from chapters.trace import is_bad
 from model import GPTConfig, check_options, option
 from sample import checkpoints, pick_device, pick_precision
-from tokenizer import field_kind, parse_options, read_json, run_command, write_json
+from tokenizer import parse_options, read_json, run_command, write_json
 from train import (TrainConfig, check_model, complete_options, find_shards, read_log, split_batch,
                    train)
 
-OWN = {"out", "max_steps", "seed", "config", "resume", "epochs", "tokens", "minutes", "eval_every"}
-ONE = {"data", "mix", "vocab_size", "device", "precision"}  # a path may have commas of its own
 SHORTEST = 10              # steps below which a comparison says nothing
 
 
@@ -57,78 +49,18 @@ class SearchConfig:
 
 
 # -----------------------------------------------------------------------------
-# Options: what is fixed, and what is searched.
-
-
-def parse_values(kind, text):
-    """"1e-3..1e-1" -> (0.001, 0.1), a range; "2,4,6" -> [2, 4, 6], choices; "2" -> [2]."""
-    low, dots, high = text.partition("..")
-    try:
-        if not dots:
-            return [kind(word) for word in text.split(",")]
-        low, high = kind(low), kind(high)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__}, no range A..B and no "
-                                         "list A,B,C of such") from None
-    if kind is str:
-        raise argparse.ArgumentTypeError(f"{text!r}: words have no range, list them: A,B,C")
-    if not 0 <= low < high < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r}: a range goes from a number that is not "
-                                         "negative up to a higher one")
-    return low, high
-
-
-def searchable(config_class):
-    """A dataclass of the same options, but each takes several values."""
-    columns = []
-    for f in dataclasses.fields(config_class):
-        kind = field_kind(f)
-        if kind is not bool and f.name not in ONE:  # argparse calls a type, and shows its name
-            parse = partial(parse_values, kind)
-            kind = type(kind.__name__, (), {"__new__": lambda cls, text, parse=parse: parse(text)})
-        if f.name not in OWN:
-            copy = dataclasses.field(default=f.default, metadata=f.metadata)
-            columns.append((f.name, kind, copy))
-    return dataclasses.make_dataclass(config_class.__name__, columns,
-                                      namespace=dict(__doc__=config_class.__doc__))
+# Settings: whether they can be trained with, and how long each is.
 
 
 def complete_config(options):
     """{name: value} of train.py's options -> (TrainConfig, GPTConfig); ValueError if they cannot
     be trained with."""
-    names = {f.name for f in dataclasses.fields(TrainConfig)}
-    config, shape = complete_options({name: options[name] for name in options if name in names},
-                                     {name: options[name] for name in options if name not in names})
+    of_class = [{f.name: options[f.name] for f in fields(config_class) if f.name in options}
+                for config_class in (TrainConfig, GPTConfig)]
+    config, shape = complete_options(*of_class)
     check_model(shape, config)
     split_batch(config, 1)
     return config, shape
-
-
-# -----------------------------------------------------------------------------
-# Settings, and how long each is trained.
-
-
-def spread(space, n, random):
-    """n values: choices in turn, or one from each of n equal parts of a range on a log scale, so
-    that few runs leave no gap."""
-    if isinstance(space, list):
-        return [space[i % len(space)] for i in range(n)]
-    low, high = space
-    shares = [(i + random.random()) / n for i in range(n)]
-    values = [low * (high / low) ** share if low else high * share for share in shares]
-    return [round(x) if isinstance(low, int) else float(f"{x:.3g}") for x in values]
-
-
-def sample_settings(spaces, n, seed):
-    """-> at most n different settings, dicts; of choices alone no more than there are."""
-    random = Random(seed)
-    if all(isinstance(space, list) for space in spaces.values()):
-        grid = list(itertools.product(*map(dict.fromkeys, spaces.values())))
-        rows = random.sample(grid, min(n, len(grid)))
-    else:
-        columns = [spread(space, n, random) for space in spaces.values()]
-        rows = dict.fromkeys(zip(*(random.sample(column, n) for column in columns)))
-    return [dict(zip(spaces, values)) for values in rows]
 
 
 def rounds(n, keep, max_steps):
@@ -141,12 +73,6 @@ def rounds(n, keep, max_steps):
         raise ValueError(f"max_steps={max_steps} in {len(counts)} rounds leaves fewer than "
                          f"{SHORTEST} steps for the first: give at least {SHORTEST * times}")
     return [(count, max_steps * keep ** i // times) for i, count in enumerate(counts)]
-
-
-def as_typed(options):
-    """Options as they are typed: {"n_layer": 2, "bias": False} -> "--n_layer=2 --no-bias"."""
-    return " ".join(shlex.quote(f"--{name}={value}") if not isinstance(value, bool) else
-                    f"--{'' if value else 'no-'}{name}" for name, value in options.items())
 
 
 # -----------------------------------------------------------------------------
@@ -242,10 +168,9 @@ def draw_search(folder, trials, winner):
 def main():
     own, *typed = parse_options(__doc__, SearchConfig, *map(searchable, (TrainConfig, GPTConfig)))
     own, options = SearchConfig(**own), typed[0] | typed[1]
-    spaces = {name: values for name, values in options.items()
-              if isinstance(values, (tuple, list)) and len(values) > 1}
-    fixed = {name: value[0] if isinstance(value, list) else value
-             for name, value in options.items() if name not in spaces}
+    values = all_values(options)
+    fixed = {name: some[0] for name, some in values.items() if len(some) == 1}
+    spaces = {name: some for name, some in values.items() if len(some) > 1}
     if own.find_lr and spaces:
         raise ValueError(f"--find_lr searches learning rates: give --{min(spaces)} one value")
     if own.find_lr:
@@ -261,7 +186,7 @@ def main():
         except ValueError as error:
             raise ValueError(f"{as_typed(setting)}: {error}") from None
     shards = find_shards(config, 0, print)
-    plan = json.loads(json.dumps(asdict(own) | options))  # as it comes back from search.json
+    plan = asdict(own) | options
     folder, trials = open_folder(own.out, shards.name, plan)
     if trials:
         print(f"{folder}: runs there already: {len(trials)}")

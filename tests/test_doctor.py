@@ -11,7 +11,7 @@ from conftest import keep, run, tiny
 
 from chapters import doctor
 from chapters.doctor import diagnose, read_run
-from chapters.trace import first_bad
+from chapters.nonfinite import first_bad
 from data import prepare
 from model import GPTConfig, load_model
 from sample import checkpoints

@@ -2,7 +2,7 @@
 Where numbers went bad: a run whose log has steps with no finite loss or gradient goes in; out comes
 the name of the module in which they began. chapters.doctor asks it, too.
 
-    python -m chapters.trace runs/a
+    python -m chapters.nonfinite runs/a
 
 It takes the first of the last bad steps again, sequence by sequence, with the weights that the step
 had, or the newest from before it.
@@ -10,14 +10,52 @@ had, or the newest from before it.
 
 import math
 from pathlib import Path
+from statistics import median
 
 import torch
 
 from data import MixedLoader
 from model import load_model
 from sample import checkpoints, pick_device, pick_precision
-from tokenizer import Parser, run_command
+from tokenizer import Parser, reading, run_command
 from train import read_config, read_log, shares_of_shards
+
+
+# -----------------------------------------------------------------------------
+# The log of a run.
+
+
+def read_run(folder):
+    """-> (the rows of a run's log in the order of their steps, its config as {"model": GPTConfig,
+    "train": TrainConfig, "data": dict}). What a row lacks is nan."""
+    path = Path(folder) / "config.json"
+    if not (path.exists() and path.with_name("log.jsonl").exists()):
+        raise ValueError(f"{folder} is no run: it lacks the config.json or the log.jsonl that "
+                         "train.py writes")
+    train, model, data = read_config(path)
+    with reading(path):
+        if not data["train"]["tokens"] > 0:
+            raise ValueError("data.train.tokens must be above 0")
+    empty = dict.fromkeys(("loss", "lr", "grad_norm", "elapsed", "val_loss"), math.nan)
+    rows = {row["step"]: empty | {name: value for name, value in row.items() if value is not None}
+            for row in read_log(folder)}
+    return [rows[step] for step in sorted(rows)], dict(model=model, train=train, data=data)
+
+
+def typical(rows, name="loss"):
+    """The median of a column, without rows that lack it."""
+    return median([row[name] for row in rows if math.isfinite(row[name])] or [math.nan])
+
+
+def describe(rows):
+    """Rows in words, such as "step 1 loss 5.704" or "steps 91-100 loss 3.021"."""
+    first, last = rows[0]["step"], rows[-1]["step"]
+    steps = f"step {first}" if first == last else f"steps {first}-{last}"
+    return f"{steps} loss {typical(rows):.3f}"
+
+
+# -----------------------------------------------------------------------------
+# Steps whose numbers are bad.
 
 
 def is_bad(row):
@@ -43,12 +81,16 @@ def bad_numbers(rows, config):
                "no weight; more of them want a tenth of the --learning_rate")
     elif n_bad:
         first = last_streak(rows)[0]
-        before = [f"; before it step {row['step']} loss {row['loss']:.3f}, gradient "
-                  f"{row['grad_norm']:.2g}" for row in rows if row["step"] < first["step"]]
+        before = [f"; before it {describe([row])}, gradient {row['grad_norm']:.2g}"
+                  for row in rows if row["step"] < first["step"]]
         change = f"--learning_rate={config.learning_rate / 10:.2g} (a tenth)"
         change += ", or --precision=bf16, which reaches further" * (config.precision == "fp16")
         yield ("not a number", f"step {first['step']} loss or gradient is not finite"
                + "".join(before[-1:]), change + "; a checkpoint from before is still good")
+
+
+# -----------------------------------------------------------------------------
+# Where it began.
 
 
 def first_bad(model, blocks):
@@ -74,20 +116,19 @@ def first_bad(model, blocks):
 
 def trace(folder):
     """Where the numbers of the last bad steps of a run went bad, in words."""
-    config, shape, data = read_config(Path(folder) / "config.json")
-    rows = read_log(folder)
+    rows, config = read_run(folder)
     if not any(map(is_bad, rows)):
         return "nowhere: all steps in the log have finite numbers"
     # Skipped steps change no weight: a checkpoint from within the streak has those from before it.
     streak = last_streak(rows)
     paths = [path for step, path in checkpoints(folder).items() if step <= streak[-1]["step"]]
-    shards = Path(data["path"])
+    shards, options = Path(config["data"]["path"]), config["train"]
     if not (paths and (shards / "card.json").exists() and "sequences" in streak[0]):
         return "unknown: it takes a checkpoint from before, sequences in the log, and the shards"
     model, _ = load_model(paths[-1], pick_device())
-    model.train().use("torch", pick_precision(config.precision, model.device.type)[1])
-    shares = shares_of_shards(config, shards)
-    loader = MixedLoader(shares, 1, shape.block_size, seed=config.seed)
+    model.train().use("torch", pick_precision(options.precision, model.device.type)[1])
+    shares = shares_of_shards(options, shards)
+    loader = MixedLoader(shares, 1, model.config.block_size, seed=options.seed)
     first, last = streak[0]["sequences"]
     for n in range(first, last + 1):
         block = torch.from_numpy(loader.block(n).astype("int64")).to(model.device)   # (T + 1,)
@@ -100,10 +141,7 @@ def trace(folder):
 def main():
     parser = Parser(__doc__)
     parser.add_argument("folder", help="a run folder")
-    folder = Path(parser.parse_args().folder)
-    if not (folder / "config.json").exists():
-        raise ValueError(f"{folder} is no run, it has no config.json: train.py writes one")
-    print(trace(folder))
+    print(trace(parser.parse_args().folder))
 
 
 if __name__ == "__main__":
