@@ -5,7 +5,6 @@ Text to token ids and back: byte-level BPE, trained here.
     python tokenizer.py show "def hello(name):" --tokenizer=tokenizer.json
     python tokenizer.py encode "def hello(name):"
     python tokenizer.py decode 100 101 102
-    python tokenizer.py compare corpus.txt gpt2 o200k_base other.json
 """
 
 import argparse
@@ -25,10 +24,9 @@ import time
 import unicodedata
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import MISSING, dataclass, fields
-from itertools import chain, islice, starmap
+from dataclasses import MISSING, fields, make_dataclass
+from itertools import chain, compress, islice, starmap
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import regex
@@ -47,12 +45,9 @@ O200K_SPLIT = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}
 CL100K_SPLIT = GPT4_SPLIT.replace(r"|\s*[\r\n]", r"|\s+(?!\s|\S)|\s*[\r\n]")
 SPLITS = {"gpt2": GPT2_SPLIT, "gpt4": GPT4_SPLIT, "cl100k": CL100K_SPLIT, "o200k": O200K_SPLIT}
 ASCII_SPLITS = {  # the same for ASCII text in Python's own `re`, which needs half the time
-    GPT2_SPLIT: re.compile(
-        r"(?a)[A-Za-z]+| [A-Za-z]+|'(?:[sdmt]|ll|ve|re)|[^\sA-Za-z0-9]+|[0-9]+"
-        r"| [^\sA-Za-z0-9]+| [0-9]+|\s+(?!\S)|\s+"),
-    GPT4_SPLIT: re.compile(
-        r"(?a)'(?i:[sdmt]|ll|ve|re)|[^\r\nA-Za-z0-9]?[A-Za-z]+|[0-9]{1,3}"
-        r"| ?[^\sA-Za-z0-9]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")}
+    pattern: re.compile("(?a)" + pattern.replace(r"\p{L}\p{N}", "A-Za-z0-9")
+                        .replace(r"\p{L}", "[A-Za-z]").replace(r"\p{N}", "[0-9]"))
+    for pattern in (GPT2_SPLIT, GPT4_SPLIT, CL100K_SPLIT)}
 PLAIN = {  # tiktoken writes two of them with possessive quantifiers, which many engines lack
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s": GPT2_SPLIT,
     (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
@@ -66,14 +61,14 @@ PATIENCE = 10  # seconds of work for a split, and one more for each 10,000 chara
 BLANKS = 1 << 14  # so many in a row are more than tiktoken can take
 LARGEST_ID = 1 << 22  # a tokenizer lists what it has up to its last id
 CACHE = 1 << 16  # chunks whose ids a tokenizer remembers, none longer than 32 characters
+QUIET = dict(disable=None, delay=1, leave=False)  # a bar in a terminal, if it takes a second
 FORMAT = "byte-level BPE, version 2"
 
 # GPT-2 writes bytes as characters that print: most stand for themselves, the others are moved up.
 # Its vocabulary, like those of tiktoken, also numbers the bytes in this order.
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 GPT2_BYTES = bytes(PRINTABLE + [byte for byte in range(256) if byte not in PRINTABLE])
-BYTE_TO_CHAR = {byte: chr(byte if i < len(PRINTABLE) else 256 + i - len(PRINTABLE))
-                for i, byte in enumerate(GPT2_BYTES)}
+BYTE_TO_CHAR = dict(zip(GPT2_BYTES, map(chr, [*PRINTABLE, *range(256, 324)])))
 CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
 
 # -----------------------------------------------------------------------------
@@ -103,38 +98,30 @@ class Parser(argparse.ArgumentParser):
 
 def field_kind(f):
     """The type of a dataclass field; int | None is an int."""
-    return f.type if isinstance(f.type, type) else get_args(f.type)[0]
-
-
-def add_option(group, f):
-    """Make a dataclass field an option; where nobody types it, it is not among the options."""
-    kind, default = field_kind(f), f.default_factory() if f.default is MISSING else f.default
-    shown = "" if default in (None, "", (), []) else f" (default {default})"
-    options = dict(default=argparse.SUPPRESS, help=f.metadata["help"].replace("%", "%%") + shown)
-    if f.metadata.get("positional"):
-        group.add_argument(f.name, nargs="*" if kind is list else "?", **options)
-    elif kind is bool:
-        group.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, **options)
-    elif kind is list:
-        group.add_argument(f"--{f.name}", action="append", **options)
-    else:
-        group.add_argument(f"--{f.name}", type=kind, metavar=kind.__name__.upper(), **options)
+    return getattr(f.type, "__args__", [f.type])[0]
 
 
 def parse_options(doc, *config_classes):
     """The options that were typed, as one dict a dataclass: parse_options(__doc__, TrainConfig). A
-    field with "help" in its metadata is an option, or an argument if `positional` is there, too. A
-    bool is --name or --no-name, a list of strings may be typed again and again. Of two equal names
-    the first counts."""
-    parser, parts = Parser(doc), []
+    field with "help" in its metadata is an option, with `positional` an argument. A bool is --name
+    or --no-name, a list is an option that may be repeated. Of two equal names the first counts."""
+    parser, owners = Parser(doc), {}
     for config in config_classes:
         group = parser.add_argument_group(config.__doc__.splitlines()[0].rstrip("."))
-        options = {f.name: f for f in fields(config) if "help" in f.metadata}
-        parts.append([name for name in options if not any(name in part for part in parts)])
-        for name in parts[-1]:
-            add_option(group, options[name])
+        for f in [f for f in fields(config) if "help" in f.metadata and f.name not in owners]:
+            owners[f.name], kind = config, field_kind(f)
+            default = f.default_factory() if f.default is MISSING else f.default
+            shown = "" if default in (None, "", (), []) else f" (default {default})"
+            name, form = f"--{f.name}", dict(type=kind, metavar=kind.__name__.upper())
+            if f.metadata.get("positional"):
+                name, form = f.name, dict(nargs="*" if kind is list else "?")
+            elif kind in (bool, list):
+                form = dict(action="append" if kind is list else argparse.BooleanOptionalAction)
+            group.add_argument(name, default=argparse.SUPPRESS,
+                               help=f.metadata["help"].replace("%", "%%") + shown, **form)
     typed = vars(parser.parse_intermixed_args())
-    return [{name: typed[name] for name in part if name in typed} for part in parts]
+    return [{name: value for name, value in typed.items() if owners[name] is config}
+            for config in config_classes]
 
 
 def run_command(main):
@@ -193,15 +180,12 @@ def read_json(path):
 
 @contextlib.contextmanager
 def reading(path):
-    """Make whatever goes wrong in reading a foreign file one ValueError that begins with its path.
-    An OSError passes."""
+    """Make what goes wrong in reading a file, other than OSError, one ValueError with its path."""
     try:
         yield
-    except OSError:
-        raise
     except Exception as error:  # a damaged file can make a parser raise anything
         reason = str(error) if isinstance(error, ValueError) else repr(error)
-        if reason.startswith(str(path)):
+        if isinstance(error, OSError) or reason.startswith(str(path)):
             raise
         raise ValueError(f"{path} cannot be read: {' '.join(reason.split()):.200}") from error
 
@@ -215,23 +199,22 @@ def check_fields(dataclass, values, path):
     for name, value in values.items():
         if name not in known:
             raise ValueError(f"{path}: unknown field {name!r:.40}{nearest(name, known)}")
-        kind, null = field_kind(known[name]), type(None) in get_args(known[name].type)
-        right = isinstance(value, {float: (int, float), list: (list, tuple)}.get(kind, kind))
-        if right and kind in (int, float):
+        kind, right = field_kind(known[name]), isinstance(value, known[name].type)
+        if kind in (int, float) and value is not None:
             below = known[name].metadata.get("below", 2**31)  # its own check then says more
-            right = not isinstance(value, bool) and abs(value) < below
-        if not (right or null and value is None):
-            limit = " below 2**31" * (kind in (int, float)) + " or null" * null
-            raise ValueError(f"{path}: {name}={value!r:.40} must be {kind.__name__}{limit}")
+            right = type(value) in (int, kind) and abs(value) < below
+        if not right:
+            limit = " below 2**31" * (kind in (int, float))
+            null = " or null" * isinstance(None, known[name].type)
+            raise ValueError(f"{path}: {name}={value!r:.40} must be {kind.__name__}{limit}{null}")
     with reading(path):  # which says what is missing, or what its own __post_init__ refuses
         return dataclass(**values)
 
 
 def on_all_cores(function, jobs):
     """Yield function(*job) for each job, in order, from a process per core; a single job runs here.
-    Processes start fresh, as a fork would copy the locks that torch's threads hold. So each imports
-    the user's script again: what that does must stand below `if __name__ == "__main__":`. In a
-    process that was started so, jobs run right there, one by one."""
+    Each process starts fresh, as a fork would copy the locks of torch's threads, and imports the
+    user's script again; where that lacks the `__main__` guard, its own jobs run one by one."""
     jobs, results = iter(jobs), deque()
     first = list(islice(jobs, min(os.cpu_count() or 1, 32)))
     started = multiprocessing.current_process().name != "MainProcess"
@@ -254,19 +237,15 @@ def on_all_cores(function, jobs):
 
 def well_formed(text):
     """The text as UTF-8 can hold it: a pair of surrogates is a character, a lone one U+FFFD."""
-    try:
-        text.isascii() or text.encode()
+    if text.isascii():
         return text
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def compile_split(pattern):
     """The split pattern, compiled; ValueError for one that is wrong."""
-    try:
+    with reading(f"split pattern {pattern!r:.400}"):
         return regex.compile(pattern)
-    except (regex.error, RecursionError) as error:
-        raise ValueError(f"split pattern {pattern!r:.400} does not compile: {error}") from None
 
 
 def compile_special(special_tokens):
@@ -282,20 +261,18 @@ def split_chunks(text, compiled):
     ValueError for a pattern that leaves characters out, or takes very long, as some do."""
     if compiled.pattern in SPLITS.values():  # they are quick, and watching the time doubles it
         return (text.isascii() and ASCII_SPLITS.get(compiled.pattern) or compiled).findall(text)
-    seconds = PATIENCE + len(text) / 10_000
     try:
-        chunks = [found[0] for found in compiled.finditer(text, timeout=seconds)]
+        patience = PATIENCE + len(text) / 10_000
+        chunks = [found[0] for found in compiled.finditer(text, timeout=patience)]
     except TimeoutError:
-        raise ValueError(f"split pattern {compiled.pattern!r} takes more than {seconds:.0f} s for "
-                         f"{len(text):,} characters: take another") from None
-    lost = len(text) - sum(map(len, chunks))
-    if lost:
+        raise ValueError(f"split pattern {compiled.pattern!r} is too slow: take another") from None
+    if lost := len(text) - sum(map(len, chunks)):
         raise ValueError(f"split pattern {compiled.pattern!r} loses {lost} of {len(text)} "
                          r"characters: let it match all, if need be by ending it with |[\s\S]")
     return chunks
 
 
-def count_chunks(texts, special_tokens, pattern):
+def count_group(texts, special_tokens, pattern):
     """How often each chunk (bytes) occurs in texts, when special tokens are cut out of them."""
     compiled, special = compile_split(pattern), compile_special(special_tokens)
     counts = Counter()
@@ -305,11 +282,33 @@ def count_chunks(texts, special_tokens, pattern):
     return Counter({chunk.encode(): count for chunk, count in counts.items() if chunk})
 
 
+def group_texts(texts):
+    """Yield lists of whole texts of some JOB characters together."""
+    group, length = [], 0
+    for text in texts:
+        group.append(text)
+        length += len(text)
+        if length >= JOB:
+            yield group
+            group, length = [], 0
+    yield group
+
+
+def count_chunks(texts, special_tokens, pattern):
+    """count_group of a text or of documents, on all cores; ValueError if there is no text."""
+    groups, counts = group_texts([texts] if isinstance(texts, str) else texts), Counter()
+    jobs = ((group, special_tokens, pattern) for group in groups)
+    for some in tqdm(on_all_cores(count_group, jobs), "split", unit="job", **QUIET):
+        counts.update(some)
+    if not counts:
+        raise ValueError("there is no text to train on: the input is empty")
+    return counts
+
+
 def read_files(paths):
     """Yield the texts of files of any size in blocks; ValueError for a file that is not UTF-8. A
-    block ends after a letter at the end of a line, where a chunk of each of SPLITS ends, so that
-    nothing is lost. Where BLOCK characters have no such letter, or with another pattern, a chunk or
-    a special token may be cut in two."""
+    block ends after the last letter at the end of a line, where a chunk of each of SPLITS ends. In
+    a block without such a letter, or with another pattern, a chunk may be cut in two."""
     seam = regex.compile(r"(?r)\p{L}(?=[\r\n])")  # r: the last one
     for path in paths:
         with reading(path), open(path, encoding="utf-8", newline="") as file:
@@ -330,11 +329,10 @@ def read_files(paths):
 
 def room_for_merges(vocab_size, special_tokens):
     """How many merges a vocabulary has room for; ValueError when it is too small."""
-    room = vocab_size - 256 - len(special_tokens)
-    if room < 0:
-        raise ValueError(f"vocab_size={vocab_size} is too small: 256 bytes and "
-                         f"{len(special_tokens)} special tokens need {vocab_size - room}")
-    return room
+    least = 256 + len(special_tokens)
+    if vocab_size < least:
+        raise ValueError(f"vocab_size={vocab_size} is below {least}, the bytes and special tokens")
+    return vocab_size - least
 
 
 def merge(ids, pair, new_id):
@@ -350,13 +348,10 @@ def merge(ids, pair, new_id):
 def train_plain(texts, vocab_size, special_tokens=SPECIAL_TOKENS, pattern=GPT4_SPLIT):
     """Byte-pair encoding as stated: merge the most frequent pair of neighbours, again and again.
     texts is a str or documents; the merges are returned in order as (left bytes, right bytes). Of
-    equally frequent pairs the one whose bytes compare greatest is taken. Where no pair occurs twice
-    there is nothing to gain, and the merges stay fewer than vocab_size has room for."""
+    equally frequent pairs it takes the one whose bytes compare greatest. It ends early where no
+    pair occurs twice."""
     n_merges = room_for_merges(vocab_size, special_tokens)
-    texts = [texts] if isinstance(texts, str) else texts
     chunks = [(list(chunk), n) for chunk, n in count_chunks(texts, special_tokens, pattern).items()]
-    if not chunks:
-        raise ValueError("there is no text to train on: the input is empty")
     vocab, merges = [bytes([i]) for i in range(256)], []
     while len(merges) < n_merges:
         counts = Counter()
@@ -376,8 +371,8 @@ def train_plain(texts, vocab_size, special_tokens=SPECIAL_TOKENS, pattern=GPT4_S
 class PairIndex:
     """All distinct chunks in one row of tokens, and where each pair of neighbours stands in it.
 
-    Of the chunks "aab", which occurs 3 times, and "ab", 5 times, the row is drawn below, and what
-    merge() makes of it when it joins a and b to X, which it does at the positions 2 and 5:
+    The row of the chunks "aab", which occurs 3 times, and "ab", 5 times, and what merge() makes of
+    it when it joins a and b to X at the positions 2 and 5:
 
         position      0     1     2     3     4     5     6     7
         token         |     a     a     b     |     a     b     |      | ends a chunk, its id is -1
@@ -389,10 +384,9 @@ class PairIndex:
         pairs        |a    aX    X|    -1    |X    X|    -1    ||
         previous     -1     0     1           2     4           5
 
-    A pair has all its positions when it appears: later merges only take some away, and its count
-    only falls. So a count that is out of date is too high, and is put right when its turn comes.
-    Pairs wait in buckets of similar counts. When the heap is empty, the bucket of the highest
-    counts is counted again and put on the heap.
+    A pair has all its positions when it appears, and later merges only take some away: a count that
+    is out of date is too high, and is put right when its turn comes. Pairs wait in buckets of
+    similar counts; when the heap is empty, the bucket of the highest counts goes on the heap.
     """
 
     def __init__(self, counts, n_merges):
@@ -466,30 +460,11 @@ class PairIndex:
         return self.vocab[left], self.vocab[right]
 
 
-def group_texts(texts):
-    """Yield lists of whole texts of some JOB characters together."""
-    group, length = [], 0
-    for text in texts:
-        group.append(text)
-        length += len(text)
-        if length >= JOB:
-            yield group
-            group, length = [], 0
-    yield group
-
-
 def train_fast(texts, vocab_size, special_tokens=SPECIAL_TOKENS, pattern=GPT4_SPLIT):
     """train_plain, where a merge costs only what it changes, and all cores count the chunks."""
     n_merges = room_for_merges(vocab_size, special_tokens)
-    texts = [texts] if isinstance(texts, str) else texts
-    counts, quiet = Counter(), dict(disable=None, delay=1, leave=False)
-    jobs = ((group, special_tokens, pattern) for group in group_texts(texts))
-    for some in tqdm(on_all_cores(count_chunks, jobs), "split", unit="job", **quiet):
-        counts.update(some)
-    if not counts:
-        raise ValueError("there is no text to train on: the input is empty")
-    index, merges = PairIndex(counts, n_merges), []
-    for _ in tqdm(range(n_merges), "merge", unit="merge", **quiet):
+    index, merges = PairIndex(count_chunks(texts, special_tokens, pattern), n_merges), []
+    for _ in tqdm(range(n_merges), "merge", unit="merge", **QUIET):
         pair = index.pop()
         if pair is None:
             break
@@ -519,9 +494,8 @@ def invert(byte_order):
 
 
 def apply_merges(ids, merged):
-    """Merge pairs in `merged` (pair -> new id) until none is left, the lowest new id first. Of
-    equal pairs the leftmost comes first. The tokens left are linked, so that it takes about n log n
-    steps, also for one chunk of a million bytes."""
+    """Merge pairs in `merged` (pair -> new id), the lowest new id first and of equal pairs the
+    leftmost, until none is left. As tokens are linked, a million bytes take about n log n steps."""
     ids = [*ids, -1]  # no pair has -1 in it: it ends the chunk, and stands where a token was taken
     before, after = [*range(-1, len(ids) - 1)], [*range(1, len(ids) + 1)]
     heap = [(merged[pair], i) for i, pair in enumerate(zip(ids, ids[1:])) if pair in merged]
@@ -553,13 +527,6 @@ def recover_merges(tokens):
     return merges, byte_order
 
 
-def lookup(tokens, id):
-    """The bytes of an id; ValueError for an id outside the vocabulary."""
-    if id not in tokens:
-        raise ValueError(f"token id {id} is not in this vocabulary: its ids end at {max(tokens)}")
-    return tokens[id]
-
-
 def awkward(text):
     """Whether tiktoken may split a text of our patterns otherwise than `regex`, or cannot. Each
     knows its own version of Unicode, and many thousand blanks in a row overflow its stack."""
@@ -568,49 +535,14 @@ def awkward(text):
         char == "\u0295" or unicodedata.category(char) == "Cn" for char in {*text})
 
 
-def check_chat(messages, last):
-    """ValueError unless messages are a chat, [{"role": ..., "content": ...}], that one of the roles
-    in `last` ends. The system or the user begins; the system speaks only first."""
-    if not isinstance(messages, (list, tuple)) or not messages:
-        raise ValueError(f"a chat is a list of messages, not {messages!r:.40}")
-    for i, message in enumerate(messages):
-        roles = ROLES[1:] if i else ROLES[:2]
-        if i == len(messages) - 1:
-            roles = [role for role in roles if role in last]
-        if not (isinstance(message, dict) and isinstance(message.get("content"), str)
-                and message.get("role") in roles):
-            raise ValueError(f"message {i} is {message!r:.60}: it must be a dict with a content, "
-                             "which is a str, and a role, which is here "
-                             f"{' or '.join(roles) or 'not the last'}")
-
-
-class StreamDecoder:
-    """Ids one at a time to text in whole characters; all that it returns joins to decode(ids)."""
-
-    def __init__(self, tokens):
-        self.tokens, self.utf8 = tokens, codecs.getincrementaldecoder("utf-8")("replace")
-
-    def push(self, id):
-        """The characters that this id completes, possibly none."""
-        return self.utf8.decode(lookup(self.tokens, id))
-
-    def flush(self):
-        """The end: U+FFFD when a character was begun and not completed."""
-        return self.utf8.decode(b"", final=True)
-
-
 # -----------------------------------------------------------------------------
 # The tokenizer: merges, special tokens and a split pattern.
 
 
-@dataclass
-class TokenizerFile:
-    """What a tokenizer.json holds; bytes are written in GPT-2's printable characters."""
-    pattern: str  # the name of one of SPLITS, or a pattern
-    special_tokens: dict  # name -> id
-    bytes: str  # of the ids 0 to 255
-    merges: list  # "left right"
-    format: str = FORMAT
+# What a tokenizer.json holds: the name of one of SPLITS or a pattern, name -> id, the bytes of the
+# ids 0 to 255, and "left right" for each merge, in GPT-2's printable characters.
+TokenizerFile = make_dataclass("TokenizerFile", dict(
+    format=str, pattern=str, special_tokens=dict, bytes=str, merges=list).items())
 
 
 class Tokenizer:
@@ -652,8 +584,7 @@ class Tokenizer:
         return cls.train(read_files(paths), vocab_size, special_tokens, pattern)
 
     def encode(self, text, special=False):
-        """The ids of a text; special tokens in it become their ids only with special=True. A lone
-        surrogate, which UTF-8 cannot hold, is encoded as U+FFFD."""
+        """The ids of a text; special tokens in it become their ids only with special=True."""
         text, ids = well_formed(text), []
         for i, part in enumerate(self.find_special.split(text) if special else [text]):
             if i % 2:
@@ -682,35 +613,46 @@ class Tokenizer:
     def encode_batch(self, texts):
         """A list with encode(text) of each text, by the fast twin on all cores. Texts for which the
         twin may give other ids, or fail, are left to encode."""
-        texts, ours = list(texts), {}
-        for i, text in enumerate(texts):
-            if self.pattern not in SPLITS.values() or awkward(text):
-                texts[i], ours[i] = "", self.encode(text)
-        twin = self.to_tiktoken()
-        ids = dict(enumerate(twin.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)))
-        return [*(ids | ours).values()]
+        texts = list(texts)
+        fast = [self.pattern in SPLITS.values() and not awkward(text) for text in texts]
+        ids = iter(self.to_tiktoken().encode_ordinary_batch(
+            [*compress(texts, fast)], num_threads=os.cpu_count() or 1))
+        return [next(ids) if quick else self.encode(text) for text, quick in zip(texts, fast)]
+
+    def token(self, id):
+        """The bytes of an id; ValueError for an id outside the vocabulary."""
+        if id not in self.tokens:
+            raise ValueError(f"token id {id} is not in this vocabulary of {self.n_vocab}")
+        return self.tokens[id]
 
     def decode(self, ids):
         """The text of any ids of the vocabulary; bytes that are not UTF-8 become U+FFFD."""
-        return b"".join([lookup(self.tokens, id) for id in ids]).decode("utf-8", "replace")
+        return b"".join(map(self.token, ids)).decode("utf-8", "replace")
 
     def decoder(self):
-        """A decoder for ids that come one at a time."""
-        return StreamDecoder(self.tokens)
+        """A function from ids that come one at a time to the characters that each completes. With
+        no id it ends the text. All that it returns joins to decode(ids)."""
+        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        return lambda id=None: utf8.decode(b"" if id is None else self.token(id), id is None)
 
     def render_chat(self, messages, last=("assistant",)):
-        """The ids of a chat to train on, and its loss mask: True where the assistant speaks. A
-        message is a dict with role (system, user, assistant or tool) and content, and becomes
-        <|role|>text<|end|>, with nothing between. As each document, the chat begins with
-        <|endoftext|>. The assistant learns its texts and the <|end|> after each. The roles in
-        `last` may end the chat."""
-        check_chat(messages, last)
+        """The ids of a chat to train on, and its loss mask: True for what the assistant says and
+        the <|end|> after it. A message, a dict with role and content, is <|role|>content<|end|>,
+        <|endoftext|> before the first. The system speaks only first, roles in `last` also last."""
         missing = [name for name in SPECIAL_TOKENS if name not in self.special]
         if missing:
-            raise ValueError(f"this tokenizer cannot render chats: it lacks {', '.join(missing)}; "
-                             "train it with the SPECIAL_TOKENS of tokenizer.py")
+            raise ValueError(f"this tokenizer lacks {', '.join(missing)} for chats: train another")
+        if not isinstance(messages, (list, tuple)) or not messages:
+            raise ValueError(f"a chat is a list of messages, not {messages!r:.40}")
         ids, loss_mask = [self.eot], [False]
-        for message in messages:
+        for i, message in enumerate(messages):
+            roles = ROLES[1:] if i else ROLES[:2]
+            if i == len(messages) - 1:
+                roles = [role for role in roles if role in last]
+            if not (isinstance(message, dict) and isinstance(message.get("content"), str)
+                    and message.get("role") in roles):
+                raise ValueError(f"message {i} is {message!r:.60}: it must be a dict of content, a "
+                                 f"str, and role, here {' or '.join(roles) or 'not the last'}")
             text = [*self.encode(message["content"]), self.special["<|end|>"]]
             ids += [self.special[f"<|{message['role']}|>"], *text]
             loss_mask += [False] + [message["role"] == "assistant"] * len(text)
@@ -726,28 +668,26 @@ class Tokenizer:
         return [self.tokens.get(id, b"") for id in range(self.n_vocab)]
 
     def definition(self):
-        """What makes this tokenizer what it is, in plain values; bytes in printable characters."""
+        """The fields of a TokenizerFile."""
+        names = {pattern: name for name, pattern in SPLITS.items()}
         merges = [f"{to_chars(left)} {to_chars(right)}" for left, right in self.merges]
-        return dict(pattern=self.pattern, special_tokens=self.special,
-                    bytes=to_chars(self.byte_order), merges=merges)
+        return dict(format=FORMAT, pattern=names.get(self.pattern, self.pattern),
+                    special_tokens=self.special, bytes=to_chars(self.byte_order), merges=merges)
 
     def hash(self):
         """The sha256 of the definition: equal for tokenizers that are equal."""
         return hashlib.sha256(json.dumps(self.definition()).encode()).hexdigest()
 
     def save(self, path):
-        """Write a JSON file, complete or not at all; it names the pattern where SPLITS has it."""
-        names = {pattern: name for name, pattern in SPLITS.items()}
-        pattern = names.get(self.pattern, self.pattern)
-        write_json(path, {"format": FORMAT} | self.definition() | {"pattern": pattern})
+        """Write the definition as a JSON file, complete or not at all."""
+        write_json(path, self.definition())
 
     @classmethod
     def load(cls, path):
         """Read what save() wrote; ValueError for a file that is something else, or wrong."""
         values = read_json(path)
         if not isinstance(values, dict) or values.get("format") != FORMAT:
-            raise ValueError(f"{path} is no tokenizer of this program, or an older version wrote "
-                             f"it: its format is not {FORMAT!r}; train again")
+            raise ValueError(f"{path} is no tokenizer of this version of the program: train one")
         file = check_fields(TokenizerFile, values, path)
         with reading(path):
             merges = [tuple(map(to_bytes, line.split(" "))) for line in file.merges]
@@ -755,8 +695,7 @@ class Tokenizer:
             return cls(merges, file.special_tokens, pattern, to_bytes(file.bytes))
 
     def to_tiktoken(self):
-        """The fast twin: a tiktoken.Encoding with the same ids, made once. Characters new in
-        Unicode may split otherwise: two regex engines know two versions of it."""
+        """The fast twin, made once: a tiktoken.Encoding with the same ids, see awkward()."""
         if self.twin is None:
             import tiktoken
             ranks = {token: id for id, token in self.tokens.items() if id < 256 + len(self.merges)}
@@ -769,8 +708,8 @@ class Tokenizer:
         """The tokenizer of a tiktoken.Encoding, with its ids."""
         tokens = {id: token for token, id in encoding._mergeable_ranks.items()}
         merges, byte_order = recover_merges(tokens)
-        pattern = PLAIN.get(encoding._pat_str, encoding._pat_str)
-        return cls(merges, encoding._special_tokens, pattern, byte_order)
+        pattern = encoding._pat_str
+        return cls(merges, encoding._special_tokens, PLAIN.get(pattern, pattern), byte_order)
 
     @classmethod
     def from_vocab(cls, vocab, merges, pattern):
@@ -800,7 +739,7 @@ class Tokenizer:
 # Commands.
 
 
-def train_command(args):
+def train(args):
     """Train on files, save, and say in one line what came of it."""
     start, texts = time.time(), read_files(args.input)
     sample = next(filter(None, texts), "")  # a pipe can be read only once
@@ -808,78 +747,34 @@ def train_command(args):
                                 pattern=SPLITS[args.pattern])
     tokenizer.save(args.out)
     ratio = len(sample.encode()) / len(tokenizer.encode_batch([sample])[0])
-    few = f" (of {args.vocab_size}: no other pair occurs twice)"
-    print(f"{len(tokenizer.merges)} merges, {tokenizer.n_vocab} tokens"
-          f"{few if tokenizer.n_vocab < args.vocab_size else ''}, {ratio:.2f} bytes per token, "
-          f"{time.time() - start:.1f} s, {args.out}; next: "
+    few = " (no other pair occurs twice)" if tokenizer.n_vocab < args.vocab_size else ""
+    print(f"{len(tokenizer.merges)} merges, {tokenizer.n_vocab} tokens{few}, {ratio:.2f} bytes per "
+          f"token, {time.time() - start:.1f} s; next: "
           f'python tokenizer.py show "some text" --tokenizer={args.out}')
 
 
-def show_command(args):
-    """Print a text with its tokens apart: coloured in a terminal, else with | between them."""
-    tokenizer = Tokenizer.load(args.tokenizer)
-    ids = tokenizer.encode(" ".join(args.input))
-    # a part of a character cannot be printed: show its bytes
-    pieces = [tokenizer.tokens[id].decode("utf-8", "backslashreplace") for id in ids]
-    if sys.stdout.isatty():
-        colours = [f"\x1b[30;48;5;{colour}m" for colour in (152, 222, 183, 157, 216)]
-        print(*(f"{colours[i % 5]}{piece}\x1b[0m" for i, piece in enumerate(pieces)), sep="")
-    else:
-        print(*pieces, sep="|")
-
-
-def encode_command(args):
-    """Print the ids of a text."""
-    print(*Tokenizer.load(args.tokenizer).encode(" ".join(args.input)))
-
-
-def decode_command(args):
-    """Print the text of ids."""
-    wrong = [word for word in args.input if not word.isdecimal()]
-    if wrong:
-        raise ValueError(f"{wrong[0]!r} is not a token id: give whole numbers, such as 72 105")
-    print(Tokenizer.load(args.tokenizer).decode(map(int, args.input)))
-
-
-def compare_command(args):
-    """Print how a file's text fares with our tokenizer and with others, each in one thread."""
-    import tiktoken
-    path, *others = args.input
-    text = "".join(read_files([path]))
-    if not text:
-        raise ValueError(f"{path} is empty: there is nothing to compare")
-    size, openai = len(text.encode()), tiktoken.list_encoding_names()
-    print(f"{'':24}{'vocabulary':>12}{'tokens':>12}{'bytes per token':>18}{'MB/s':>8}")
-    for name in [args.tokenizer, *(others or ["gpt2", "cl100k_base", "o200k_base"])]:
-        try:
-            encoding = (tiktoken.get_encoding(name) if name in openai
-                        else Tokenizer.load(name).to_tiktoken())
-        except (OSError, ValueError) as error:  # no such file, no connection to fetch it
-            print(f"{name:24}{'not loaded: ':>14}{error!s:.99}")
-            continue
-        start = time.perf_counter()
-        n = len(encoding.encode_ordinary(text))
-        speed = size / 1e6 / (time.perf_counter() - start)
-        print(f"{name:24}{encoding.n_vocab:12,}{n:12,}{size / n:18.2f}{speed:8.1f}")
-
-
-COMMANDS = {"train": train_command, "encode": encode_command, "decode": decode_command,
-            "show": show_command, "compare": compare_command}
-
-
 def main():
-    if sys.argv[1:2] == ["export"]:
-        raise ValueError("export has moved: python -m chapters.export tokenizer.json")
+    if sys.argv[1:2] in (["compare"], ["export"]):
+        raise ValueError(f"{sys.argv[1]} has moved: python -m chapters.export --help says how")
     parser = Parser(__doc__)
-    parser.add_argument("command", choices=COMMANDS)
-    parser.add_argument("input", nargs="+", help="train: files; encode, show: a text; decode: ids; "
-                        "compare: a file, then other tokenizers or names of OpenAI's encodings")
+    parser.add_argument("command", choices=["train", "show", "encode", "decode"])
+    parser.add_argument("input", nargs="+", help="train: files; encode, show: a text; decode: ids")
     parser.add_argument("--vocab_size", type=int, default=4096, help="default %(default)s")
     parser.add_argument("--pattern", choices=SPLITS, default="gpt4", help="default %(default)s")
     parser.add_argument("--out", default="tokenizer.json", help="train writes it")
     parser.add_argument("--tokenizer", default="tokenizer.json", help="the others read it")
     args = parser.parse_intermixed_args()
-    COMMANDS[args.command](args)
+    if args.command == "train":
+        return train(args)
+    tokenizer, text = Tokenizer.load(args.tokenizer), " ".join(args.input)
+    if args.command == "encode":
+        print(*tokenizer.encode(text))
+    elif args.command == "show":  # a part of a character cannot be printed: its bytes are shown
+        tokens = map(tokenizer.token, tokenizer.encode(text))
+        print(*(token.decode("utf-8", "backslashreplace") for token in tokens), sep="|")
+    else:
+        with reading("the list of ids"):
+            print(tokenizer.decode(map(int, args.input)))
 
 
 if __name__ == "__main__":

@@ -5,18 +5,22 @@ Tokenizers and weights of other libraries: out and in.
     python -m chapters.export tokenizer.json --format=tiktoken --out=ours.tiktoken
     python -m chapters.export folder --out=tokenizer.json   # from Hugging Face's tokenizer.json
     python -m chapters.export theirs.tiktoken --pattern=cl100k --out=tokenizer.json
+    python -m chapters.export compare corpus.txt gpt2 o200k_base other.json
 
 load_gpt2(folder) makes a model of GPT-2's weights, of any of its sizes.
 """
 
 import base64
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import tiktoken
+
 from model import GPTConfig, check_known, from_weights, option, read_safetensors
 from tokenizer import (FORMAT, GPT2_SPLIT, GPT4_SPLIT, SPECIAL_TOKENS, SPLITS, Tokenizer,
-                       parse_options, read_json, reading, recover_merges, replacing, run_command,
-                       to_chars, write_json)
+                       parse_options, read_files, read_json, reading, recover_merges, replacing,
+                       run_command, to_chars, write_json)
 
 # A chat in Jinja, as Tokenizer.render_chat encodes it. In Hugging Face's libraries a special token
 # in a message would become its id, so the template refuses it.
@@ -166,8 +170,11 @@ def gpt2_weights(found):
 class ExportConfig:
     """What is written from what."""
     source: str = option("tokenizer.json", "our tokenizer.json, which is exported; or a Hugging "
-                         "Face tokenizer or a .tiktoken file, of which ours is made",
-                         positional=True)
+                         "Face tokenizer or a .tiktoken file, of which ours is made; or the word "
+                         "compare", positional=True)
+    compared: list = option([], "a file of text, then tokenizers of ours or names of OpenAI's "
+                            "encodings, which are compared with --tokenizer", positional=True)
+    tokenizer: str = option("tokenizer.json", "compare: the first one")
     format: str = option("huggingface", "of an export: huggingface | tiktoken")
     pattern: str = option("gpt4", "how a .tiktoken file splits: " + " | ".join(SPLITS))
     out: str = option("", "what to write: a folder, or a file")
@@ -175,6 +182,8 @@ class ExportConfig:
     def __post_init__(self):
         check_known(self.format, ["huggingface", "tiktoken"], "format")
         check_known(self.pattern, SPLITS, "pattern")
+        if bool(self.compared) != (self.source == "compare"):
+            raise ValueError("export takes one source; compare takes a file of text and tokenizers")
 
 
 def read_foreign(config):
@@ -188,9 +197,33 @@ def read_foreign(config):
     return None
 
 
+def compare(path, *names):
+    """Print how a file's text fares with tokenizers, each in one thread."""
+    text, openai = "".join(read_files([path])), tiktoken.list_encoding_names()
+    if not text:
+        raise ValueError(f"{path} is empty: there is nothing to compare")
+    size = len(text.encode())
+    print(f"{'':24}{'vocabulary':>12}{'tokens':>12}{'bytes per token':>18}{'MB/s':>8}")
+    for name in names:
+        try:
+            encoding = (tiktoken.get_encoding(name) if name in openai
+                        else Tokenizer.load(name).to_tiktoken())
+        except (OSError, ValueError) as error:  # no such file, no connection to fetch it
+            print(f"{name:24}{'not loaded: ':>14}{error!s:.99}")
+            continue
+        start = time.perf_counter()
+        n = len(encoding.encode_ordinary(text))
+        speed = size / 1e6 / (time.perf_counter() - start)
+        print(f"{name:24}{encoding.n_vocab:12,}{n:12,}{size / n:18.2f}{speed:8.1f}")
+
+
 def main():
     [options] = parse_options(__doc__, ExportConfig)
     config = ExportConfig(**options)
+    if config.compared:
+        path, *others = config.compared
+        others = others or ["gpt2", "cl100k_base", "o200k_base"]
+        return compare(path, config.tokenizer, *others)
     tokenizer = read_foreign(config)
     if tokenizer is not None:
         out = Path(config.out or "tokenizer.json")

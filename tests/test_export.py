@@ -141,17 +141,31 @@ def test_the_command_exports_and_comes_back(call, trained, tmp_path, monkeypatch
         (tmp_path / "again.json").unlink()
 
 
+def test_compare_shows_a_line_for_each_tokenizer(call, trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(COMMON * 40)
+    trained.save(tmp_path / "tokenizer.json")
+    Tokenizer(trained.merges[:9]).save(tmp_path / "few.json")
+    out, _ = call(export, "compare", "text.txt", "few.json", "cl100k", "o200k_base")
+    header, ours, few, wrong, openai = out.splitlines()
+    n = len(trained.encode(COMMON * 40))
+    assert ours.split()[1:3] == [str(trained.n_vocab), f"{n:,}"] and few.split()[1] == "271"
+    assert "not loaded: [Errno 2] No such file" in wrong and openai.startswith("o200k_base ")
+
+
 @pytest.mark.parametrize("words, problem", [
     (["missing"], "No such file or directory: missing"), (["text"], "text cannot be read"),
     (["--format=onnx"], "unknown format 'onnx'"),
     (["hf", "--out=tokenizer.json"], "tokenizer.json is there already"),
-    (["--out=."], "give another folder"),
+    (["--out=."], "give another folder"), (["compare", "empty"], "empty is empty"),
+    (["compare"], "compare takes a file of text"), (["hf", "text"], "export takes one source"),
 ])
 def test_a_mistake_is_one_line(trained, tmp_path, monkeypatch, capsys, words, problem):
     monkeypatch.chdir(tmp_path)
     trained.save("tokenizer.json")
     to_huggingface(trained, "hf")
     (tmp_path / "text").write_text("some text")
+    (tmp_path / "empty").write_text("")
     code, lines = mistake(export.main, monkeypatch, capsys, *words)
     assert code == 1 and len(lines) == 1 and problem in lines[0]
 
