@@ -18,9 +18,9 @@ import random
 import re
 import runpy
 import sys
-from collections import Counter, defaultdict, namedtuple
+from collections import defaultdict, namedtuple
 from dataclasses import asdict, dataclass, fields
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -28,14 +28,13 @@ import torch
 from tqdm import tqdm
 
 from data import check_shards, read_split
-from model import cap_logits, check_known, option
+from model import cap_logits, check_known, check_options, option
 from sample import load_run, new_cache, newest_run, pick_checkpoint, pick_device, pick_precision
 from tokenizer import (Tokenizer, parse_options, read_json, reading, replacing, run_command,
                        write_json)
 
 BATCH_TOKENS, HEAD_TOKENS = 4096, 1024  # in a forward pass; of them, those with logits at once
 CACHED_TOKENS = 4 * BATCH_TOKENS        # that a forward pass may attend to, over all its rows
-CONTEXT_WORDS, CHOICE_WORDS = 40, 8     # in a question made of held-out text
 EXAMPLE_ROW = '{"context": "2 + 2 =", "choices": ["3", "4"], "answer": 1}'
 EXAMS = Path(__file__).with_name("chapters") / "exams.py"
 
@@ -43,80 +42,65 @@ EXAMS = Path(__file__).with_name("chapters") / "exams.py"
 # The primitive: how likely is one text as the continuation of another?
 
 
-def token_scores(model, x, targets):
-    """For the last layer's output (N, C) and the ids that follow (N,): the log-probability in nats
-    of each, and whether it was the likeliest; (N,) both."""
-    scores, likeliest = [], []
-    for part, target in zip(x.split(HEAD_TOKENS), targets[:, None].split(HEAD_TOKENS)):
-        logits = cap_logits(model.lm_head(part), model.config.softcap).float()
-        scores.append(logits.gather(1, target)[:, 0] - logits.logsumexp(dim=1))
-        likeliest.append(logits.argmax(dim=1) == target[:, 0])
-    return torch.cat(scores).cpu(), torch.cat(likeliest).cpu()
-
-
+@torch.inference_mode()
 def read_ends(model, rows, cache=None):
-    """For each (ids, n) of rows the token_scores of its last n ids: [(n,), (n,)]. A shorter row is
-    padded behind its end, where a causal model does not look."""
+    """For each (ids, n) of rows the log-probabilities in nats of its last n ids, and whether each
+    was the likeliest: [((n,), (n,))]. Padding stands behind, where a causal model does not look."""
     ids, scored = torch.zeros(2, len(rows), max(len(row) for row, _ in rows), dtype=torch.long)
     for j, (row, n) in enumerate(rows):
         ids[j, :len(row)] = torch.as_tensor(row)
         scored[j, len(row) - n:len(row)] = 1
     ids, scored = ids.to(model.device), scored.bool().to(model.device)[:, 1:]
-    with torch.inference_mode():
-        x = model.transformer(ids[:, :-1], cache, model.dtype)[scored]       # (N, C)
-        results = token_scores(model, x, ids[:, 1:][scored])
-    return list(zip(*(values.split([n for _, n in rows]) for values in results)))
+    x = model.transformer(ids[:, :-1], cache, model.dtype)[scored]           # (N, C)
+    targets, scores, likeliest = ids[:, 1:][scored][:, None], [], []         # (N, 1)
+    for part, target in zip(x.split(HEAD_TOKENS), targets.split(HEAD_TOKENS)):
+        logits = cap_logits(model.lm_head(part), model.config.softcap).float()
+        scores.append(logits.gather(1, target)[:, 0] - logits.logsumexp(dim=1))
+        likeliest.append(logits.argmax(dim=1) == target[:, 0])
+    lengths = [n for _, n in rows]
+    return list(zip(*(torch.cat(parts).cpu().split(lengths) for parts in (scores, likeliest))))
 
 
 def score_ends(model, rows, title="scoring"):
     """read_ends for any number of rows: those of like length share a forward pass."""
-    order, results = sorted(range(len(rows)), key=lambda i: -len(rows[i][0])), [None] * len(rows)
+    order, results = sorted(range(len(rows)), key=lambda i: -len(rows[i][0])), {}
     with tqdm(total=len(rows), desc=title, disable=None, leave=False) as bar:
         while order:
             n_rows = max(1, BATCH_TOKENS // len(rows[order[0]][0]))
             batch, order = order[:n_rows], order[n_rows:]
-            for i, result in zip(batch, read_ends(model, [rows[i] for i in batch])):
-                results[i] = result
+            results |= zip(batch, read_ends(model, [rows[i] for i in batch]))
             bar.update(len(batch))
-    return results
+    return [results[i] for i in range(len(rows))]
 
 
-def extend_cache(model, cache, parents, ids, n_more=0):
-    """Copies of the cache's rows `parents` (B,) that have also read ids (B, T), with space for
-    n_more tokens. It is how texts that begin alike share the work of their beginning."""
-    length = cache[0].length if cache else 0
-    longer = new_cache(model, len(parents), length + ids.size(1) + n_more)
-    for old, new in zip(cache or (), longer):
-        new.append(old.k[parents, :, :length], old.v[parents, :, :length])
-    if ids.size(1):
-        with torch.inference_mode():
-            model.transformer(ids.to(model.device), longer, model.dtype)
-    return longer
-
-
+@torch.inference_mode()
 def score_shared(model, groups, title="scoring"):
-    """What score_ends says of the rows (before + after, len(after)) of each (before, [after, ...]),
-    in lists. What all befores begin with is read once, the rest of each once, together with others
-    of its length."""
+    """{key: what score_ends says of before + after}, for each (before, {key: after}) of groups.
+    What all befores begin with is read once, the rest of each once, with others of its length."""
     heads = [before[:-1] for before, _ in groups]  # the last id is read with each after
-    sizes = [len(afters) * (len(before) + max(map(len, afters))) for before, afters in groups]
-    head, results = os.path.commonprefix(heads), [None] * len(groups)
-    common = extend_cache(model, None, [0], torch.tensor([head], dtype=torch.long))
+    sizes = [len(ends) * (len(before) + max(map(len, ends.values()))) for before, ends in groups]
     order = sorted(range(len(groups)), key=lambda i: (len(heads[i]), sizes[i]), reverse=True)
+    head, results = os.path.commonprefix(heads), {}
+    common = new_cache(model, 1, len(head))
+    if head:
+        model.transformer(torch.tensor([head], device=model.device), common, model.dtype)
     with tqdm(total=len(groups), desc=title, disable=None, leave=False) as bar:
         while order:
             n_groups, T = max(1, CACHED_TOKENS // sizes[order[0]]), len(heads[order[0]])
             batch = [i for i in order[:n_groups] if len(heads[i]) == T]
             order = order[len(batch):]
-            rest = torch.tensor([heads[i][len(head):] for i in batch], dtype=torch.long)
-            ends = [(groups[i][0][-1:] + after, len(after))
-                    for i in batch for after in groups[i][1]]
-            parents = [j for j, i in enumerate(batch) for _ in groups[i][1]]
-            cache = extend_cache(model, common, [0] * len(batch), rest)
-            cache = extend_cache(model, cache, parents, rest[:, :0], max(n for _, n in ends))
-            scored = iter(read_ends(model, ends, cache))
-            for i in batch:
-                results[i] = list(itertools.islice(scored, len(groups[i][1])))
+            rows = {key: (groups[i][0][-1:] + after, len(after))
+                    for i in batch for key, after in groups[i][1].items()}
+            cache = new_cache(model, 1, T + max(n for _, n in rows.values()))
+            for layer, read in zip(cache, common):
+                layer.append(read.k, read.v)
+                layer.choose([0] * len(batch))
+            if T > len(head):
+                rest = torch.tensor([heads[i][len(head):] for i in batch], device=model.device)
+                model.transformer(rest, cache, model.dtype)
+            for layer in cache:
+                layer.choose([j for j, i in enumerate(batch) for _ in groups[i][1]])
+            results |= zip(rows, read_ends(model, list(rows.values()), cache))
             bar.update(len(batch))
     return results
 
@@ -132,25 +116,22 @@ def encode_pair(tokenizer, context, continuation):
 
 
 def loglikelihood(model, tokenizer, pairs, title="scoring"):
-    """For each (context, continuation): (the log-probability of the continuation in nats, whether
-    greedy sampling gives it). A context that is too long loses its beginning. Continuations of one
-    context share the reading of it."""
-    groups, alone, block_size = defaultdict(list), [], model.config.block_size
-    encoded = [encode_pair(tokenizer, *pair) for pair in pairs]
-    times = Counter(tuple(before) for before, _ in encoded)
+    """For each (context, continuation): (its log-probability in nats, whether greedy sampling gives
+    it). A context that is too long loses its beginning; one that comes again is read once."""
+    encoded, block_size = [encode_pair(tokenizer, *pair) for pair in pairs], model.config.block_size
+    groups = defaultdict(dict)  # {context: {number of the pair: continuation}}
     for i, (before, after) in enumerate(encoded):
         if not 0 < len(after) <= block_size:
-            raise ValueError(f"a continuation has {len(after)} tokens, this model takes 1 to "
-                             f"{block_size}: {pairs[i][1][:40]!r}")
-        shares = times[tuple(before)] > 1 and len(before) + len(after) <= block_size + 1
-        (groups[tuple(before)] if shares else alone).append(i)
+            raise ValueError(f"{pairs[i][1]!r:.40} has {len(after)} tokens, not 1 to {block_size}")
+        groups[tuple(before)][i] = after
+    shared = [(list(before), afters) for before, afters in groups.items() if len(afters) > 1
+              and len(before) + max(map(len, afters.values())) <= block_size + 1]
+    results = score_shared(model, shared, title) if shared else {}
+    alone = [i for i in range(len(pairs)) if i not in results]
     rows = [(sum(encoded[i], [])[-block_size - 1:], len(encoded[i][1])) for i in alone]
-    shared = [(list(before), [encoded[i][1] for i in group]) for before, group in groups.items()]
-    results = dict(zip(alone, score_ends(model, rows, title)))
-    for group, scored in zip(groups.values(), score_shared(model, shared, title) if shared else ()):
-        results |= zip(group, scored)
-    return [(scores.double().sum().item(), likeliest.all().item())
-            for scores, likeliest in map(results.get, range(len(pairs)))]
+    results |= zip(alone, score_ends(model, rows, title))
+    return [(results[i][0].double().sum().item(), results[i][1].all().item())
+            for i in range(len(pairs))]
 
 
 # -----------------------------------------------------------------------------
@@ -159,15 +140,12 @@ def loglikelihood(model, tokenizer, pairs, title="scoring"):
 
 def windows(tokens, block_size, stride):
     """Cut tokens into (ids, n) for score_ends, so that each token but the first is scored once,
-    given at least block_size - stride tokens where there are that many before it. A stride of
-    block_size, after <|endoftext|>, is what lm-evaluation-harness calls rolling."""
+    given at least block_size - stride tokens where there are that many before it."""
     if not 1 <= stride <= block_size:
         raise ValueError(f"stride={stride} must be 1 to block_size={block_size}")
-    rows, done = [], 1
-    for stop in [*range(block_size + 1, len(tokens), stride), len(tokens)]:
-        rows.append((tokens[max(0, stop - block_size - 1):stop], stop - done))
-        done = stop
-    return rows
+    stops = [1, *range(block_size + 1, len(tokens), stride), len(tokens)]
+    return [(tokens[max(0, stop - block_size - 1):stop], stop - done)
+            for done, stop in itertools.pairwise(stops)]
 
 
 def surprisal(model, tokens, stride=None):
@@ -205,22 +183,17 @@ def exp_ratio(sums):
     return np.exp(ratio(sums))
 
 
-def resamples(vectors, metric=ratio, n_resamples=1000, seed=0):
-    """The bootstrap: the scores (n_resamples,) of as many questions drawn from vectors (N, d) with
-    replacement, again and again. For the same N and seed the same questions are drawn."""
+def spread(vectors, metric=ratio, n_resamples=1000, seed=0):
+    """The bootstrap: between which two numbers the central 95% of the scores lie, of as many
+    questions drawn from vectors (N, d) with replacement, again and again."""
     rng, N = np.random.default_rng(seed), len(vectors)
     sums = [vectors[rng.integers(N, size=N)].sum(axis=0) for _ in range(n_resamples)]
-    return metric(np.array(sums))
-
-
-def central(values):
-    """Between which two numbers the central 95% of values lie."""
-    return tuple(np.percentile(values, [2.5, 97.5]).tolist())
+    return tuple(np.percentile(metric(np.array(sums)), [2.5, 97.5]).tolist())
 
 
 def bootstrap(sums, units, n_resamples=1000, seed=0):
     """The interval of sum(sums) / sum(units), where block i of a text has sums[i] and units[i]."""
-    return central(resamples(np.stack([sums, units], axis=1), ratio, n_resamples, seed))
+    return spread(np.stack([sums, units], axis=1), ratio, n_resamples, seed)
 
 
 def wilson(share, n, z=1.96):
@@ -231,22 +204,23 @@ def wilson(share, n, z=1.96):
 
 
 def interval(vectors, metric=ratio):
-    """-> (score, low, high) of vectors (N, d): Wilson's interval where each question is right or
-    wrong, the bootstrap's elsewhere."""
+    """-> (score, low, high) of vectors (N, d): Wilson's for right or wrong, else bootstrapped."""
     score = float(metric(vectors.sum(axis=0)))
     if metric is ratio and np.isin(vectors, (0, 1)).all() and vectors[:, -1].all():
         return score, *wilson(score, len(vectors))
-    return score, *central(resamples(vectors, metric))
+    return score, *spread(vectors, metric)
 
 
 def difference(a, b, metric=ratio):
-    """-> (score of b - score of a, low, high), where a and b (N, d) are about the same questions;
-    None if they are not. Paired: a question drawn is drawn for both, so what makes it hard for both
-    does not count."""
+    """-> (score of b - score of a, low, high); None unless a and b (N, d) are about the same
+    questions. Paired: one that is drawn is drawn for both, so how hard it is does not count."""
+    def gap(sums):
+        return metric(sums[..., a.shape[1]:]) - metric(sums[..., :a.shape[1]])
+
     if a.shape != b.shape or a[:, -1].sum() != b[:, -1].sum():
         return None
-    gap = metric(b.sum(axis=0)) - metric(a.sum(axis=0))
-    return float(gap), *central(resamples(b, metric) - resamples(a, metric))
+    both = np.hstack([a, b])
+    return float(gap(both.sum(axis=0))), *spread(both, gap)
 
 
 # -----------------------------------------------------------------------------
@@ -254,14 +228,12 @@ def difference(a, b, metric=ratio):
 # between the two is a space, or question["between"].
 
 
-def read_jsonl(path):
-    """Yield (line number, value) of each line of a .jsonl file that is not empty; ValueError names
-    the first that is not JSON in UTF-8."""
+def read_jsonl(path, convert=lambda value: value):
+    """Yield (number, convert(value)) for each line of a .jsonl file; an error names its line."""
     for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
-        if line.strip():
-            with reading(f"{path}, line {number}"):
-                value = json.loads(line.decode("utf-8-sig"))
-            yield number, value
+        with reading(f"{path}, line {number}"):
+            if line.strip():
+                yield number, convert(json.loads(line.decode("utf-8-sig")))
 
 
 def is_question(row):
@@ -278,19 +250,13 @@ def format_row(row):
     """The question of a row of your own; ValueError if it is none."""
     if not (isinstance(row, dict) and is_question(row) and len(row["choices"]) > 1
             and all(map(str.strip, row["choices"]))):
-        raise ValueError(f"this is not a row like {EXAMPLE_ROW}, with two or more choices and the "
-                         f"answer's place: {row!r:.60}")
-    spaced = str(row["context"])[-1:].isspace()
-    return dict(row, between="" if spaced else " ")
+        raise ValueError(f"this is not a row like {EXAMPLE_ROW}: {row!r:.60}")
+    return row | dict(between="" if str(row["context"])[-1:].isspace() else " ")
 
 
 def read_rows(path, format_row=format_row):
-    """The questions that format_row makes of a .jsonl file; ValueError names the first line that
-    is no such row."""
-    questions = []
-    for number, row in read_jsonl(path):
-        with reading(f"{path}, line {number}"):
-            questions.append(format_row(row))
+    """The questions that format_row makes of the lines of a .jsonl file."""
+    questions = [question for _, question in read_jsonl(path, format_row)]
     if not questions:
         raise ValueError(f"{path} holds no rows; one a line is read, such as {EXAMPLE_ROW}")
     return questions
@@ -305,17 +271,16 @@ def shuffled(rng, context, right, wrong):
 
 def continuation_rows(texts, n_rows=200, seed=0):
     """Questions made of the texts: 40 words, then in any order the 8 that follow and three times 8
-    from other places. The same texts and seed give the same questions."""
+    from other places."""
     rng, texts = random.Random(seed), [re.findall(r"\S+\s*", text) for text in texts]
-    cuts = [("".join(words[i - CONTEXT_WORDS:i]), "".join(words[i:i + CHOICE_WORDS]).rstrip())
-            for words in texts
-            for i in range(CONTEXT_WORDS, len(words) - CHOICE_WORDS + 1, CHOICE_WORDS)]
+    cuts = [("".join(words[i - 40:i]), "".join(words[i:i + 8]).rstrip())
+            for words in texts for i in range(40, len(words) - 7, 8)]
     cuts = [(context, piece) for context, piece in cuts if len(piece) <= 100]  # no tables of data
     pieces = sorted({piece for _, piece in cuts})
     if len(pieces) < 4:
-        raise ValueError(f"the held-out text is too short for continuation questions of "
-                         f"{CONTEXT_WORDS + CHOICE_WORDS} words: leave continuation out of --tasks")
-    return [shuffled(rng, context, piece, rng.sample(pieces, 4))
+        raise ValueError("the held-out text is too short for continuation questions of 48 words: "
+                         "leave continuation out of --tasks")
+    return [shuffled(rng, context, piece, rng.sample(pieces, 4)) | dict(between="")
             for context, piece in rng.sample(cuts, min(n_rows, len(cuts)))]
 
 
@@ -325,14 +290,13 @@ def continuation_rows(texts, n_rows=200, seed=0):
 
 
 def score_text(model, tokenizer, questions, config):
-    """Perplexity and bits per byte of documents {"target"}, in blocks of text of like length. The
-    end of a document is a token without bytes."""
+    """Perplexity and bits per byte of documents {"target"}, in blocks of text of like length."""
     documents = tokenizer.encode_batch([question["target"] for question in questions])
     tokens = np.concatenate([[tokenizer.eot, *ids] for ids in documents])
     stride = model.config.block_size if config.stride == "rolling" else config.stride
     nats, tokens = surprisal(model, tokens, stride and int(stride)), tokens[1:]
     lengths = np.array([len(token) for token in tokenizer.token_bytes()])
-    lengths[list(tokenizer.special.values())] = 0
+    lengths[list(tokenizer.special.values())] = 0  # the end of a document has no bytes
     ends, V = lengths[tokens].cumsum(), model.config.vocab_size
     block = max(1, min(1024, ends[-1] // 20))
     starts = np.unique(np.searchsorted(ends, np.arange(0, ends[-1], block), "right"))
@@ -344,10 +308,9 @@ def score_text(model, tokenizer, questions, config):
 
 def pairs_of(question):
     """The (context, continuation) of each choice."""
-    context, choices = question["context"], question["choices"]
-    contexts = context if isinstance(context, list) else [context] * len(choices)
-    return [(text, question.get("between", " ") + choice)
-            for text, choice in zip(contexts, choices)]
+    context, between = question["context"], question.get("between", " ")
+    contexts = context if isinstance(context, list) else itertools.repeat(context)
+    return [(text, between + choice) for text, choice in zip(contexts, question["choices"])]
 
 
 def score_choice(question, scored):
@@ -409,25 +372,26 @@ def table(lines):
 
 def cells(scores):
     """Scores as the lines of a table; the last column is for runs that were compared."""
-    compared = any(row.get("difference") for row in scores)
     lines = [("task", "metric", "run", "score", "95% interval", "guessing", "measured on",
-              "minus the first run" if compared else "")]
+              "minus the first run" * any(row.get("difference") for row in scores))]
     for row in scores:
-        value, low, high, chance = (written(row[name], row["metric"])
-                                    for name in ("value", "low", "high", "chance"))
-        gap, least, most = row.get("difference") or (0, 0, 0)
-        verdict = "may be chance" if least <= 0 <= most else "differs"
-        gap, least, most = (written(value, row["metric"], "+") for value in (gap, least, most))
-        lines.append((row["task"], row["metric"], row["run"], value, f"{low} to {high}", chance,
-                      f"{row['n']:,} {row['unit']}", f"{gap}, {least} to {most}: {verdict}"
-                      if row.get("difference") else ""))
+        show, compared = partial(written, metric=row["metric"]), ""
+        if row.get("difference"):
+            _, least, most = row["difference"]
+            verdict = "may be chance" if least <= 0 <= most else "differs"
+            gap, least, most = (show(value, sign="+") for value in row["difference"])
+            compared = f"{gap}, {least} to {most}: {verdict}"
+        lines.append((row["task"], row["metric"], row["run"], show(row["value"]),
+                      f"{show(row['low'])} to {show(row['high'])}", show(row["chance"]),
+                      f"{row['n']:,} {row['unit']}", compared))
     return lines
 
 
-PANELS = {  # metric: (label, scale, limits, how values are written) of its panel
-    "perplexity": ("perplexity (lower is better)", "log", (1, None), "{x:,.0f}"),
-    "bits per byte": ("bits per byte (lower is better)", "linear", (0, None), "{x:.1f}"),
-    "share": ("share of the best possible (higher is better)", "linear", (0, 1), "{x:.0%}"),
+PANELS = {  # how the axis of a metric looks
+    "perplexity": dict(xlabel="perplexity (lower is better)", xscale="log", xlim=(1, None)),
+    "bits per byte": dict(xlabel="bits per byte (lower is better)", xlim=(0, None)),
+    "calibration error": dict(xlabel="calibration error (lower is better)", xlim=(0, None)),
+    "share": dict(xlabel="share of the best possible (higher is better)", xlim=(0, 1)),
 }
 
 
@@ -436,8 +400,7 @@ def draw_scores(scores, path):
     from matplotlib.figure import Figure  # not pyplot, which would change a notebook's own plots
     panels = defaultdict(list)
     for row in scores:
-        if row["metric"] != "calibration error":
-            panels[row["metric"] if row["metric"] in PANELS else "share"].append(row)
+        panels[row["metric"] if row["metric"] in PANELS else "share"].append(row)
     fig = Figure(figsize=(8, 1 + 0.9 * len(panels) + 0.4 * len(scores)), layout="constrained")
     ratios = [len(rows) + 1 for rows in panels.values()]
     axes = fig.subplots(len(panels), squeeze=False, height_ratios=ratios)[:, 0]
@@ -450,11 +413,9 @@ def draw_scores(scores, path):
         for i, row in enumerate(rows):
             ax.annotate(written(row["value"], row["metric"]), (row["value"], i), (0, 4),
                         ha="center", textcoords="offset points", fontsize=8)
-        label, scale, limits, form = PANELS[kind]
-        ax.set(xlabel=label, xscale=scale, xmargin=0.1, xlim=limits, ylim=(len(rows) - 0.4, -0.8),
-               yticks=range(len(rows)),
+        ax.set(**PANELS[kind], xmargin=0.1, ylim=(len(rows) - 0.4, -0.8), yticks=range(len(rows)),
                yticklabels=[f"{row['task']}, {row['metric']}\n{row['run']}" for row in rows])
-        ax.xaxis.set_major_formatter(form)
+        ax.xaxis.set_major_formatter(lambda value, _, kind=kind: written(value, kind))
         ax.grid(axis="x", alpha=0.3)
     fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", frameon=False)
     with replacing(path) as file:
@@ -463,31 +424,17 @@ def draw_scores(scores, path):
 
 # -----------------------------------------------------------------------------
 # Tasks: what they are made of is texts(split, max_tokens), the documents of the first run's shards.
-
-
-def text_questions(config, texts):
-    return [dict(target=text) for text in texts("val", config.max_tokens)]
-
-
-def continuation_questions(config, texts):
-    texts, n_rows = texts("val", config.max_tokens), config.n_questions or 200
-    return [format_row(row) for row in continuation_rows(texts, n_rows, config.seed)]
-
-
-def row_questions(config, texts):
-    if not config.rows:
-        raise ValueError("the task rows needs a file of questions: --rows=FILE.jsonl")
-    return read_rows(config.rows)[:config.n_questions]
-
-
 # questions: (config, texts) -> questions; score: as above; metrics: {name: what makes it of sums}
+
 Task = namedtuple("Task", "questions score metrics")
-SHARES = {"acc": ratio, "acc_norm": ratio}
 TASKS = {
-    "perplexity": Task(text_questions, score_text,
+    "perplexity": Task(lambda config, texts: [dict(target=text) for text in texts()], score_text,
                        {"perplexity": exp_ratio, "bits per byte": ratio}),
-    "continuation": Task(continuation_questions, score_choices, SHARES),
-    "rows": Task(row_questions, score_choices, SHARES | {"acc_bytes": ratio}),
+    "continuation": Task(
+        lambda config, texts: continuation_rows(texts(), config.n_questions or 200, config.seed),
+        score_choices, {"acc": ratio, "acc_norm": ratio}),
+    "rows": Task(lambda config, texts: read_rows(config.rows)[:config.n_questions], score_choices,
+                 {"acc": ratio, "acc_norm": ratio, "acc_bytes": ratio}),
 }
 DEFAULT = ["perplexity", "continuation"]
 
@@ -499,8 +446,7 @@ def held_out(folder, tokenizer, data=None, max_tokens=65_536, split="val"):
     with reading(config):
         path = Path(data or read_json(config)["data"]["path"])
     shards = read_split(path, split)
-    check_shards(path, (split,))
-    if Tokenizer.load(path / "tokenizer.json").hash() != tokenizer.hash():
+    if check_shards(path, (split,)).tokenizer != tokenizer.hash():
         raise ValueError(f"{path} was written with another tokenizer than {own}: python data.py "
                          f"SOURCE --tokenizer={own} --out=shards/NAME writes shards that fit")
     return path, np.concatenate([shard[:max_tokens] for shard in shards])[:max_tokens].astype(int)
@@ -510,22 +456,23 @@ def make_questions(config, tasks, default, folder):
     """{task: questions} of the tasks that config names. Without a name it is those of default, but
     for the ones that the text of the run is too short for."""
     @cache
-    def texts(split, max_tokens):
+    def texts(split="val", max_tokens=config.max_tokens):
         tokenizer = Tokenizer.load(Path(folder, "tokenizer.json"))
         _, tokens = held_out(folder, tokenizer, config.data, max_tokens, split)
         parts = np.split(tokens, np.flatnonzero(tokens == tokenizer.eot))
         return [tokenizer.decode(ids[ids != tokenizer.eot].tolist()) for ids in parts if len(ids)]
 
-    named, questions = config.tasks.split(",") if config.tasks else ["rows"][:bool(config.rows)], {}
-    for name in named:
+    names = config.tasks.split(",") if config.tasks else ["rows"] if config.rows else default
+    for name in names:
         check_known(name, tasks, "task")
-    if config.rows and len({*named} - {*default}) != 1:
-        raise ValueError(f"--rows={config.rows} has the rows of one task: name it in --tasks")
-    for name in named or default:
+    if config.rows and len({*names} - {*default}) != 1 or "rows" in names and not config.rows:
+        raise ValueError("--tasks=TASK and --rows=FILE.jsonl, the rows of that task, go together")
+    questions = {}
+    for name in names:
         try:
             questions[name] = tasks[name].questions(config, texts)
         except ValueError as error:
-            if named or name == "perplexity":
+            if names is not default or name == "perplexity":
                 raise
             print(f"{name} is left out: {error}")
     return questions
@@ -541,9 +488,9 @@ class EvaluateConfig:
     runs: list = option([], "run folders; without one the newest", positional=True)
     tasks: str | None = option(None, f"some of {','.join(TASKS)} (default {','.join(DEFAULT)})")
     rows: str | None = option(None, "questions from this .jsonl file, multiple choice of your own")
-    n_questions: int | None = option(None, "of each task (default 200 of those made, else all)")
+    n_questions: int | None = option(None, "of each task (default 200 if made, else all)", low=1)
     data: str | None = option(None, "shards whose validation split is held out (default the run's)")
-    max_tokens: int = option(65_536, "score at most this many held-out tokens")
+    max_tokens: int = option(65_536, "score at most this many held-out tokens", low=1)
     stride: str | None = option(None, "tokens the window moves by (default half), or rolling: all")
     seed: int = option(0, "of the questions")
     checkpoint: str = option("best", "best | last | a step")
@@ -551,9 +498,7 @@ class EvaluateConfig:
     precision: str = option("fp32", "auto | fp32 | bf16 | fp16; in fp32 machines agree")
 
     def __post_init__(self):
-        for name in ("max_tokens", "n_questions"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        check_options(self)
         if not re.fullmatch("rolling|[0-9]{1,9}", self.stride or "rolling"):
             raise ValueError(f"stride={self.stride} must be a number of tokens, or rolling")
 
@@ -564,16 +509,14 @@ def score_run(checkpoint, questions, config, tasks):
     precision, dtype = pick_precision(config.precision, device)
     model, tokenizer = load_run(folder, checkpoint, device, dtype)
     if not model.config.causal or model.config.cross or model.config.n_classes:
-        raise ValueError(f"{checkpoint} does not continue a text (architecture="
-                         f"{model.config.architecture}): there is nothing to score it with here")
+        raise ValueError(f"{checkpoint} does not continue a text, as a causal language model does")
     print(f"{checkpoint} ({model.n_parameters() / 1e6:.1f}M parameters, {device}, {precision}): "
           f"{', '.join(questions)}", flush=True)
     scores, vectors = [], {}
     for name, asked in questions.items():
         outcomes, chance = tasks[name].score(model, tokenizer, asked, config)
-        vectors[name] = {metric: np.array([outcome[metric] for outcome in outcomes])
-                         for metric in tasks[name].metrics if metric in outcomes[0]}
-        for metric, array in vectors[name].items():
+        for metric in [metric for metric in tasks[name].metrics if metric in outcomes[0]]:
+            vectors[name, metric] = array = np.array([outcome[metric] for outcome in outcomes])
             value, low, high = interval(array, tasks[name].metrics[metric])
             n, unit = len(array), "questions"
             if name == "perplexity":
@@ -588,20 +531,19 @@ def score_run(checkpoint, questions, config, tasks):
 
 
 def score_runs(config, tasks=TASKS, default=DEFAULT):
-    """Score each run that config names, and compare them with the first -> ({task: questions}, the
-    runs' reports). tasks: those there are; default: those taken where config names none."""
-    folders = [Path(run) for run in config.runs] or [newest_run()]
-    checkpoints = [pick_checkpoint(folder, config.checkpoint) for folder in folders]
-    questions = make_questions(config, tasks, default, folders[0])
+    """Score the runs of config and compare them with the first -> ({task: questions}, reports)."""
+    checkpoints = [pick_checkpoint(run, config.checkpoint) for run in config.runs or [newest_run()]]
+    folder = checkpoints[0].parent
+    questions = make_questions(config, tasks, default, folder)
     reports = [score_run(checkpoint, questions, config, tasks) for checkpoint in checkpoints]
     for report in reports[1:]:
         for row in report["scores"]:
-            a, b = (part["vectors"][row["task"]][row["metric"]] for part in (reports[0], report))
+            a, b = (part["vectors"][row["task"], row["metric"]] for part in (reports[0], report))
             row["difference"] = difference(a, b, tasks[row["task"]].metrics[row["metric"]])
     scores = [row for rows in zip(*(report["scores"] for report in reports)) for row in rows]
     print(table(cells(scores)))
-    place = folders[0] / "scores" if len(folders) == 1 else folders[0].parent / "leaderboard"
-    if len(folders) > 1:
+    place = folder / "scores" if len(reports) == 1 else folder.parent / "leaderboard"
+    if len(reports) > 1:
         write_json(f"{place}.json", scores)
     draw_scores(scores, f"{place}.png")
     print(f"scores: {place}.json, picture: {place}.png")
@@ -609,9 +551,8 @@ def score_runs(config, tasks=TASKS, default=DEFAULT):
 
 
 def main():
-    """Score runs; tasks and options that are not in this file are left to chapters/exams.py."""
-    words = [word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--")]
-    unknown = {*words} - {"--help", *(f"--{f.name}" for f in fields(EvaluateConfig))}
+    words = {word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--")}
+    unknown = words - {"--help", *(f"--{f.name}" for f in fields(EvaluateConfig))}
     if not unknown:
         config = EvaluateConfig(**parse_options(__doc__, EvaluateConfig)[0])
         unknown = {*(config.tasks or "rows").split(",")} - {*TASKS}
@@ -622,8 +563,7 @@ def main():
     elif EXAMS.exists():
         runpy.run_module("chapters.exams", run_name="__main__")
     else:
-        raise ValueError(f"{min(unknown)} is unknown here, and chapters/exams.py, which has more "
-                         "tasks and options, is not there")
+        raise ValueError(f"{min(unknown)} is unknown here, and chapters/exams.py is not there")
 
 
 if __name__ == "__main__":

@@ -155,8 +155,6 @@ def exam_questions(name, config, texts):
     if config.rows:
         found = read_rows(config.rows, partial(format_question, name))
         examples, questions = split_examples(found, n_shots)
-    elif exam.dataset is None:
-        raise ValueError("the task rows needs a file of questions: --rows=FILE.jsonl")
     else:
         questions = download_questions(name, exam.split)
         examples = download_questions(name, exam.shots, most=300) if n_shots else []
@@ -186,16 +184,13 @@ class ExamConfig(EvaluateConfig):
                               "--tasks names, or multiple choice of your own")
     n_shots: int = option(0, "solved examples before each question")
     n_samples: int = option(1, "programs for each of humaneval's questions; above 1 at "
-                            "temperature 0.8")
+                            "temperature 0.8", low=1)
     run_code: bool = option(False, "let humaneval run what the model writes; what protects the "
                             "machine, and what does not, stands in chapters/box.py")
     card: bool = option(False, "write model_card.md into the run folder")
 
     def __post_init__(self):
         super().__post_init__()
-        for name, least in ("n_samples", 1), ("n_shots", 0):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
         names = self.tasks.split(",") if self.tasks else ["rows"] if self.rows else SMALL
         if "humaneval" in names and not self.run_code:
             raise ValueError("humaneval runs what the model writes, on this machine: --run_code "

@@ -218,8 +218,8 @@ ROWS = {"cloze": cloze_rows, "facts": fact_rows, "planted": by_rule(planted_row,
 def questions_of(name):
     """What a Task takes as its questions."""
     def questions(config, texts):
-        split, n_tokens = ("train", FACT_TOKENS) if name == "facts" else ("val", config.max_tokens)
-        return ROWS[name](texts(split, n_tokens), config.n_questions or 200, config.seed)
+        found = texts("train", FACT_TOKENS) if name == "facts" else texts()
+        return ROWS[name](found, config.n_questions or 200, config.seed)
     return questions
 
 

@@ -349,7 +349,7 @@ def test_a_model_card_says_what_went_in_and_what_came_out(command, tmp_path):
     (["--n_shots=-1"], "n_shots=-1 must be at least 0"),
     (["--n_shots=1"], "perplexity has no solved examples: leave out --n_shots, or the task"),
     (["--tasks=humaneval"], "humaneval runs what the model writes, on this machine: --run_code"),
-    (["--tasks=piqa,boolq", "--rows=x"], "--rows=x has the rows of one task: name it in --tasks")])
+    (["--tasks=piqa,boolq", "--rows=x"], "--tasks=TASK and --rows=FILE.jsonl, the rows of that ")])
 def test_a_wrong_input_ends_in_one_line(command, words, line):
     _, notes = command(*words)
     assert notes.startswith("error: " + line) and notes.count("\n") == 1
