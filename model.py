@@ -208,7 +208,7 @@ def sum_dtype(dtype):
     return torch.promote_types(dtype, torch.float32)
 
 
-QUERY_TILE, KEY_TILE = 128, 256  # the scores of one pair of tiles stay in the processor's cache
+QUERY_TILE, KEY_TILE = 256, 256  # the scores of one pair of tiles stay in the processor's cache
 
 
 def tiles(T, S, causal=True, window=0):
@@ -224,7 +224,7 @@ def tiles(T, S, causal=True, window=0):
 class FusedAttention(torch.autograd.Function):
     """Attention without the (T, S) scores: tiles, an online softmax, and scores made again in
     backward (FlashAttention, arXiv:2205.14135). Query heads that share a key head are rows of one
-    matrix."""
+    matrix. Powers are those of 2: a CPU is slow to take exp of the -inf where a mask is."""
 
     @staticmethod
     def fold(x, K, rows):
@@ -232,70 +232,74 @@ class FusedAttention(torch.autograd.Function):
         return x[:, :, rows].reshape(x.size(0) * K, -1, x.size(-1))
 
     @staticmethod
-    def scores(q, k, shape, rows, columns, options):
-        """One tile of q k^T, (B*K, H/K * t, s), -inf where a query may not attend."""
-        B, H, T, S = shape
-        scores = torch.bmm(q, k[:, columns].transpose(1, 2)).to(sum_dtype(q.dtype))
-        allowed = attention_mask(T, S, rows, columns, q.device, *options)
+    def append(x, column):
+        """x (..., D) and a column (..., 1) as two, its rounded value and what rounding took away:
+        a product with ones in these two places adds it before the sums are rounded."""
+        high = column.to(x.dtype)
+        return torch.cat((x, high, (column - high).to(x.dtype)), dim=-1)        # (..., D + 2)
+
+    @staticmethod
+    def scores(q, k, scale, shape, rows, columns, options):
+        """One tile of q k^T * scale, (B*K, H/K * t, s), -inf where a query may not attend."""
+        scores = q.new_zeros(1).baddbmm(q, k[:, columns].contiguous().mT, beta=0, alpha=scale)
+        allowed = attention_mask(*shape[2:], rows, columns, q.device, *options)
         if allowed is not None:
-            hidden = torch.zeros(allowed.shape, dtype=scores.dtype, device=q.device)
-            hidden.masked_fill_(~allowed, -torch.inf)
-            scores.view(B, H, -1, scores.size(-1)).add_(hidden)
+            hidden = torch.zeros_like(allowed, dtype=q.dtype).masked_fill_(~allowed, -torch.inf)
+            scores.view(*shape[:2], -1, scores.size(-1)).add_(hidden)
         return scores
 
     @staticmethod
     def forward(ctx, q, k, v, causal, window, mask, segments):
         (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
-        shape, options = (B, H, T, S), (causal, window, mask, segments)
-        q, k, v = q / math.sqrt(D), k.reshape(B * K, S, D), v.reshape(B * K, S, D)
-        out = torch.empty_like(q)
-        logsumexp = q.new_empty(B, H, T, 1, dtype=sum_dtype(q.dtype))
+        k, v = (x.reshape(B * K, S, D).contiguous() for x in (k, v))
+        shape, options, dtype = (B, H, T, S), (causal, window, mask, segments), sum_dtype(q.dtype)
+        out, scale = torch.empty_like(q), math.log2(math.e) / math.sqrt(D)
+        logsumexp = q.new_empty(B, H, T, 1, dtype=dtype)
         for rows, key_tiles in tiles(T, S, causal, window):
             tile = FusedAttention.fold(q, K, rows)
-            # below every score, yet finite: where nothing is allowed, exp(-inf - row_max) is 0
-            row_max = tile.new_full((*tile.shape[:2], 1), -1e30, dtype=logsumexp.dtype)
-            row_sum, accumulator = torch.zeros_like(row_max), torch.zeros_like(
-                tile, dtype=row_max.dtype)
+            # below every score, yet finite: where nothing is allowed, 2^(-inf - row_max) is 0
+            row_max = tile.new_full((*tile.shape[:2], 1), -1e30, dtype=dtype)
+            row_sum, accumulator = torch.zeros_like(row_max), torch.zeros_like(tile, dtype=dtype)
             for columns in key_tiles:
-                scores = FusedAttention.scores(tile, k, shape, rows, columns, options)
-                new_max = torch.maximum(row_max, scores.amax(dim=-1, keepdim=True))
-                weights = scores.sub_(new_max).exp_()
-                rescale = (row_max - new_max).exp_()  # the sums so far were relative to row_max
-                row_sum = row_sum.mul_(rescale).add_(weights.sum(dim=-1, keepdim=True))
-                part = torch.bmm(weights.to(v.dtype), v[:, columns])
-                accumulator = accumulator.mul_(rescale).add_(part)
+                scores = FusedAttention.scores(tile, k, scale, shape, rows, columns, options)
+                weights = scores.to(dtype)
+                new_max = torch.maximum(row_max, weights.amax(dim=-1, keepdim=True))
+                weights.sub_(new_max).exp2_()
+                rescale = (row_max - new_max).exp2_()  # the sums so far were relative to row_max
+                row_sum.mul_(rescale).add_(weights.sum(dim=-1, keepdim=True))
+                accumulator.mul_(rescale).add_(torch.bmm(scores.copy_(weights), v[:, columns]))
                 row_max = new_max
-            row_sum.clamp_(min=1e-30)
-            out[:, :, rows] = accumulator.div_(row_sum).view(B, H, -1, D)
-            logsumexp[:, :, rows] = (row_max + row_sum.log()).view(B, H, -1, 1)
+            nothing = row_sum == 0  # then 0 / 1 comes out, and a logsumexp that is finite
+            out[:, :, rows] = (accumulator / row_sum.masked_fill_(nothing, 1)).view(B, H, -1, D)
+            row_lse = row_max.masked_fill_(nothing, 0).add_(row_sum.log2_())
+            logsumexp[:, :, rows] = row_lse.view(B, H, -1, 1)
         ctx.save_for_backward(q, k, v, out, logsumexp, mask, segments)
-        ctx.causal, ctx.window = causal, window
+        ctx.scale, ctx.shape, ctx.options = scale, shape, options[:2]
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out):
         q, k, v, out, logsumexp, mask, segments = ctx.saved_tensors
-        (B, H, T, D), (BK, S) = q.shape, k.shape[:2]
-        K, shape, fold = BK // B, (B, H, T, S), FusedAttention.fold
-        options = ctx.causal, ctx.window, mask, segments
-        delta = (d_out * out).sum(dim=-1, keepdim=True)                          # (B, H, T, 1)
-        d_q = torch.empty_like(q)
+        (B, H, T, S), D, K = ctx.shape, q.size(-1), k.size(0) // q.size(0)
+        fold, append = FusedAttention.fold, FusedAttention.append
+        delta = (d_out * out).sum(dim=-1, keepdim=True, dtype=logsumexp.dtype)   # (B, H, T, 1)
+        d_q, k1, v1 = torch.empty_like(q), *(F.pad(x, (0, 2), value=1.0) for x in (k, v))
         d_k, d_v = (torch.zeros_like(x, dtype=logsumexp.dtype) for x in (k, v))
-        for rows, key_tiles in tiles(T, S, ctx.causal, ctx.window):
+        for rows, key_tiles in tiles(T, S, *ctx.options):
             tile, d_tile = fold(q, K, rows), fold(d_out, K, rows)
-            row_lse, row_delta = fold(logsumexp, K, rows), fold(delta, K, rows)
+            tile_lse = append(tile, fold(logsumexp, K, rows) / -ctx.scale)
+            d_tile_delta = append(d_tile, -fold(delta, K, rows))
             d_q_tile = torch.zeros_like(tile, dtype=logsumexp.dtype)
             for columns in key_tiles:
-                scores = FusedAttention.scores(tile, k, shape, rows, columns, options)
-                weights = scores.sub_(row_lse).exp_().to(q.dtype)
-                d_v[:, columns] += torch.bmm(weights.transpose(1, 2), d_tile)
-                d_weights = torch.bmm(d_tile, v[:, columns].transpose(1, 2))
-                d_scores = d_weights.sub_(row_delta).mul_(weights)
-                d_q_tile += torch.bmm(d_scores, k[:, columns])
-                d_k[:, columns] += torch.bmm(d_scores.transpose(1, 2), tile)
-            d_q[:, :, rows] = d_q_tile.mul_(1 / math.sqrt(D)).view(B, H, -1, D)
-        d_k, d_v = (x.view(B, K, S, D).to(k.dtype) for x in (d_k, d_v))
+                weights = FusedAttention.scores(tile_lse, k1, ctx.scale, ctx.shape, rows, columns,
+                                                (*ctx.options, mask, segments)).exp2_()
+                d_v[:, columns].add_(torch.bmm(weights.mT, d_tile))
+                d_scores = torch.bmm(d_tile_delta, v1[:, columns].contiguous().mT).mul_(weights)
+                d_q_tile.add_(torch.bmm(d_scores, k[:, columns]))
+                d_k[:, columns].add_(torch.bmm(d_scores.mT, tile))
+            d_q[:, :, rows] = d_q_tile.div_(math.sqrt(D)).view(B, H, -1, D)
+        d_k, d_v = (x.view(B, K, S, D).to(k.dtype) for x in (d_k.div_(math.sqrt(D)), d_v))
         return d_q, d_k, d_v, None, None, None, None
 
 
@@ -343,32 +347,31 @@ def plain_loss(x, weight, targets, softcap=0.0, smoothing=0.0, z_loss=0.0):
     return (losses * valid).sum() / valid.sum().clamp(min=1)
 
 
-LOSS_TILE = 2**23  # logits that are held at once on a CPU; a GPU wants larger products
+LOSS_TILE = 2**25  # logits that are held at once on a CPU; a GPU wants larger products
 
 
 def loss_tile(x, weight, targets, softcap, smoothing, z_loss, with_gradient):
     """x (N, C), weight (V, C), targets (N,) -> (the sum of the losses, and with_gradient that of
     the losses by the logits (N, V), else None)"""
-    valid, target = (targets != -1)[:, None], targets[:, None].clamp(min=0)
     logits = cap_logits(F.linear(x, weight).to(sum_dtype(x.dtype)), softcap)     # (N, V)
-    losses = -(1 - smoothing) * logits.gather(1, target)
+    valid, target = (targets != -1)[:, None].to(logits.dtype), targets[:, None].clamp(min=0)
+    log_probs = F.log_softmax(logits, dim=1)
+    hit = log_probs.gather(1, target)
+    logsumexp = logits.gather(1, target) - hit
+    losses = z_loss * logsumexp.square() - (1 - smoothing) * hit
     if smoothing:
-        losses -= smoothing * logits.mean(dim=1, keepdim=True)
-    slope = valid * (1 - (logits / softcap).square()) if softcap and with_gradient else valid
-    row_max = logits.amax(dim=1, keepdim=True)
-    powers = logits.sub_(row_max).exp_()  # from here on all happens in the logits' place
-    row_sum = powers.sum(dim=1, keepdim=True)
-    logsumexp = row_sum.log() + row_max
-    losses += logsumexp + z_loss * logsumexp.square()
+        losses -= smoothing * log_probs.mean(dim=1, keepdim=True)
     loss = (losses * valid).sum()
     if not with_gradient:
         return loss, None
     # d loss / d logits = softmax(logits) - one-hot(target), which smoothing spreads
-    d_logits = powers.mul_((1 + 2 * z_loss * logsumexp) / row_sum)
+    d_logits = log_probs.exp_().mul_(valid * (1 + 2 * z_loss * logsumexp))
     if smoothing:
-        d_logits -= smoothing / len(weight)
-    d_logits.scatter_add_(1, target, d_logits.new_full(target.shape, smoothing - 1))
-    return loss, d_logits.mul_(slope).to(x.dtype)
+        d_logits -= valid * (smoothing / len(weight))
+    d_logits.scatter_add_(1, target, valid * (smoothing - 1))
+    if softcap:
+        d_logits.mul_(1 - (logits / softcap).square())
+    return loss, d_logits.to(x.dtype)
 
 
 def loss_and_gradients(tile, x, weight, targets, *options, with_gradient):
@@ -377,21 +380,18 @@ def loss_and_gradients(tile, x, weight, targets, *options, with_gradient):
     low, (N, V) = weight.to(x.dtype), (len(x), len(weight))
     total = torch.zeros((), dtype=sum_dtype(x.dtype), device=x.device)
     d_x, d_weight = (torch.empty_like(y) if with_gradient else None for y in (x, weight))
-    held = LOSS_TILE if x.device.type == "cpu" else 32 * LOSS_TILE
+    held = LOSS_TILE if x.device.type == "cpu" else 8 * LOSS_TILE
     step = max(1, min(N, held // V))
     for start in range(0, N, step):
         rows = slice(start, start + step)
         loss, d_logits = tile(x[rows], low, targets[rows], *options, with_gradient)
         total += loss
-        if not with_gradient:
-            continue
-        torch.mm(d_logits, low, out=d_x[rows])
-        if d_weight.dtype == x.dtype:  # beta=0: what is there before the first does not count
+        if with_gradient:
+            torch.mm(d_logits, low, out=d_x[rows])
+        if with_gradient and d_weight.dtype == x.dtype:  # beta=0: what is there does not count
             d_weight.addmm_(d_logits.T, x[rows], beta=min(start, 1))
-        elif start == 0:
-            d_weight.copy_(d_logits.T @ x[rows])
-        else:
-            d_weight += d_logits.T @ x[rows]
+        elif with_gradient:
+            (d_weight.add_ if start else d_weight.copy_)(d_logits.T @ x[rows])
     return total, d_x, d_weight
 
 

@@ -150,7 +150,7 @@ def test_fused_attention_makes_no_tensor_that_grows_with_the_square_of_t(T):
     q, k, v = (x.requires_grad_() for x in qkv(1, 1, 1, T, T, 16))
     with Largest() as largest:
         fused_attention(q, k, v).sum().backward()
-    assert largest.size == max(16 * T, QUERY_TILE * KEY_TILE)
+    assert largest.size == max(18 * T, QUERY_TILE * KEY_TILE)
 
 
 def test_the_fused_loss_never_holds_all_logits(monkeypatch):
