@@ -423,10 +423,10 @@ def end_ids(tokenizer):
 
 def with_ids(config, tokenizer):
     """The config with ids for texts: a banned one also after a space; (id, number) for a bias."""
-    banned = [entry for entry in config.ban if not isinstance(entry, str)]
-    banned += [tokenizer.encode(space + text) for text in config.ban if isinstance(text, str)
-               for space in ("", " ")]
-    biases = []
+    ban, biases = [], []
+    for entry in config.ban:
+        texts = (entry, " " + entry) if isinstance(entry, str) else ()
+        ban += [tokenizer.encode(text) for text in texts] or [entry]
     for entry in config.logit_bias:
         if isinstance(entry, str):
             text, _, number = entry.rpartition("=")
@@ -436,7 +436,7 @@ def with_ids(config, tokenizer):
                                  f"' the=-2'; {text!r:.40} makes {len(ids)} tokens")
             entry = ids[0], float(number)
         biases.append(entry)
-    return replace(config, ban=banned, logit_bias=biases)
+    return replace(config, ban=ban, logit_bias=biases)
 
 
 class Continuation:
@@ -450,16 +450,15 @@ class Continuation:
             prompt = tokenizer.encode(prompt.removesuffix(" ")) or [tokenizer.eot]
         self.ids, self.n_prompt = list(prompt), len(prompt)
         self.n_left = n_new_tokens(model, len(prompt), config)
-        self.generator, self.decoder, self.waiting = seeded(seed), tokenizer.decoder(), ""
+        self.generator, self.decode, self.waiting = seeded(seed), tokenizer.decoder(), ""
         self.stop, self.ends = config.stop, end_ids(tokenizer)
 
     def take(self, token, logprob):
         """Add a token -> its Piece; n_left is 0 when it was the last."""
         self.ids.append(token)
         self.n_left = 0 if token in self.ends else self.n_left - 1
-        text = self.decoder.push(token) if token not in self.ends else ""
-        self.waiting += text[1:] if self.heals else text
-        self.waiting += self.decoder.flush() if not self.n_left else ""
+        text = self.decode(token) if token not in self.ends else ""
+        self.waiting += text[self.heals:] + (self.decode() if not self.n_left else "")
         text, self.waiting, stopped = release(self.waiting, self.stop, last=not self.n_left)
         self.n_left, self.heals = 0 if stopped else self.n_left, False
         return Piece(token, text, logprob)
@@ -526,7 +525,7 @@ class Command:
     file: str | None = option(None, "a file with the prompt; - reads what is typed or piped in")
     prompts: str | None = option(None, "a file with a prompt a line, all written together, or -")
     n_samples: int = option(1, "how many continuations of each prompt", low=1)
-    show: str = option("text", "text | logprobs: each token with its log-probability, coloured")
+    show: str = option("text", "text | logprobs: each token with its log-probability")
     beams: int | None = option(None, "no sampling: the likeliest text by so many beams", low=1)
     length_penalty: float = option(1.0, "of beams: 0 prefers short texts, 1 the best mean a token")
     checkpoint: str = option("best", "best | last | a step")
@@ -545,14 +544,11 @@ def read_text(path):
 
 
 def show_piece(tokenizer, piece, show):
-    """Print a piece: its text, or its log-probability and token, from red (unlikely) to green."""
+    """Print a piece: its text, or its log-probability, a bar as long as it is likely, its token."""
     if show == "text":
         return print(piece.text, end="", flush=True)
-    token = repr(tokenizer.token_bytes()[piece.token].decode("utf-8", "replace"))
-    if sys.stdout.isatty():
-        share = math.exp(piece.logprob)
-        token = f"\x1b[48;2;{int(200 * (1 - share))};{int(130 * share)};60m{token}\x1b[0m"
-    print(f"{piece.logprob:8.3f}  {token}", flush=True)
+    bar, token = "#" * round(8 * math.exp(piece.logprob)), tokenizer.token(piece.token)
+    print(f"{piece.logprob:8.3f} {bar:8} {token.decode('utf-8', 'replace')!r}", flush=True)
 
 
 def show_texts(model, tokenizer, prompts, show, config):
@@ -565,11 +561,10 @@ def show_texts(model, tokenizer, prompts, show, config):
         for n_tokens, (_, piece) in enumerate(own, n_tokens + 1):
             show_piece(tokenizer, piece, show)
         print(flush=True)
-    if len(prompts) == 1 and piece.token not in end_ids(tokenizer):
-        T = len(tokenizer.encode(prompts[0].removesuffix(" "))) or 1
-        if n_tokens == model.config.block_size - T < config.max_new_tokens:
-            print(f"stopped: the context of {model.config.block_size} tokens is full; "
-                  "--overflow=slide goes on", file=sys.stderr)
+    if len(prompts) == 1 and n_tokens < config.max_new_tokens and not (
+            config.stop or piece.token in end_ids(tokenizer)):
+        print(f"stopped: the context of {model.config.block_size} tokens is full; "
+              "--overflow=slide goes on", file=sys.stderr)
     return n_tokens
 
 
