@@ -19,6 +19,7 @@ import hashlib
 import json
 import math
 import os
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial, reduce, wraps
 from pathlib import Path
@@ -775,11 +776,10 @@ class GPT(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def use(self, kernels="auto", dtype=None, recompute=False, batch_size=1):
-        """Choose the functions to compute with (plain | fused | torch | cuda, or auto: whichever is
-        the fastest at this batch size), and the dtype to compute in (None: the weights' own);
-        recompute is activation checkpointing: what is in a block is made again in backward instead
-        of being kept, far less memory, a third more work (arXiv:1604.06174). None of it is part of
-        the model. -> the name of the row; auto leaves {name: seconds} of its trial in self.trial."""
+        """Choose the functions to compute with: plain | fused | torch | cuda, or auto, the fastest in
+        a trial on batch_size sequences (self.trial: {name: seconds}); the dtype to compute in (None:
+        the weights' own); and recompute, activation checkpointing (arXiv:1604.06174): far less
+        memory, a third more work. None of it is part of the model. -> the name of the row."""
         check_known(kernels, ("auto", "cuda", *KERNELS), "kernels")
         faster, self.dtype = accelerator(), dtype
         rows = faster.rows(KERNELS, self.device, dtype) if faster else KERNELS
@@ -790,8 +790,9 @@ class GPT(nn.Module):
             raise ValueError("kernels=cuda needs an NVIDIA GPU on which NVRTC works, and "
                              "chapters/kernels.py: kernels=auto takes what can run")
         self.set_functions(rows[kernels])
-        for stack in filter(None, (self.transformer, self.encoder)):
-            stack.recompute = recompute
+        for module in self.modules():
+            if isinstance(module, Transformer):
+                module.recompute = recompute
         return kernels
 
     def set_functions(self, functions):
@@ -834,8 +835,7 @@ class GPT(nn.Module):
     def classify(self, x, targets, segments):
         """A class or a number from the mean over a text's tokens."""
         weights = torch.ones_like(x[..., :1]) if segments is None else segments.unsqueeze(-1) > 0
-        mean = (x * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)        # (B, C)
-        logits = self.lm_head(mean).float()                              # (B, n_classes)
+        logits = self.lm_head((x * weights).sum(1) / weights.sum(1).clamp(min=1)).float()
         if targets is None:
             return logits, None
         if self.config.n_classes == 1:
@@ -940,15 +940,13 @@ def read_safetensors(path):
 # Checkpoints: the weights, what training needs besides, and in words config and progress.
 
 
-def save_model(model, file, tensors=None, **progress):
+def save_model(model, file, tensors={}, **progress):
     """Write a model, further {name: tensor} and plain values to a path or an open binary file."""
-    if not hasattr(file, "write"):
-        with open(file, "wb") as opened:
-            return save_model(model, opened, tensors, **progress)
     metadata = dict(format="pt", version=VERSION, config=json.dumps(asdict(model.config)),
                     progress=json.dumps(progress))
     weights = dict(model.named_parameters())  # shared ones once
-    write_safetensors(file, weights | (tensors or {}), metadata)
+    with nullcontext(file) if hasattr(file, "write") else open(file, "wb") as opened:
+        write_safetensors(opened, weights | tensors, metadata)
 
 
 def read_progress(path):
