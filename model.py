@@ -21,12 +21,13 @@ import math
 import os
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
-from functools import partial, reduce, wraps
+from functools import partial, reduce
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 # One architecture is one row of options.
@@ -192,16 +193,6 @@ def plain_attention(q, k, v, causal=True, window=0, mask=None, segments=None, dr
         weights = F.softmax(scores.masked_fill(~allowed, -torch.inf), dim=-1)
         weights = weights.masked_fill(~allowed, 0)
     return F.dropout(weights, dropout).to(v.dtype) @ v                   # (B, H, T, D)
-
-
-def once_differentiable(backward):
-    """Refuse gradients of gradients, which a backward written by hand does not have."""
-    @wraps(backward)
-    def checked(ctx, *gradients):
-        if torch.is_grad_enabled():  # as it is when create_graph=True asks for them
-            raise RuntimeError("fused kernels cannot be differentiated twice: use kernels='plain'")
-        return backward(ctx, *gradients)
-    return checked
 
 
 def sum_dtype(dtype):
@@ -950,19 +941,18 @@ def save_model(model, file, tensors={}, **progress):
 
 
 def read_progress(path):
-    """The plain values that save_model wrote, from the beginning of the file alone."""
+    """{"config": the model's options, and each plain value that save_model wrote}, from the
+    beginning of the file alone; ValueError for a file of another program or version."""
     if Path(path).suffix == ".pt":
-        raise ValueError(f"{path} was written by an older version of this program, whose files "
-                         "are not read any more: train again")
+        raise ValueError(f"{path} was written by an older version of this program: train again")
     _, metadata = read_header(path)
     if metadata.get("version") != VERSION:
         raise ValueError(f"{path} is no checkpoint of this program: it has version "
                          f"{metadata.get('version')!r:.20}, and {VERSION!r} is read")
     try:
-        return dict(json.loads(metadata["progress"]), config=json.loads(metadata["config"]))
+        return json.loads(metadata["progress"]) | dict(config=json.loads(metadata["config"]))
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: its metadata cannot be read ({error!r:.80})"
-                         ) from None
+        raise ValueError(f"{path} is damaged: its metadata is not JSON ({error!r:.80})") from None
 
 
 def from_weights(config, weights, path):
@@ -997,8 +987,7 @@ def load_model(path, device="cpu"):
     try:
         config = GPTConfig(**progress.pop("config"))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged: its config makes no model ({error!s:.200})"
-                         ) from None
+        raise ValueError(f"{path} is damaged: its config is no model's ({error!s:.200})") from None
     tensors = {name: w.to(device) for name, w in read_safetensors(path).items()}
     names = [name for name in tensors if not name.startswith("optimizer.")]
     model = from_weights(config, {name: tensors.pop(name) for name in names}, path)
