@@ -703,12 +703,11 @@ def prepare_run(config, model_config, say, stack):
     if world_size > 1:
         dist.broadcast_object_list(names, src=0)  # what was the fastest there
         run.model.use(names[0], dtype, config.recompute)
-    if config.cuda_graph and not (device.startswith("cuda") and world_size == 1 and accelerator()
-                                  and names[0] in ("torch", "cuda") and precision != "fp16"
-                                  and not config.skip_spikes):
+    can_record = (device.startswith("cuda") and world_size == 1 and accelerator() is not None and
+                  names[0] in ("torch", "cuda") and precision != "fp16" and not config.skip_spikes)
+    if config.cuda_graph and not can_record:
         raise ValueError("--cuda_graph needs chapters/kernels.py, one GPU, fp32 or bf16, torch or "
-                         f"cuda kernels, and no --skip_spikes: here are {world_size} x {device}, "
-                         f"{precision}, {names[0]} kernels")
+                         "cuda kernels, and no --skip_spikes: leave it out")
     run.config = replace(config, kernels=names[0])  # a resumed run takes the same
     run.tokenizer, run.shards, shares = tokenizer, shards, shares_of_shards(config, shards)
     run.batches = MixedLoader(shares, micro, shape.block_size, rank, world_size, config.seed,
@@ -739,22 +738,20 @@ def begin_folder(run, shape, folders, say, stack):
 # The loop, and what it asks at each step.
 
 
-def is_spike(recent, values, deviations):
-    """Whether one of values lies so many deviations above those before it, rows in recent, by
-    medians, which a few wild values do not move."""
-    for value, past in zip(values, zip(*recent)):
-        middle = median(past)
-        spread = 1.4826 * median(abs(x - middle) for x in past)  # a normal's standard deviation
-        if value > middle + deviations * max(spread, abs(middle) / 100):
-            return True
-    return False
+def is_spike(value, past, deviations):
+    """Whether a value lies so many deviations above those before it; by medians, as a few wild
+    values do not move them."""
+    middle = median(past)
+    spread = 1.4826 * median(abs(x - middle) for x in past)  # a normal's standard deviation
+    return value > middle + deviations * max(spread, abs(middle) / 100)
 
 
 def why_skip(run, loss, norm, deviations):
     """Why a step is to be skipped, or ""; to be asked once a step, with the same on all ranks."""
     if math.isfinite(loss) and math.isfinite(norm):
-        spike = deviations and len(run.recent) >= 20 and is_spike(run.recent, (loss, norm),
-                                                                  deviations)
+        spike = deviations and len(run.recent) >= 20 and any(
+            is_spike(value, past, deviations)
+            for value, past in zip((loss, norm), zip(*run.recent)))
         run.bad, run.recent = 0, [*run.recent, [loss, norm]][-100:]
         return "spike" if spike else ""
     if math.isfinite(loss) and run.scaler.is_enabled() and run.scaler.get_scale() >= 1:
@@ -778,7 +775,7 @@ def give_up(run, rate, recorder):
 def announce(run, n_steps, row):
     """What a run is going to be, as a row of its log lets expect."""
     config, model, n_tokens = run.config, run.model, run.batches.n_tokens
-    seconds = config.batch_size * run.batches.block_size / row["tokens_per_second"]
+    seconds = config.batch_size * run.batches.block_size / max(1, row["tokens_per_second"])
     n_steps = min(n_steps, 60 * config.minutes / seconds if config.minutes else math.inf)
     epochs = n_steps * config.batch_size * run.batches.block_size / n_tokens
     tried = ", ".join(f"{name} {1000 * taken:.0f} ms" for name, taken in model.trial.items())

@@ -597,9 +597,10 @@ def test_statistics_of_spikes_know_finite_numbers_only_and_are_saved(tmp_path):
 
 
 def test_a_spike_lies_above_not_below():
-    recent = [[2.0 + i % 5 / 10, 1.0] for i in range(50)]
-    assert is_spike(recent, (4.0, 1.0), 6.0) and is_spike(recent, (2.0, 2.0), 6.0)
-    assert not is_spike(recent, (0.1, 0.1), 6.0) and not is_spike(recent, (2.5, 1.01), 6.0)
+    past = [2.0 + i % 5 / 10 for i in range(50)]
+    assert is_spike(4.0, past, 6.0) and is_spike(2.0, [1.0] * 50, 6.0)
+    assert not any(is_spike(value, past, 6.0) for value in (0.1, 2.5))
+    assert not is_spike(1.01, [1.0] * 50, 6.0)
 
 
 def test_an_overflow_of_fp16_backs_off_and_recovers(shards, tmp_path):

@@ -435,7 +435,7 @@ def test_help_names_the_options_of_training_and_of_the_model(monkeypatch, capsys
     (dict(architecture="modem"), "did you mean modern?"),
     (dict(architecture="bert"), "architecture=bert does not predict the next token"),
     (dict(activation="gelo"), "did you mean gelu?"),
-    (dict(cuda_graph=True), "here are 1 x cpu, fp32, torch kernels"),
+    (dict(cuda_graph=True), "--cuda_graph needs chapters/kernels.py, one GPU"),
     (dict(n_head=5), "n_embd=32 is no multiple of n_head=5"),
     (dict(batch_size=7, micro_batch_size=2), "batch_size=7 is no multiple of 2"),
     (dict(block_size=100_000), "100,001"),
