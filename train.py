@@ -511,7 +511,7 @@ def read_log(folder):
     was not finite. Lines that are no such row, as one that was cut off, are left out."""
     path, rows = Path(folder) / "log.jsonl", []
     for line in path.read_bytes().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
             row = json.loads(line, parse_constant=lambda word: None)  # NaN, for one
             numbers = [row.get(name) or 0 for name in ("loss", "lr", "grad_norm", "val_loss",
                                                        "elapsed", "tokens_per_second")]
