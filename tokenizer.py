@@ -306,9 +306,8 @@ def count_chunks(texts, special_tokens, pattern):
 
 
 def read_files(paths):
-    """Yield the texts of files of any size in blocks; ValueError for a file that is not UTF-8. A
-    block ends after the last letter at the end of a line, where a chunk of each of SPLITS ends. In
-    a block without such a letter, or with another pattern, a chunk may be cut in two."""
+    """Yield the texts of UTF-8 files of any size in blocks, each up to the last letter at the end
+    of a line, where a chunk of each of SPLITS ends; in a block without one, a chunk may be cut."""
     seam = regex.compile(r"(?r)\p{L}(?=[\r\n])")  # r: the last one
     for path in paths:
         with reading(path), open(path, encoding="utf-8", newline="") as file:
@@ -316,8 +315,7 @@ def read_files(paths):
             while block := file.read(BLOCK):
                 if "\0" in block:
                     raise ValueError(f"{path} is not text: it has a zero byte; give text files")
-                found = seam.search(block)
-                end = found.end() if found else len(block)
+                end = found.end() if (found := seam.search(block)) else len(block)
                 yield rest + block[:end]
                 rest = block[end:]
             yield rest
@@ -346,10 +344,9 @@ def merge(ids, pair, new_id):
 
 
 def train_plain(texts, vocab_size, special_tokens=SPECIAL_TOKENS, pattern=GPT4_SPLIT):
-    """Byte-pair encoding as stated: merge the most frequent pair of neighbours, again and again.
-    texts is a str or documents; the merges are returned in order as (left bytes, right bytes). Of
-    equally frequent pairs it takes the one whose bytes compare greatest. It ends early where no
-    pair occurs twice."""
+    """Byte-pair encoding as stated: merge the most frequent pair of neighbours, again and again, as
+    long as one occurs twice; of equally frequent ones that whose bytes compare greatest. texts is a
+    str or documents; the merges are returned in order as (left bytes, right bytes)."""
     n_merges = room_for_merges(vocab_size, special_tokens)
     chunks = [(list(chunk), n) for chunk, n in count_chunks(texts, special_tokens, pattern).items()]
     vocab, merges = [bytes([i]) for i in range(256)], []
@@ -465,8 +462,7 @@ def train_fast(texts, vocab_size, special_tokens=SPECIAL_TOKENS, pattern=GPT4_SP
     n_merges = room_for_merges(vocab_size, special_tokens)
     index, merges = PairIndex(count_chunks(texts, special_tokens, pattern), n_merges), []
     for _ in tqdm(range(n_merges), "merge", unit="merge", **QUIET):
-        pair = index.pop()
-        if pair is None:
+        if (pair := index.pop()) is None:
             break
         merges.append(index.merge(*pair))
     return merges
@@ -611,8 +607,7 @@ class Tokenizer:
             yield from self.encode(text)
 
     def encode_batch(self, texts):
-        """A list with encode(text) of each text, by the fast twin on all cores. Texts for which the
-        twin may give other ids, or fail, are left to encode."""
+        """[encode(text) of each text], on all cores by the fast twin where that gives the same."""
         texts = list(texts)
         fast = [self.pattern in SPLITS.values() and not awkward(text) for text in texts]
         ids = iter(self.to_tiktoken().encode_ordinary_batch(
@@ -630,8 +625,7 @@ class Tokenizer:
         return b"".join(map(self.token, ids)).decode("utf-8", "replace")
 
     def decoder(self):
-        """A function from ids that come one at a time to the characters that each completes. With
-        no id it ends the text. All that it returns joins to decode(ids)."""
+        """A function: the next id -> the characters that it completes; without an id, the rest."""
         utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         return lambda id=None: utf8.decode(b"" if id is None else self.token(id), id is None)
 
@@ -724,8 +718,7 @@ class Tokenizer:
 
     @classmethod
     def from_gpt2(cls, vocab_json, merges_txt, special_tokens=()):
-        """The tokenizer of GPT-2's two files, with its ids; special is what else vocab.json names.
-        Of special_tokens, those that vocab.json lacks get the next ids."""
+        """The tokenizer of GPT-2's two files, with its ids; special_tokens they lack follow."""
         vocab = read_json(vocab_json)
         with reading(f"{vocab_json}, {merges_txt}"):
             lines = Path(merges_txt).read_text(encoding="utf-8").split("\n")
@@ -736,21 +729,7 @@ class Tokenizer:
 
 
 # -----------------------------------------------------------------------------
-# Commands.
-
-
-def train(args):
-    """Train on files, save, and say in one line what came of it."""
-    start, texts = time.time(), read_files(args.input)
-    sample = next(filter(None, texts), "")  # a pipe can be read only once
-    tokenizer = Tokenizer.train(chain([sample], texts), args.vocab_size,
-                                pattern=SPLITS[args.pattern])
-    tokenizer.save(args.out)
-    ratio = len(sample.encode()) / len(tokenizer.encode_batch([sample])[0])
-    few = " (no other pair occurs twice)" if tokenizer.n_vocab < args.vocab_size else ""
-    print(f"{len(tokenizer.merges)} merges, {tokenizer.n_vocab} tokens{few}, {ratio:.2f} bytes per "
-          f"token, {time.time() - start:.1f} s; next: "
-          f'python tokenizer.py show "some text" --tokenizer={args.out}')
+# The command.
 
 
 def main():
@@ -765,7 +744,17 @@ def main():
     parser.add_argument("--tokenizer", default="tokenizer.json", help="the others read it")
     args = parser.parse_intermixed_args()
     if args.command == "train":
-        return train(args)
+        start, texts = time.time(), read_files(args.input)
+        sample = next(filter(None, texts), "")  # a pipe can be read only once
+        tokenizer = Tokenizer.train(chain([sample], texts), args.vocab_size,
+                                    pattern=SPLITS[args.pattern])
+        tokenizer.save(args.out)
+        ratio = len(sample.encode()) / len(tokenizer.encode_batch([sample])[0])
+        few = " (no other pair occurs twice)" if tokenizer.n_vocab < args.vocab_size else ""
+        print(f"{len(tokenizer.merges)} merges, {tokenizer.n_vocab} tokens{few}, {ratio:.2f} bytes "
+              f"per token, {time.time() - start:.1f} s; next: "
+              f'python tokenizer.py show "some text" --tokenizer={args.out}')
+        return
     tokenizer, text = Tokenizer.load(args.tokenizer), " ".join(args.input)
     if args.command == "encode":
         print(*tokenizer.encode(text))
