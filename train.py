@@ -513,8 +513,8 @@ def read_log(folder):
     for line in path.read_bytes().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
             row = json.loads(line, parse_constant=lambda word: None)  # NaN, for one
-            numbers = [row.get(name) or 0 for name in ("loss", "lr", "grad_norm", "val_loss",
-                                                       "elapsed", "tokens_per_second")]
+            numbers = [row[name] for name in ("loss", "lr", "grad_norm", "val_loss", "elapsed",
+                                              "tokens_per_second") if row.get(name) is not None]
             if type(row["step"]) is int and "loss" in row and all(abs(x) < 1e99 for x in numbers):
                 rows.append(row)
     return rows
