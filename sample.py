@@ -17,11 +17,13 @@ import re
 import sys
 import time
 from collections import namedtuple
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from model import (TINY, KVCache, check_known, check_options, has_bf16_units, load_model, option,
                    read_progress, read_safetensors)
@@ -67,11 +69,9 @@ def pick_device(name="auto"):
     """auto | cuda | cuda:1 | mps | cpu -> the name of a device that works; auto: the first one."""
     check_known(name.partition(":")[0], ("auto", *DEVICES), "device")
     for device in DEVICES if name == "auto" else (name,):
-        try:
+        with suppress(RuntimeError, AssertionError):  # missing, or too old for this build of torch
             torch.ones(2, device=device).sum().item()
             return device
-        except (RuntimeError, AssertionError):  # it is missing, or too old for this build of torch
-            pass
     raise ValueError(f"device={name} does not work on this machine: take auto or cpu")
 
 
@@ -149,16 +149,15 @@ def pick_checkpoint(folder, which="best"):
 
 
 def load_run(folder, which="best", device="cpu", dtype=None):
-    """-> (the model of a run's checkpoint, in eval mode, its weights in dtype; its tokenizer).
-    which is what pick_checkpoint takes, or the path that it gave."""
+    """-> (the model, in eval mode, its weights in dtype; the tokenizer) of a run; which is as for
+    pick_checkpoint, or the path that it gave."""
     path = which if isinstance(which, Path) else pick_checkpoint(folder, which)
     tokenizer, (model, _) = Tokenizer.load(Path(folder, "tokenizer.json")), load_model(path, device)
     if tokenizer.n_vocab != model.config.vocab_size:
         raise ValueError(f"{folder}: tokenizer.json has {tokenizer.n_vocab} tokens, the model "
                          f"{path.name} has {model.config.vocab_size}: one is another run's")
     if not model.is_finite():
-        raise ValueError(f"{path} holds weights that are not numbers, its training diverged: "
-                         "take an earlier checkpoint")
+        raise ValueError(f"{path} holds no numbers, its training diverged: take an earlier one")
     model = model.to(dtype or torch.float32).eval()
     model.use("torch")  # for one query at a time the fastest, tests/benchmark.py found
     return model, tokenizer
@@ -181,8 +180,7 @@ def penalize_repeats(logits, seen, penalty):
 
 
 def penalize_counts(logits, written, frequency=0.0, presence=0.0):
-    """OpenAI's two penalties: subtract `frequency` for each time that a token is in written (B, S),
-    which has no prompt, and `presence` once."""
+    """OpenAI's: subtract `frequency` each time a token is in written (B, S), `presence` once."""
     n = counts(written, logits.size(-1))
     return logits - frequency * n - presence * (n > 0)
 
@@ -228,23 +226,20 @@ def keep_top_p(logits, top_p):
 
 def keep_min_p(logits, min_p):
     """Keep those at least min_p times as likely as the likeliest. arXiv:2407.01082"""
-    probabilities = logits.softmax(dim=-1)
-    lowest = min_p * probabilities.amax(dim=-1, keepdim=True)
-    return logits.masked_fill(probabilities < lowest, -torch.inf)
+    p = logits.softmax(dim=-1)
+    return logits.masked_fill(p < min_p * p.amax(dim=-1, keepdim=True), -torch.inf)
 
 
 def keep_typical(logits, typical_p):
-    """Keep those whose surprise is nearest to the mean, the entropy, until their probabilities sum
-    to typical_p or more. arXiv:2202.00666"""
+    """Keep those whose surprise is nearest to its mean, typical_p in sum. arXiv:2202.00666"""
     surprise = -logits.log_softmax(dim=-1)
     entropy = torch.special.entr((-surprise).exp()).sum(dim=-1, keepdim=True)
     return keep_first(logits, (surprise - entropy).abs().argsort(dim=-1), typical_p)
 
 
 def process_logits(logits, config, seen=None, n_prompt=0):
-    """The logits (B, V) whose softmax the next token is sampled from, or with temperature 0 whose
-    highest is taken. ban and logit_bias have to hold ids. seen (B, S) are the ids so far, -1 for
-    none, of which the first n_prompt, a number or (B, 1), are the prompt's."""
+    """The logits (B, V) whose softmax is sampled from; of temperature 0 the highest is taken. seen
+    (B, S) are the ids so far, -1 for none, the first n_prompt, a number or (B, 1), the prompt's."""
     c = config
     if seen is None:
         seen = torch.empty(len(logits), 0, dtype=torch.long, device=logits.device)
@@ -253,8 +248,7 @@ def process_logits(logits, config, seen=None, n_prompt=0):
     if c.repetition_penalty != 1:
         logits = penalize_repeats(logits, seen, c.repetition_penalty)
     if c.frequency_penalty or c.presence_penalty:
-        in_prompt = torch.arange(seen.size(1), device=seen.device) < n_prompt
-        written = torch.where(in_prompt, -1, seen)
+        written = torch.where(torch.arange(seen.size(1), device=seen.device) < n_prompt, -1, seen)
         logits = penalize_counts(logits, written, c.frequency_penalty, c.presence_penalty)
     if c.no_repeat_ngram is not None:
         logits = ban_repeated_ngrams(logits, seen, c.no_repeat_ngram)
@@ -302,9 +296,10 @@ def pick(logits, config=SampleConfig(temperature=1.0), generator=None, seen=None
 # Token after token.
 
 
-def seeded(seed=None):
-    """A random number generator, without a seed a new one each time."""
-    return torch.Generator().manual_seed(random.getrandbits(63) if seed is None else seed % 2**63)
+def seeded(seed, row):
+    """A random number generator for a row of a batch, without a seed a new one each time."""
+    number = random.getrandbits(63) if seed is None else (seed + row) % 2**63
+    return torch.Generator().manual_seed(number)
 
 
 def n_new_tokens(model, T, config):
@@ -327,9 +322,8 @@ def new_cache(model, batch_size, max_tokens):
 
 def decode(model, ids, config, generator=None, n_prompt=0, first_ban=None):
     """Yield for each token after ids (B, T) what was picked, (B,), and from which logits, (B, V).
-    The first pass reads the whole prompt (prefill), the others one token each. An id of -1 is
-    padding, before a row that is shorter than others; first_ban (B, V) marks what must not come
-    first. A context that is full forgets its older half."""
+    The first pass reads all (prefill), the others a token each; a full context forgets its older
+    half. Ids of -1 pad rows on the left; first_ban (B, V) marks what must not come first."""
     block_size, n_tokens = model.config.block_size, n_new_tokens(model, ids.size(1), config)
     padded, start, cache = bool((ids < 0).any()), 0, None  # what is before start is forgotten
     for _ in range(n_tokens):
@@ -352,23 +346,21 @@ def decode(model, ids, config, generator=None, n_prompt=0, first_ban=None):
 
 
 def generate(model, ids, max_new_tokens=None, config=SampleConfig(), generator=None, **options):
-    """Yield the tokens that follow ids (B, T), one tensor (B,) a step, at most until the context
-    is full. Options are fields of config, of which stop does nothing here; generator as for
-    sample_from, by default row i has seed + i."""
+    """Yield the tokens that follow ids (B, T), one tensor (B,) a step. Options: fields of config,
+    but stop has no effect; generator as for sample_from, by default row i has seed + i."""
     if max_new_tokens is not None:
         options["max_new_tokens"] = max_new_tokens
     config = replace(config, **options)
     if generator is None and config.seed is not None:
-        generator = [seeded(config.seed + i) for i in range(len(ids))]
+        generator = [seeded(config.seed, row) for row in range(len(ids))]
     for chosen, _ in decode(model, ids, config, generator, n_prompt=ids.size(1)):
         yield chosen
 
 
 def beam_search(model, ids, n_beams=4, max_new_tokens=50, length_penalty=1.0, ends=(), cache=True):
     """-> [(ids that follow ids (1, T), their score)], the best first. Of all continuations of the
-    n_beams best texts the best are kept; score: log-probability / length ** length_penalty, so that
-    above 0 longer texts are not worse for being longer. A text is complete with an id of ends.
-    arXiv:1609.08144"""
+    n_beams best texts the best are kept, by log-probability / length ** length_penalty. An id of
+    ends completes a text. arXiv:1609.08144"""
     T, V = ids.size(1), model.config.vocab_size
     n_tokens = n_new_tokens(model, T, SampleConfig(max_new_tokens=max_new_tokens))
     kv_cache = new_cache(model, 1, T + n_tokens) if cache else None
@@ -389,9 +381,7 @@ def beam_search(model, ids, n_beams=4, max_new_tokens=50, length_penalty=1.0, en
         beams, sums = texts[left], best[left]
         for layer in kv_cache or ():
             layer.choose(index[left] // V)
-        longest = n_tokens if length_penalty > 0 else length
-        if not len(left) or len(done) == n_beams and (
-                done[-1][1] >= sums.max().item() / longest**length_penalty):
+        if not len(left):
             break
     return done
 
@@ -399,8 +389,7 @@ def beam_search(model, ids, n_beams=4, max_new_tokens=50, length_penalty=1.0, en
 # -----------------------------------------------------------------------------
 # Text.
 
-# What a token adds to a text: whole characters, sometimes none; and how likely the model held it,
-# before temperature and filters: its log-probability in nats.
+# The text, perhaps "", that a token completes; its log-probability, before temperature and filters.
 Piece = namedtuple("Piece", "token text logprob")
 
 
@@ -417,8 +406,7 @@ def release(text, stop, last=False):
 
 def end_ids(tokenizer):
     """The ids that end a text or a reply."""
-    return {tokenizer.special[name] for name in ("<|endoftext|>", "<|end|>")
-            if name in tokenizer.special}
+    return {tokenizer.special.get(name) for name in ("<|endoftext|>", "<|end|>")} - {None}
 
 
 def with_ids(config, tokenizer):
@@ -442,7 +430,7 @@ def with_ids(config, tokenizer):
 class Continuation:
     """A text under way: its ids, its random numbers, and what of it may not be shown yet."""
 
-    def __init__(self, model, tokenizer, prompt, config, seed):
+    def __init__(self, model, tokenizer, prompt, config, number):
         # Token healing: " name" is one token, so the model has seldom seen a text that ends in a
         # space. The space is taken off the prompt, and the first token has to begin with it.
         self.heals = isinstance(prompt, str) and prompt.endswith(" ")
@@ -450,7 +438,8 @@ class Continuation:
             prompt = tokenizer.encode(prompt.removesuffix(" ")) or [tokenizer.eot]
         self.ids, self.n_prompt = list(prompt), len(prompt)
         self.n_left = n_new_tokens(model, len(prompt), config)
-        self.generator, self.decode, self.waiting = seeded(seed), tokenizer.decoder(), ""
+        self.number, self.generator = number, seeded(config.seed, number)
+        self.decode, self.waiting = tokenizer.decoder(), ""
         self.stop, self.ends = config.stop, end_ids(tokenizer)
 
     def take(self, token, logprob):
@@ -465,33 +454,27 @@ class Continuation:
 
 
 def write(model, tokenizer, prompts, config=SampleConfig(), **options):
-    """Yield (which prompt, Piece) for each token that follows prompts, texts or lists of ids, or
-    that begins a document after an empty one. All are written together; each text is the one that
-    its prompt gets alone, number i with seed + i. <|endoftext|>, <|end|> and stop strings end a
-    text and are not in it. Options are fields of config."""
-    config, texts = with_ids(replace(config, **options), tokenizer), {}
-    for i, prompt in enumerate(prompts):
-        seed = None if config.seed is None else config.seed + i
-        texts[i] = Continuation(model, tokenizer, prompt, config, seed)
+    """Yield (which prompt, Piece) for each token that follows prompts, texts or lists of ids, all
+    together, each text as it is alone with seed + i. <|endoftext|>, <|end|> or a stop string ends
+    a text; an empty prompt begins a document. Options are fields of config."""
+    config, device = with_ids(replace(config, **options), tokenizer), model.device
+    rows = [Continuation(model, tokenizer, prompt, config, i) for i, prompt in enumerate(prompts)]
     no_space = torch.tensor([not token.startswith(b" ") for token in tokenizer.token_bytes()])
-    while texts:  # once, unless short prompts leave space for more tokens than the longest
-        rows = [*texts.values()]
-        longest, n_left = max(len(row.ids) for row in rows), max(row.n_left for row in rows)
-        padding = [longest - len(row.ids) for row in rows]
-        ids = torch.tensor([[-1] * n + row.ids for n, row in zip(padding, rows)])     # (B, T)
-        n_prompt = torch.tensor([[n + row.n_prompt] for n, row in zip(padding, rows)])
-        first_ban = torch.tensor([[row.heals] for row in rows]) & no_space            # (B, V)
-        steps = decode(model, ids.to(model.device), replace(config, max_new_tokens=n_left),
-                       [row.generator for row in rows], n_prompt.to(model.device),
-                       first_ban.to(model.device))
+    while rows:  # once, unless short prompts leave space for more tokens than the longest
+        ids = pad_sequence([torch.tensor(row.ids) for row in rows], True, -1, "left")  # (B, T)
+        n_prompt = ids.size(1) - torch.tensor([[len(row.ids) - row.n_prompt] for row in rows])
+        first_ban = torch.tensor([[row.heals] for row in rows]) & no_space             # (B, V)
+        longest = replace(config, max_new_tokens=max(row.n_left for row in rows))
+        steps = decode(model, ids.to(device), longest, [row.generator for row in rows],
+                       n_prompt.to(device), first_ban.to(device))
         for chosen, logits in steps:
             logprobs = logits.log_softmax(dim=-1).gather(-1, chosen[:, None]).squeeze(-1)
-            for i, token, logprob in zip(texts, chosen.tolist(), logprobs.tolist()):
-                if texts[i].n_left:
-                    yield i, texts[i].take(token, logprob)
+            for row, token, logprob in zip(rows, chosen.tolist(), logprobs.tolist()):
+                if row.n_left:
+                    yield row.number, row.take(token, logprob)
             if not any(row.n_left for row in rows):
                 break
-        texts = {i: row for i, row in texts.items() if row.n_left}
+        rows = [row for row in rows if row.n_left]
 
 
 def stream(model, tokenizer, prompt="", config=SampleConfig(), **options):
@@ -556,8 +539,8 @@ def show_texts(model, tokenizer, prompts, show, config):
     pieces, n_tokens = write(model, tokenizer, prompts, config), 0
     pieces = pieces if len(prompts) == 1 else sorted(pieces, key=lambda pair: pair[0])
     for i, own in groupby(pieces, key=lambda pair: pair[0]):
-        print(f"--- {i + 1} of {len(prompts)}\n" if len(prompts) > 1 else "", end="")
-        print(prompts[i], end="" if show == "text" else "\n")
+        heading = f"--- {i + 1} of {len(prompts)}\n" if len(prompts) > 1 else ""
+        print(heading + prompts[i], end="" if show == "text" else "\n")
         for n_tokens, (_, piece) in enumerate(own, n_tokens + 1):
             show_piece(tokenizer, piece, show)
         print(flush=True)
@@ -585,8 +568,8 @@ def main():
     command, config = Command(**typed), SampleConfig(**sampling)
     folder, device = command.run or newest_run(), pick_device(command.device)
     precision, dtype = pick_precision(command.precision, device)
-    prompts = [read_text(command.file) if command.file else command.prompt]
-    prompts = read_text(command.prompts).splitlines() if command.prompts else prompts
+    prompts = (read_text(command.prompts).splitlines() if command.prompts
+               else [read_text(command.file) if command.file else command.prompt])
     prompts = [prompt for prompt in prompts for _ in range(command.n_samples)]
     path = pick_checkpoint(folder, command.checkpoint)
     model, tokenizer = load_run(folder, path, device, dtype)
