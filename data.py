@@ -6,9 +6,9 @@ Documents to batches: read, clean, drop duplicates, split, tokenize, write shard
     python data.py shakespeare                   # or tinystories, wikitext, fineweb10B
 
 A source is a name, a file, a folder or a URL. A file is .txt .md .py or .jsonl (field "text"), each
-also as .gz; a .txt file may hold many documents, <|endoftext|> between them. What is written:
-tokenizer.json, train_000000.bin ..., val_000000.bin ..., and card.json, which says what went in and
-what was lost. Such a folder is used again for the same content and options.
+also as .gz; a .txt file may hold many documents, <|endoftext|> between them. The result, used again
+for the same content and options: tokenizer.json, train_000000.bin ..., val_000000.bin ... and
+card.json, which says what went in and what was lost.
 """
 
 import ast
@@ -26,7 +26,7 @@ import tempfile
 import unicodedata
 import zipfile
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -35,19 +35,15 @@ from urllib.request import Request, urlopen
 import numpy as np
 from tqdm import tqdm
 
-from tokenizer import (SPECIAL_TOKENS, Parser, Tokenizer, check_fields, read_json, reading,
-                       replacing, room_for_merges, run_command, write_json)
+from tokenizer import (Parser, Tokenizer, check_fields, read_json, reading, replacing, run_command,
+                       write_json)
 
 VERSION = 1  # part of each fingerprint: raised when the same content would give other shards
 SEPARATOR = "<|endoftext|>"  # between the documents of a .txt file
 LONG_TEXT = 1 << 21  # characters; a .txt file of a longer text is read as several documents
 GROUP_BYTES = 1 << 23  # text tokenized at a time: the ids of a large corpus must not fill memory
 LEARN_BYTES = 200_000_000  # a tokenizer learns from a sample of this size: more changes little
-FEW_DOCUMENTS = 20  # below this, each document gives its end to validation
-LOST = ["replaced bytes", "control characters", "empty documents", "exact duplicates",
-        "skipped files"]
 PAGES = "python -m chapters.curate PAGE --out=FOLDER makes .txt files of web pages"
-CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # Unicode's Cc but \t \n \r
 
 # Texts to download, each pinned to one revision: URL and sha256.
 HUB = "https://huggingface.co/datasets/"
@@ -62,8 +58,7 @@ KNOWN = {
                  "927b3642933080f1b0e811e2f916e14c292992f9/wikitext-2-raw-v1.zip",
                  "ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11"),
 }
-# Ready token shards: val_000000.bin and train_000001.bin to train_000103.bin, behind these words.
-FINEWEB = HUB + "kjj0/fineweb10B-gpt2/resolve/main/fineweb_"
+FINEWEB = HUB + "kjj0/fineweb10B-gpt2/resolve/main/fineweb_"  # ready shards, behind these words
 NAMES = ["stdlib", *KNOWN, "fineweb10B"]
 
 # -----------------------------------------------------------------------------
@@ -113,8 +108,7 @@ def open_text(path):
     """Open a text file, plain or .gz, line ends as they are; ValueError for any other file. A byte
     that is not UTF-8 arrives as a lone surrogate, for clean() to count and replace."""
     if ending(path) not in READERS:
-        raise ValueError(f"{path}: cannot read {path.suffix or 'a file without an ending'}, only "
-                         f"{' '.join(READERS)}, each also as .gz; {PAGES}")
+        raise ValueError(f"{path}: can read only {' '.join(READERS)}, each also as .gz; {PAGES}")
     opened = gzip.open if path.suffix.lower() == ".gz" else open
     try:
         with reading(path), opened(path, "rb") as file:
@@ -132,12 +126,11 @@ def read_documents(path):
 
 
 def clean(text, counts=None):
-    """One spelling for the same text: clean("a\\r\\n  b \\n") == "a\\n  b". NFC, \\n at line ends,
-    no control characters, no spaces before a line end, at most two blank lines in a row;
-    indentation stays. What is lost is added to `counts`."""
+    """One spelling for the same text, in NFC: clean("a\\r\\n  b \\n") == "a\\n  b". No control
+    characters, spaces at line ends, third blank lines in a row; counts gets what is lost."""
     counts = Counter() if counts is None else counts
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    text, n_removed = CONTROL.subn("", text)
+    text, n_removed = re.subn("[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text)  # but \t and \n
     counts["control characters"] += n_removed
     if not text.isascii():
         text, n_replaced = re.subn("[\ud800-\udfff]", "\ufffd", text)
@@ -180,8 +173,9 @@ def download(url, path, sha256=None):
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    part, n_bytes = path.with_name(path.name + ".part"), 0
-    n_done = part.stat().st_size if part.exists() else 0
+    part = path.with_name(path.name + ".part")
+    # of what is there the last byte is fetched again: a server refuses (416) to send none
+    n_done = max(0, part.stat().st_size - 1) if part.exists() else 0
     request = Request(url, headers={"User-Agent": "data.py (urllib)", "Range": f"bytes={n_done}-"})
     try:
         with reading(url), urlopen(request, timeout=30) as response:
@@ -190,20 +184,17 @@ def download(url, path, sha256=None):
             n_done = n_done if response.status == 206 else 0  # 200: this server sends all of it
             n_bytes = n_done + int(response.headers.get("Content-Length") or 0)
             bar = dict(desc=path.name, total=n_bytes, initial=n_done, disable=None)
-            with (open(part, "ab" if n_done else "wb") as file,
-                  tqdm.wrapattr(file, "write", **bar) as counted):
+            with open(part, "ab") as file, tqdm.wrapattr(file, "write", **bar) as counted:
+                file.truncate(n_done)
                 shutil.copyfileobj(response, counted)
+                if file.seek(0, os.SEEK_END) < n_bytes:
+                    raise OSError(f"cut off at {file.tell():,} of {n_bytes:,} bytes")
     except OSError as error:
-        if n_done == 0 or getattr(error, "code", None) != 416:  # 416: nothing is missing
-            raise ValueError(f"{url}: {error}; start again to go on, or take stdlib") from None
-    n_done = part.stat().st_size
-    if n_done < n_bytes:
-        raise ValueError(f"{url}: cut off at {n_done:,} of {n_bytes:,} bytes; start again to go on")
+        raise ValueError(f"{url}: {error}; start again to go on, or take stdlib") from None
     if sha256 not in (None, file_hash(part)):
         part.unlink()
-        raise ValueError(f"{url}: {n_done:,} bytes without the expected sha256 {sha256}; removed")
-    os.replace(part, path)
-    return path
+        raise ValueError(f"{url} has not the expected sha256 {sha256}: removed")
+    return part.replace(path)
 
 
 def text_files(folder, counts, skip=()):
@@ -213,10 +204,9 @@ def text_files(folder, counts, skip=()):
         folders[:] = [name for name in folders if name not in skip and name[0] != "."]
         for path in [Path(parent, name) for name in names if name[0] != "."]:
             counts["skipped files"] += 1
-            with contextlib.suppress(ValueError, OSError), open_text(path) as file:
-                if file.read(1):
-                    files.append(path)
-                    counts["skipped files"] -= 1
+            with contextlib.suppress(ValueError, OSError), open_text(path):
+                files.append(path)
+                counts["skipped files"] -= 1
     return sorted(files)
 
 
@@ -257,8 +247,7 @@ FORMATS = {(20240520, 1): "<u2", (20240801, 7): "<u4"}  # (magic, version): type
 
 
 def write_shards(arrays, folder, split, n_vocab, shard_tokens=10**8):
-    """Write arrays of ids as split_000000.bin, split_000001.bin ...; return {file name: tokens}.
-    A shard takes whole arrays until it has shard_tokens or more."""
+    """Write arrays of ids, whole ones to about shard_tokens a file -> {file name: tokens}."""
     version, dtype = list(FORMATS.items())[n_vocab > 2**16]
     arrays, shards = (ids for ids in map(np.asarray, arrays) if len(ids)), {}
     for ids in arrays:
@@ -306,7 +295,7 @@ class Card:
     options: dict     # of prepare()
     counts: dict      # documents and bytes, and what was lost
     split: str        # in words, what decides which documents validate
-    train: dict       # {"documents", "bytes", "tokens", "shards": {file name: tokens}}
+    train: dict       # {"documents", "bytes", "tokens"}
     val: dict
     tokenizer: str    # its hash()
     vocab_size: int
@@ -325,15 +314,12 @@ def read_card(folder):
 
 
 def check_shards(folder, splits=("train", "val")):
-    """The Card of a folder of shards. ValueError if a shard of these splits is not as it was
-    written: a model would learn from the damage without a word."""
+    """The Card of a folder of shards; ValueError unless these splits are as they were written."""
     card = read_card(folder)
     names = {path.name for path in Path(folder).glob("*.bin")} | card.checksums.keys()
-    paths = [Path(folder, name) for name in sorted(names) if name.startswith(splits)]
-    with ThreadPoolExecutor() as pool:  # hashing leaves Python to its other threads
-        for path, checksum in zip(paths, pool.map(file_hash, paths)):
-            if checksum != card.checksums.get(path.name):
-                raise ValueError(f"{path} is damaged (wrong checksum): run data.py again")
+    for name in sorted(name for name in names if name.startswith(splits)):
+        if file_hash(Path(folder, name)) != card.checksums.get(name):
+            raise ValueError(f"{Path(folder, name)} is damaged (wrong checksum): run data.py again")
     return card
 
 
@@ -358,25 +344,24 @@ class Documents:
 
 
 def gather(files, file, counts):
-    """Read and clean all files into one; return its Documents, each text once, and count."""
+    """Read and clean all files into one, and count what is lost -> Documents, each text once."""
     texts = (clean(text, counts) for path in files for text in read_documents(path))
     texts = tqdm(texts, "read", unit=" documents", disable=None, leave=False)
     sizes = np.fromiter((file.write(text.encode()) for text in texts), np.int64)
     documents = Documents(file, sizes.cumsum() - sizes, sizes.cumsum())
     repeated = exact_duplicates(documents)
-    unique = Documents(file, *np.delete([documents.starts, documents.ends], repeated, axis=1))
-    counts.update({"empty documents": len(sizes) - len(documents), "documents": len(unique),
-                   "exact duplicates": len(repeated), "bytes": unique.n_bytes})
-    return unique
+    counts["empty documents"] += len(sizes) - len(documents)
+    counts["exact duplicates"] += len(repeated)
+    return Documents(file, *np.delete([documents.starts, documents.ends], repeated, axis=1))
 
 
 def split(documents, val_ratio=None):
     """Return Documents to train on, Documents to validate on, and in words what decides. Whole
     documents go by their own hash, so none changes sides when others come or go."""
-    starts, ends, are_few = documents.starts, documents.ends, len(documents) < FEW_DOCUMENTS
+    starts, ends, are_few = documents.starts, documents.ends, len(documents) < 20
     ratio = val_ratio or (0.1 if are_few else 0.05)
     if are_few:
-        rule = f"fewer than {FEW_DOCUMENTS} documents: the last {ratio:.0%} of each validates"
+        rule = f"fewer than 20 documents: the last {ratio:.0%} of each validates"
         cuts = starts + [len(text[:int(len(text) * (1 - ratio))].encode()) for text in documents]
     else:
         rule = f"documents with a sha256 (as a fraction of 1) below {ratio} validate, at least one"
@@ -384,7 +369,7 @@ def split(documents, val_ratio=None):
         cuts = np.where(np.array(hashes) > max(ratio, min(hashes)), ends, starts)
     train, val = Documents(documents.file, starts, cuts), Documents(documents.file, cuts, ends)
     if not train or not val:
-        raise ValueError(f"{documents.n_bytes:,} bytes are too few at val_ratio={ratio}: give more")
+        raise ValueError(f"{documents.n_bytes:,} bytes of text do not split at val_ratio={ratio}")
     return train, val, rule
 
 
@@ -445,9 +430,8 @@ def load_tokenizer(tokenizer):
 def build(out, found, tokenizer, card, say):
     """All stages: read, clean, split, train a tokenizer, write the shards and, last, the card."""
     ours = [*out.glob("train_??????.bin*"), *out.glob("val_??????.bin*")]
-    other = next(out.glob("[!.]*"), None)
-    if other and not ours:
-        raise ValueError(f"{out} holds other files ({other.name}): give a new or empty folder")
+    if not ours and any(out.glob("[!.]*")):
+        raise ValueError(f"{out} holds other files: give a new or empty folder")
     with locked(out), tempfile.TemporaryFile(dir=out.parent) as file:
         if "fineweb10B" in found:
             val, *train = map(read_shard, found["fineweb10B"])
@@ -455,10 +439,9 @@ def build(out, found, tokenizer, card, say):
         else:
             counts, options = card["counts"], card["options"]
             documents = gather(itertools.chain(*found.values()), file, counts)
-            lost = ", ".join(f"{counts[key]:,} {key}" for key in LOST if counts[key]) or "nothing"
-            if not documents:
-                raise ValueError(f"{' '.join(found)}: no text of {' '.join(READERS)}; lost: {lost}")
-            say(f"{counts['documents']:,} documents, {counts['bytes'] / 1e6:.1f} MB; lost: {lost}")
+            lost = ", ".join(f"{n:,} {what}" for what, n in counts.items() if n) or "nothing"
+            say(f"{len(documents):,} documents, {documents.n_bytes / 1e6:.1f} MB; lost: {lost}")
+            counts.update(documents=len(documents), bytes=documents.n_bytes)
             train, val, card["split"] = split(documents, options["val_ratio"])
             if tokenizer is None:
                 sample = itertools.islice(train, 0, None, train.n_bytes // LEARN_BYTES + 1)
@@ -468,44 +451,37 @@ def build(out, found, tokenizer, card, say):
         for path in [out / "card.json", *ours]:
             path.unlink(missing_ok=True)
         for name, arrays in splits.items():
-            shards = write_shards(arrays, out, name, tokenizer.n_vocab)
-            card[name] = count_tokens(read_split(out, name), tokenizer) | dict(shards=shards)
+            write_shards(arrays, out, name, tokenizer.n_vocab)
+            counted = card[name] = count_tokens(read_split(out, name), tokenizer)
+            say(f"{name}: {counted['tokens']:,} tokens for {counted['bytes']:,} bytes")
         tokenizer.save(out / "tokenizer.json")
-        checksums = {path.name: file_hash(path) for path in sorted(out.glob("*.bin"))}
+        paths = [*sorted(out.glob("*.bin")), out / "tokenizer.json"]
+        checksums = {path.name: file_hash(path) for path in paths}
         card |= dict(tokenizer=tokenizer.hash(), vocab_size=tokenizer.n_vocab, checksums=checksums)
         write_json(out / "card.json", card)
 
 
 def prepare(sources, out, vocab_size=4096, tokenizer=None, val_ratio=None, n_shards=1, say=print):
-    """Turn sources (names, files, folders, URLs) into a folder of shards and return its Path. One
-    made from the same content with the same options is used as it is. tokenizer: a file, "gpt2" or
-    a Tokenizer; None trains one of vocab_size. n_shards is for fineweb10B only."""
+    """Turn sources (names, files, folders, URLs) into a folder of shards, if it is not that already
+    -> its Path. tokenizer: a file, "gpt2" or a Tokenizer; None trains one of vocab_size."""
     sources = [sources] if isinstance(sources, (str, Path)) else sources
-    sources, out, counts = list(map(str, sources)), Path(out), Counter(dict.fromkeys(LOST, 0))
+    sources, out, counts = list(map(str, sources)), Path(out), Counter()
     if "fineweb10B" in sources and len(sources) > 1:
         raise ValueError(f"{' '.join(sources)}: ready shards do not mix with another source")
-    if val_ratio is not None and not 0 < val_ratio < 1:
-        raise ValueError(f"val_ratio={val_ratio} is not between 0 and 1")
     if tokenizer is not None or "fineweb10B" in sources:
         tokenizer, vocab_size = load_tokenizer(tokenizer or "gpt2"), None
-    else:
-        room_for_merges(vocab_size, SPECIAL_TOKENS)  # refuses a small one before all the work
-    downloads, given = out.parent / "downloads", tokenizer and tokenizer.hash()
-    found = {source: find_files(source, downloads, counts, n_shards) for source in sources}
-    options = dict(vocab_size=vocab_size, tokenizer=given, val_ratio=val_ratio)
+    found = {name: find_files(name, out.parent / "downloads", counts, n_shards) for name in sources}
+    options = dict(vocab_size=vocab_size, tokenizer=tokenizer and tokenizer.hash(),
+                   val_ratio=val_ratio)
     contents = [[ending(path), file_hash(path)] for paths in found.values() for path in paths]
     card = dict(fingerprint=text_hash(json.dumps([VERSION, options, contents])).hex(),
                 sources=[dict(name=source, files=len(paths)) for source, paths in found.items()],
                 python=platform.python_version(), options=options, counts=counts)
     with contextlib.suppress(OSError, ValueError):  # of a folder that is not there or not whole
-        saved, saved_tokenizer = check_shards(out), Tokenizer.load(out / "tokenizer.json")
-        if (saved.fingerprint, saved.tokenizer) == (card["fingerprint"], saved_tokenizer.hash()):
+        if check_shards(out, ("train", "val", "token")).fingerprint == card["fingerprint"]:
             say(f"{out}: used again, the content and the options are the same")
             return out
     build(out, found, tokenizer, card, say)
-    train, val = card["train"], card["val"]
-    say(f"{out}: {train['tokens']:,} tokens to train on, {val['tokens']:,} to validate on, "
-        f"{train['bytes'] / train['tokens']:.2f} bytes per token")
     return out
 
 
@@ -513,29 +489,24 @@ def prepare(sources, out, vocab_size=4096, tokenizer=None, val_ratio=None, n_sha
 # Batches: the shards of a split as one endless stream of shuffled blocks.
 
 
-class TokenLoader:
+class TokenLoader(Iterator):
     """Endless batches (x, y) of a shard folder: int64 (batch_size, block_size), y one token on. A
-    batch depends on (seed, position, rank, world_size) alone: to resume, give the position, which
-    is the number of the next batch. The ranks share one global batch: 2 ranks of 4 sequences read
-    what 1 rank of 8 reads. Each epoch cuts the tokens at another offset and shuffles the blocks."""
+    batch depends on (seed, position, rank, world_size) alone; position is the number of the next.
+    The ranks share one global batch: 2 ranks of 4 sequences read what 1 rank of 8 reads. Each epoch
+    cuts the tokens at another offset and shuffles the blocks."""
 
     def __init__(self, path, batch_size, block_size, rank=0, world_size=1, seed=0, position=0,
                  split="train"):
-        if min(batch_size, block_size) < 1 or not 0 <= rank < world_size or position < 0:
-            raise ValueError(f"bad {batch_size=} {block_size=} {rank=} {world_size=} {position=}")
         self.shards = read_split(path, split)
         self.starts = np.cumsum([0, *map(len, self.shards)])
         self.n_tokens = int(self.starts[-1])
         if self.n_tokens <= block_size:
-            raise ValueError(f"{path}: the {split} split has {self.n_tokens:,} tokens, a block "
-                             f"needs {block_size + 1:,}: give more text or a smaller block_size")
+            raise ValueError(f"{path}: {split} has {self.n_tokens:,} tokens, a block needs "
+                             f"{block_size + 1:,}: give more text or a smaller block_size")
         self.batch_size, self.block_size, self.seed = batch_size, block_size, seed
         self.rank, self.world_size, self.position = rank, world_size, position
         self.n_blocks = max(1, self.n_tokens // block_size - 1)  # they fit at any offset
         self.epoch = None
-
-    def __iter__(self):
-        return self
 
     def __next__(self):
         first = (self.position * self.world_size + self.rank) * self.batch_size
@@ -582,14 +553,12 @@ class MixedLoader(TokenLoader):
 def main():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("sources", nargs="*", default=["stdlib"], metavar="SOURCE",
-        help=f"files, folders, URLs, or names: {', '.join(NAMES)} (default stdlib)")
+    add("sources", nargs="*", default=["stdlib"], help=f"paths, URLs, or {', '.join(NAMES)}")
     add("--out", help="folder to write (default shards/NAME OF THE FIRST SOURCE)")
     add("--vocab_size", type=int, default=4096, help="default %(default)s")
     add("--tokenizer", help="use this tokenizer.json, or gpt2, and train none")
     add("--val_ratio", type=float, help="share to validate on (default 0.05; few documents: 0.1)")
-    add("--shards", type=int, default=1, dest="n_shards", metavar="N",
-        help="training shards of fineweb10B, 200 MB each (default %(default)s)")
+    add("--shards", type=int, default=1, dest="n_shards", help="of fineweb10B, 200 MB each")
     args = parser.parse_intermixed_args()
     args.out = args.out or Path("shards", folder_name(args.sources[0]))
     print(f"next: python train.py --data={prepare(**vars(args))}")
