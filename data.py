@@ -174,8 +174,7 @@ def download(url, path, sha256=None):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    # of what is there the last byte is fetched again: a server refuses (416) to send none
-    n_done = max(0, part.stat().st_size - 1) if part.exists() else 0
+    n_done = max(0, part.stat().st_size - 1) if part.exists() else 0  # to ask for none is an error
     request = Request(url, headers={"User-Agent": "data.py (urllib)", "Range": f"bytes={n_done}-"})
     try:
         with reading(url), urlopen(request, timeout=30) as response:
@@ -317,9 +316,9 @@ def check_shards(folder, splits=("train", "val")):
     """The Card of a folder of shards; ValueError unless these splits are as they were written."""
     card = read_card(folder)
     names = {path.name for path in Path(folder).glob("*.bin")} | card.checksums.keys()
-    for name in sorted(name for name in names if name.startswith(splits)):
-        if file_hash(Path(folder, name)) != card.checksums.get(name):
-            raise ValueError(f"{Path(folder, name)} is damaged (wrong checksum): run data.py again")
+    for path in [Path(folder, name) for name in sorted(names) if name.startswith(splits)]:
+        if file_hash(path) != card.checksums.get(path.name):
+            raise ValueError(f"{path} is damaged (wrong checksum): run data.py again")
     return card
 
 
