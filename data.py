@@ -38,7 +38,6 @@ from tqdm import tqdm
 from tokenizer import (Parser, Tokenizer, check_fields, read_json, reading, replacing, run_command,
                        write_json)
 
-VERSION = 1  # part of each fingerprint: raised when the same content would give other shards
 SEPARATOR = "<|endoftext|>"  # between the documents of a .txt file
 LONG_TEXT = 1 << 21  # characters; a .txt file of a longer text is read as several documents
 GROUP_BYTES = 1 << 23  # text tokenized at a time: the ids of a large corpus must not fill memory
@@ -471,9 +470,9 @@ def prepare(sources, out, vocab_size=4096, tokenizer=None, val_ratio=None, n_sha
         tokenizer, vocab_size = load_tokenizer(tokenizer or "gpt2"), None
     found = {name: find_files(name, out.parent / "downloads", counts, n_shards) for name in sources}
     options = dict(vocab_size=vocab_size, tokenizer=tokenizer and tokenizer.hash(),
-                   val_ratio=val_ratio)
+                   val_ratio=val_ratio, version=1)  # raised when the same gives other shards
     contents = [[ending(path), file_hash(path)] for paths in found.values() for path in paths]
-    card = dict(fingerprint=text_hash(json.dumps([VERSION, options, contents])).hex(),
+    card = dict(fingerprint=text_hash(json.dumps([options, contents])).hex(),
                 sources=[dict(name=source, files=len(paths)) for source, paths in found.items()],
                 python=platform.python_version(), options=options, counts=counts)
     with contextlib.suppress(OSError, ValueError):  # of a folder that is not there or not whole
