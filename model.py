@@ -444,12 +444,6 @@ def plain_norm(x, weight, bias=None, center=False, eps=1e-6):
     return y if bias is None else y + bias.to(x.dtype)
 
 
-def plain_activation(x, gate, activation):
-    """The activation of x (..., F), or x times the activation of its gate (..., F) if there is one
-    -> (..., F)."""
-    return ACTIVATIONS[activation](x) if gate is None else x * ACTIVATIONS[activation](gate)
-
-
 def rotary_table(config, positions):
     """Cosines and sines of the angles by which positions (..., T) rotate, each (..., T, D/2);
     channel pair j rotates by theta^(-2j/D) a token. arXiv:2104.09864"""
@@ -487,7 +481,7 @@ def position_ids(segments):
 # Which functions a model computes with: GPT.use sets one of these rows on its modules.
 
 PLAIN = dict(attention=plain_attention, loss=plain_loss, linear=plain_linear, norm=plain_norm,
-             rotary=plain_rotary, activate=plain_activation)
+             rotary=plain_rotary)
 KERNELS = {"plain": PLAIN, "fused": PLAIN | dict(attention=fused_attention, loss=fused_loss),
            "torch": PLAIN | dict(attention=torch_attention, loss=fused_loss)}
 
@@ -624,7 +618,6 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Two linear layers with an activation between them; SwiGLU (arXiv:2002.05202) adds a gate and
     is narrower, so that it has as many weights."""
-    activate = staticmethod(plain_activation)
 
     def __init__(self, config):
         super().__init__()
@@ -636,8 +629,10 @@ class MLP(nn.Module):
         self.activation = config.activation
 
     def forward(self, x):
-        gate = None if self.gate_proj is None else self.gate_proj(x)
-        return self.down_proj(self.activate(self.up_proj(x), gate, self.activation))
+        hidden, activation = self.up_proj(x), ACTIVATIONS[self.activation]       # (B, T, F)
+        if self.gate_proj is None:
+            return self.down_proj(activation(hidden))
+        return self.down_proj(activation(self.gate_proj(x)) * hidden)
 
 
 class Block(nn.Module):

@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 
 from chapters import cuda_kernels
-from model import once_differentiable, plain_activation, plain_rotary, rotary_table, sum_dtype
+from model import once_differentiable, plain_rotary, rotary_table, sum_dtype
 
 # -----------------------------------------------------------------------------
 # A linear layer that writes a few tokens.
 
-FEW_ROWS = 16  # up to here a CPU spends its time reading weights, not multiplying
+FEW_ROWS = range(8, 17)  # so few that a CPU spends its time reading weights, not multiplying
 
 
 def as_type(x, dtype):
@@ -34,7 +34,7 @@ def fused_linear(x, weight, bias=None):
     weights are read in order."""
     weight, bias = as_type(weight, x.dtype), as_type(bias, x.dtype)
     if (torch.is_grad_enabled() or x.dtype != torch.float32 or x.device.type != "cpu"
-            or not 1 < x.numel() // x.size(-1) <= FEW_ROWS):
+            or x.numel() // x.size(-1) not in FEW_ROWS):
         return F.linear(x, weight, bias)
     y = weight @ x.reshape(-1, x.size(-1)).T                             # (F, rows)
     y = y if bias is None else y + bias[:, None]
@@ -81,7 +81,7 @@ def fused_norm(x, weight, bias=None, center=False, eps=1e-6):
 
 
 # -----------------------------------------------------------------------------
-# Rotary positions and SwiGLU, with backward by hand.
+# Rotary positions, with backward by hand.
 
 
 class FusedRotary(torch.autograd.Function):
@@ -113,32 +113,10 @@ def fused_rotary(x, cos, sin):
     return FusedRotary.apply(x, cos, sin) if torch.is_grad_enabled() else plain_rotary(x, cos, sin)
 
 
-class FusedSwiGLU(torch.autograd.Function):
-    """Keeps what comes in alone: the activation is cheap to make again, and F is the widest."""
-
-    @staticmethod
-    def forward(ctx, x, gate):
-        ctx.save_for_backward(x, gate)
-        return F.silu(gate).mul_(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_y):
-        x, gate = ctx.saved_tensors
-        return F.silu(gate).mul_(d_y), torch.ops.aten.silu_backward(d_y * x, gate)
-
-
-def fused_activation(x, gate, activation):
-    """plain_activation with nothing stored between the gate and the product."""
-    if activation != "swiglu" or gate is None or not torch.is_grad_enabled():
-        return plain_activation(x, gate, activation)
-    return FusedSwiGLU.apply(x, gate)
-
-
 # -----------------------------------------------------------------------------
 # What can run where, and a whole step at once.
 
-FASTER = dict(linear=fused_linear, norm=fused_norm, rotary=fused_rotary, activate=fused_activation)
+FASTER = dict(linear=fused_linear, norm=fused_norm, rotary=fused_rotary)
 
 
 def rows(kernels, device, dtype):

@@ -153,8 +153,7 @@ def twins():
         attention=(x(B, H, T, D), x(B, K, T, D), x(B, K, T, D)), linear=(x(B, T, C), weight),
         loss=(x(B * T, C), x(V, C, dtype=torch.float32), torch.randint(V, (B * T,), device=DEVICE)),
         norm=(x(B, T, C), x(C, dtype=torch.float32)),
-        rotary=(x(B, T, H, D), *rotary_table(c, torch.arange(T, device=DEVICE))),
-        activate=(x(B, T, hidden), x(B, T, hidden), c.activation))
+        rotary=(x(B, T, H, D), *rotary_table(c, torch.arange(T, device=DEVICE))))
     rows = accelerator().rows(KERNELS, torch.device(DEVICE), dtype).values()
     for name, given in inputs.items():
         compare(f"{name}, {DEVICE} {BEST}", dict.fromkeys(row[name] for row in rows), given)
