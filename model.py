@@ -216,7 +216,7 @@ def tiles(T, S, causal=True, window=0):
 class FusedAttention(torch.autograd.Function):
     """Attention without the (T, S) scores: tiles, an online softmax, and scores made again in
     backward (FlashAttention, arXiv:2205.14135). Query heads that share a key head are rows of one
-    matrix. Powers are those of 2: a CPU is slow to take exp of the -inf where a mask is."""
+    matrix. Powers are those of 2: a CPU is slow to take exp of a mask's -inf."""
 
     @staticmethod
     def fold(x, K, rows):
@@ -433,9 +433,8 @@ def plain_linear(x, weight, bias=None):
 
 
 def plain_norm(x, weight, bias=None, center=False, eps=1e-6):
-    """x (..., C) divided by the root of its mean square over the last dimension, times weight
-    (RMSNorm, arXiv:1910.07467); center takes the mean away first and may have a bias (LayerNorm,
-    arXiv:1607.06450)."""
+    """x (..., C) / root of its mean square, times weight (RMSNorm, arXiv:1910.07467); center takes
+    the mean away first and may have a bias (LayerNorm, arXiv:1607.06450)."""
     unit = x.to(sum_dtype(x.dtype))
     if center:
         unit = unit - unit.mean(dim=-1, keepdim=True)
@@ -477,9 +476,7 @@ def position_ids(segments):
     return index - (index * first).cummax(dim=1).values
 
 
-# -----------------------------------------------------------------------------
-# Which functions a model computes with: GPT.use sets one of these rows on its modules.
-
+# GPT.use sets the functions of one of these rows on the modules of a model.
 PLAIN = dict(attention=plain_attention, loss=plain_loss, linear=plain_linear, norm=plain_norm,
              rotary=plain_rotary)
 KERNELS = {"plain": PLAIN, "fused": PLAIN | dict(attention=fused_attention, loss=fused_loss),
@@ -488,11 +485,10 @@ KERNELS = {"plain": PLAIN, "fused": PLAIN | dict(attention=fused_attention, loss
 
 def has_bf16_units(device):
     """Whether a device has units for bfloat16 products, with which they are far faster."""
-    device = torch.device(device)
-    if device.type == "cuda":
+    if torch.device(device).type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported()
-                                     or torch.cpu._is_amx_tile_supported())
+    units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.device(device).type == "cpu" and units
 
 
 def accelerator():
@@ -849,8 +845,8 @@ class GPT(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# Files of tensors, in the safetensors format: 8 bytes of length, that much JSON with each tensor's
-# dtype, shape and place and with strings of our own, then the tensors' bytes. No code is in it.
+# Checkpoints are files in the safetensors format: 8 bytes of length, that much JSON with the dtype,
+# shape and place of each tensor and with strings of our own, then the tensors' bytes. No code.
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
@@ -920,10 +916,6 @@ def read_safetensors(path):
     if metadata.get("sha256", checksum.hexdigest()) != checksum.hexdigest():
         raise ValueError(f"{path} is damaged: its checksum is not that of its tensors")
     return tensors
-
-
-# -----------------------------------------------------------------------------
-# Checkpoints: the weights, what training needs besides, and in words config and progress.
 
 
 def save_model(model, file, tensors={}, **progress):
