@@ -527,27 +527,6 @@ class TokenLoader(Iterator):
         return np.concatenate([ids[max(0, start - begin):stop - begin] for ids, begin in shards])
 
 
-class MixedLoader(TokenLoader):
-    """A TokenLoader over several folders of shards, {path: share}: of any 100 sequences in a row
-    each folder gives its share, spread evenly. n_tokens is read when the first was read once."""
-
-    def __init__(self, shares, batch_size, block_size, rank=0, world_size=1, seed=0, position=0):
-        super().__init__([*shares][0], batch_size, block_size, rank, world_size, seed, position)
-        parts = [round(100 * share) for share in shares.values()]
-        if min(parts) < 1 or sum(parts) != 100:
-            raise ValueError(f"shares of {parts} hundredths must be at least 1 each, together 100")
-        self.loaders = [TokenLoader(path, batch_size, block_size, seed=seed) for path in shares]
-        self.n_tokens = self.n_tokens * 100 // parts[0]
-        # Whose each of 100 sequences is: the j-th of a folder's n is due at (j + 1/2) / n.
-        due = [((j + 0.5) / n, i) for i, n in enumerate(parts) for j in range(n)]
-        self.parts, self.turns = parts, [i for _, i in sorted(due)]
-
-    def block(self, number):
-        rounds, n = divmod(number, 100)
-        i = self.turns[n]
-        return self.loaders[i].block(rounds * self.parts[i] + self.turns[:n].count(i))
-
-
 def main():
     parser = Parser(__doc__)
     add = parser.add_argument

@@ -33,7 +33,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import MixedLoader, TokenLoader, check_shards, folder_name, locked, prepare, read_card
+from data import TokenLoader, check_shards, folder_name, locked, prepare, read_card
 from model import (GPT, SIZES, GPTConfig, accelerator, check_ids, check_known, check_options,
                    has_bf16_units, load_model, option, read_safetensors, save_model)
 from sample import (checkpoints, complete, first_whole, newest_run, pick_checkpoint, pick_device,
@@ -68,7 +68,6 @@ class TrainConfig:
     batch_size: int = option(16, "sequences per step, over all devices", low=1)
     micro_batch_size: int = option(16, "sequences per forward pass; the rest accumulates", low=1)
     patience: int = option(0, "end after so many validations without a lower loss; 0: never")
-    mix: str = option("", "further shards and their share of batches: shards/a=0.2,shards/b=0.1")
     curriculum: float = option(0.0, "share of the run in which sequences are cut short", below=1)
     optimizer: str = option("muon", "muon | adamw")
     learning_rate: float = option(0.0, "the highest; 0: 0.02 for muon, 0.003 for adamw")
@@ -120,7 +119,7 @@ def read_config(path):
     """-> (TrainConfig, GPTConfig, dict of the data) in a run's config.json; ValueError if wrong."""
     saved = read_json(path)
     with reading(path):
-        saved["data"]["path"], [*saved["data"]["fingerprints"].values()]  # they must be there
+        saved["data"]["path"], saved["data"]["fingerprint"]  # they must be there
         return (check_fields(TrainConfig, saved["train"], path),
                 check_fields(GPTConfig, saved["model"], path), saved["data"])
 
@@ -622,19 +621,6 @@ def find_shards(config, rank, say):
     return folder
 
 
-def shares_of_shards(config, shards):
-    """{folder: share of the batches} of the run's shards and those of --mix."""
-    shares = {}
-    for part in filter(None, config.mix.split(",")):
-        folder, _, share = part.partition("=")
-        if (not re.fullmatch(r"0?\.\d+", share) or not Path(folder, "card.json").exists()
-                or read_card(folder).tokenizer != read_card(shards).tokenizer):
-            raise ValueError(f"mix={part} is not a folder of shards and its share, shards/a=0.2: "
-                             f"python data.py TEXT --tokenizer={shards}/tokenizer.json makes one")
-        shares[Path(folder)] = float(share)
-    return {shards: 1 - sum(shares.values())} | shares
-
-
 def split_batch(config, world_size):
     """-> (sequences in a forward pass on one process, forward passes in a step)."""
     micro = max(1, min(config.micro_batch_size, config.batch_size // world_size))
@@ -661,7 +647,7 @@ def check_model(shape, config):
                          "multiple of 8")
 
 
-def check_resume(run, shape, fingerprints, say):
+def check_resume(run, shape, card, say):
     """ValueError with all differences, if model, tokenizer or data are not those of the run until
     now; what else is different is said, and goes on."""
     before, _, data = read_config(run.folder / "config.json")
@@ -671,8 +657,8 @@ def check_resume(run, shape, fingerprints, say):
     wrong = [changed[name] for name in (*asdict(shape), "size") if name in changed]
     if Tokenizer.load(run.folder / "tokenizer.json").hash() != run.tokenizer.hash():
         wrong.append("another tokenizer")
-    if [*fingerprints.values()] != [*data["fingerprints"].values()]:
-        wrong.append(f"another corpus, {' and '.join(fingerprints)}")
+    if card.fingerprint != data["fingerprint"]:
+        wrong.append(f"another corpus, {run.shards}")
     if wrong:
         raise ValueError(f"{run.folder} cannot go on with {'; '.join(wrong)}: leave these out, or "
                          "start a new run")
@@ -709,29 +695,29 @@ def prepare_run(config, model_config, say, stack):
         raise ValueError("--cuda_graph needs chapters/kernels.py, one GPU, fp32 or bf16, torch or "
                          "cuda kernels, and no --skip_spikes: leave it out")
     run.config = replace(config, kernels=names[0])  # a resumed run takes the same
-    run.tokenizer, run.shards, shares = tokenizer, shards, shares_of_shards(config, shards)
-    run.batches = MixedLoader(shares, micro, shape.block_size, rank, world_size, config.seed,
+    run.tokenizer, run.shards = tokenizer, shards
+    run.batches = TokenLoader(shards, micro, shape.block_size, rank, world_size, config.seed,
                               run.sequences // (micro * world_size))
     if rank == 0:
-        begin_folder(run, shape, list(shares), say, stack)
+        begin_folder(run, shape, say, stack)
     return run
 
 
-def begin_folder(run, shape, folders, say, stack):
+def begin_folder(run, shape, say, stack):
     """Lock the run's folder, check a run that is resumed, and write the first files."""
-    fingerprints = {str(folder): check_shards(folder).fingerprint for folder in folders}
+    card = check_shards(run.shards)
     stack.enter_context(locked(run.folder))
     if run.config.resume:
-        check_resume(run, shape, fingerprints, say)
+        check_resume(run, shape, card, say)
     rows = [json.dumps(row) + "\n" for row in read_log(run.folder) if row["step"] <= run.step]
     with replacing(run.folder / "log.jsonl") as file:  # what came after the checkpoint comes again
         file.write("".join(rows).encode())
     for part in run.folder.glob("*.part"):  # of an interrupted save
         part.unlink()
     run.tokenizer.save(run.folder / "tokenizer.json")
-    data = dict(path=str(run.shards), fingerprints=fingerprints, **asdict(read_card(run.shards)))
     write_json(run.folder / "config.json", dict(
-        model=asdict(run.model.config), train=asdict(run.config), data=data))
+        model=asdict(run.model.config), train=asdict(run.config),
+        data=dict(path=str(run.shards), **asdict(card))))
 
 
 # -----------------------------------------------------------------------------

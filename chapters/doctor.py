@@ -177,7 +177,7 @@ def overfitting(log):
 
 def data_repeats(log):
     """The same text too many times."""
-    if log.epochs > REPEATS and not log.train.mix:
+    if log.epochs > REPEATS:
         return (f"step {log.rows[-1]['step']}: {log.tokens:,} tokens read of {log.n_tokens:,}, "
                 f"{log.epochs:.1f} epochs", f"more --data, or --epochs={REPEATS // 2}")
 

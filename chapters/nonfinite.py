@@ -14,11 +14,11 @@ from statistics import median
 
 import torch
 
-from data import MixedLoader
+from data import TokenLoader
 from model import load_model
 from sample import checkpoints, pick_device, pick_precision
 from tokenizer import Parser, reading, run_command
-from train import read_config, read_log, shares_of_shards
+from train import read_config, read_log
 
 
 # -----------------------------------------------------------------------------
@@ -127,8 +127,7 @@ def trace(folder):
         return "unknown: it takes a checkpoint from before, sequences in the log, and the shards"
     model, _ = load_model(paths[-1], pick_device())
     model.train().use("torch", pick_precision(options.precision, model.device.type)[1])
-    shares = shares_of_shards(options, shards)
-    loader = MixedLoader(shares, 1, model.config.block_size, seed=options.seed)
+    loader = TokenLoader(shards, 1, model.config.block_size, seed=options.seed)
     first, last = streak[0]["sequences"]
     for n in range(first, last + 1):
         block = torch.from_numpy(loader.block(n).astype("int64")).to(model.device)   # (T + 1,)

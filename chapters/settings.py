@@ -17,7 +17,7 @@ from tokenizer import field_kind
 from train import TrainConfig
 
 OWN = {"out", "max_steps", "seed", "config", "resume", "epochs", "tokens", "minutes", "eval_every"}
-ONE = {"data", "mix", "vocab_size", "device", "precision"}  # a path may have commas of its own
+ONE = {"data", "vocab_size", "device", "precision"}  # a path may have commas of its own
 
 
 # -----------------------------------------------------------------------------

@@ -204,7 +204,7 @@ def write_run(folder, lines):
     folder.mkdir()
     config = dict(model=asdict(GPTConfig(vocab_size=300, block_size=8)),
                   train=asdict(TrainConfig(max_steps=100)),
-                  data=dict(path="", fingerprints={}, train=dict(tokens=10_000)))
+                  data=dict(path="", fingerprint="", train=dict(tokens=10_000)))
     write_json(folder / "config.json", config)
     (folder / "log.jsonl").write_text("\n".join(lines), "utf-8")
     return folder

@@ -311,7 +311,7 @@ def test_a_card_with_anything_else_in_it_is_a_card_or_names_the_field(tmp_path, 
 @pytest.fixture
 def config(tmp_path):
     """What a run's config.json holds."""
-    data = dict(path="shards/x", fingerprints={"x": "0"})
+    data = dict(path="shards/x", fingerprint="0")
     write_json(tmp_path / "config.json", dict(
         train=asdict(TrainConfig()), model=asdict(tiny().config), data=data))
     return read_json(tmp_path / "config.json")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, mistake, run, tiny
 
-from data import MixedLoader, TokenLoader, prepare
+from data import TokenLoader, prepare
 from model import GPTConfig, accelerator, load_model
 from sample import checkpoints
 from train import (SCHEDULES, Muon, TrainConfig, announce, build_optimizer,
@@ -322,19 +322,6 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_in_the_log(shards, tmp_pa
     draw_loss(tmp_path / "run")
 
 
-def test_batches_are_mixed_from_several_shards(shards, tmp_path):
-    (tmp_path / "b.txt").write_text("birds and trees\n" * 200, "utf-8")
-    other = prepare([tmp_path / "b.txt"], tmp_path / "b", tokenizer=shards / "tokenizer.json",
-                    **QUIET)
-    config, shape = configure(shards, tmp_path / "run", mix=f"{other}=0.25", max_steps=4)
-    assert train(config, shape)["step"] == 4
-    mixed, alone = MixedLoader({shards: 0.75, other: 0.25}, 100, 16), TokenLoader(other, 25, 16)
-    assert [mixed.turns.count(i) for i in (0, 1)] == [75, 25]
-    for _ in range(3):
-        rows = next(mixed)[0][[turn == 1 for turn in mixed.turns]]
-        assert (rows == next(alone)[0]).all()
-
-
 def test_a_config_goes_out_and_in_again(shards, tmp_path):
     config, shape = configure(shards, tmp_path / "run", max_steps=2, dropout=0.1)
     train(config, shape)
@@ -448,8 +435,6 @@ def test_help_names_the_options_of_training_and_of_the_model(monkeypatch, capsys
     (dict(decay_ratio=0.0), "decay_ratio=0.0 must be at least 0.01 and below 1"),
     (dict(curriculum=1.5), "curriculum=1.5 must be at least 0 and below 1"),
     (dict(curriculum=0.5, block_size=20), "block_size=20 is no multiple of 8"),
-    (dict(mix="elsewhere"), "mix=elsewhere is not a folder of shards and its share"),
-    (dict(mix="elsewhere=0.3"), "mix=elsewhere=0.3 is not a folder of shards and its share"),
     (dict(learning_rate=-1.0), "learning_rate=-1.0 must be at least 0"),
     (dict(tokens=math.inf), "tokens=inf must be at least 0 and below"),
     (dict(min_lr=0.5), "min_lr=0.5 is above learning_rate=0.02"),
