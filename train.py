@@ -269,24 +269,14 @@ def plain_orthogonal(x, steps=5):
     return x
 
 
-def fast_orthogonal(x, steps=5):
-    """plain_orthogonal with less work where x is wide: what becomes of x is a polynomial of the
-    small square x x^T times x, so it is worked out on squares and meets x once, at the end."""
-    rows, columns = x.shape[-2:]
-    if rows > columns:
-        return fast_orthogonal(x.mT, steps).mT
-    # in bfloat16 rounded squares lose small singular values: some would end at 20 instead of 1
-    if columns < 1.5 * rows or x.dtype == torch.bfloat16:
-        return plain_orthogonal(x, steps)
-    a, b, c = NEWTON_SCHULZ
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    gram = x @ x.mT                                                  # (..., rows, rows)
-    total = one = torch.eye(rows, dtype=x.dtype, device=x.device)
-    for _ in range(steps):
-        factor = a * one + b * gram + c * gram @ gram
-        total = factor @ total
-        gram = factor @ gram @ factor
-    return total @ x
+def orthogonal(x):
+    """plain_orthogonal: in bfloat16 where that is fast, else where x is far from square by the
+    faster twin. In bfloat16 that one would lose small singular values to rounding."""
+    if has_bf16_units(x.device):
+        return plain_orthogonal(x.bfloat16())
+    is_wide = max(x.shape[-2:]) >= 2 * min(x.shape[-2:])
+    return (accelerator().fast_orthogonal(x, NEWTON_SCHULZ) if is_wide and accelerator() else
+            plain_orthogonal(x))
 
 
 class Muon:
@@ -315,9 +305,8 @@ class Muon:
         momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
         torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
         ahead = torch.stack(torch._foreach_lerp(gradients, momenta, self.momentum))  # Nesterov's
-        dtype = torch.bfloat16 if has_bf16_units(ahead.device) else ahead.dtype
         rows, columns = params[0].shape
-        updates = fast_orthogonal(ahead.to(dtype)) * (lr * max(1, rows / columns) ** 0.5)
+        updates = orthogonal(ahead) * (lr * max(1, rows / columns) ** 0.5)
         for p, update in zip(params, updates):
             p.mul_(1 - lr * weight_decay).sub_(update)
             p.grad = None

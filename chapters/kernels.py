@@ -5,8 +5,8 @@ where this file is there; without it all works and gives the same results, only 
     rows(KERNELS, device, dtype)     {"fused": ..., "torch": ..., "cuda": ...}, the functions of each
     GraphedStep(step)                a whole training step as one CUDA graph
 
-Each function has the arguments and the result of its plain twin in model.py; tests/benchmark.py
-prints what each is worth. Those in CUDA C are in chapters/cuda_kernels.py.
+Each function gives the result of its plain twin in model.py or train.py; tests/benchmark.py prints
+what each is worth. Those in CUDA C are in chapters/cuda_kernels.py.
 """
 
 import time
@@ -111,6 +111,26 @@ class FusedRotary(torch.autograd.Function):
 def fused_rotary(x, cos, sin):
     """plain_rotary in fewer passes over memory."""
     return FusedRotary.apply(x, cos, sin) if torch.is_grad_enabled() else plain_rotary(x, cos, sin)
+
+
+# -----------------------------------------------------------------------------
+# Muon's step.
+
+
+def fast_orthogonal(x, coefficients, steps=5):
+    """train.plain_orthogonal with less work where x (..., rows, columns) is far from square: what
+    becomes of x is a polynomial of the small x x^T times x, worked out on squares alone."""
+    if x.size(-2) > x.size(-1):
+        return fast_orthogonal(x.mT, coefficients, steps).mT
+    a, b, c = coefficients
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    gram, one = x @ x.mT, torch.eye(x.size(-2), dtype=x.dtype, device=x.device)
+    total = factor = a * one + b * gram + c * gram @ gram            # (..., rows, rows)
+    for _ in range(steps - 1):
+        gram = factor @ gram @ factor
+        factor = a * one + b * gram + c * gram @ gram
+        total = factor @ total
+    return total @ x
 
 
 # -----------------------------------------------------------------------------

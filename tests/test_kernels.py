@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from conftest import tiny
 from test_model import close, exactly, randn, value_and_gradients
 
-from chapters.kernels import FEW_ROWS, fused_linear, fused_norm, fused_rotary
+from chapters.kernels import FEW_ROWS, fast_orthogonal, fused_linear, fused_norm, fused_rotary
 from model import plain_linear, plain_norm, plain_rotary, rotary_table
+from train import NEWTON_SCHULZ, plain_orthogonal
 
 
 @pytest.mark.parametrize("center, bias", [(False, False), (True, True), (True, False)])
@@ -66,3 +67,11 @@ def test_double_backward_through_a_fused_function_is_refused(name):
     slope, = torch.autograd.grad(calls[name]().square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         slope.sum().backward()
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (3, 5, 12), (2, 12, 5), (1, 7)])
+@pytest.mark.parametrize("dtype, near", [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+def test_fast_orthogonal_equals_plain_orthogonal(shape, dtype, near):
+    x = torch.randn(shape, dtype=torch.float64)
+    fast = fast_orthogonal(x.to(dtype), NEWTON_SCHULZ)
+    close(fast.double(), plain_orthogonal(x), rtol=near, atol=near)

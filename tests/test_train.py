@@ -17,8 +17,8 @@ from data import TokenLoader, prepare
 from model import GPTConfig, accelerator, load_model
 from sample import checkpoints
 from train import (SCHEDULES, Muon, TrainConfig, announce, build_optimizer,
-                   complete_options, cut_short, draw_loss, fast_orthogonal, last_step,
-                   learning_rate, main, new_run, plain_orthogonal, read_log, take_step, to_device,
+                   complete_options, cut_short, draw_loss, last_step, learning_rate, main,
+                   new_run, plain_orthogonal, read_log, take_step, to_device,
                    train, validation_loss)
 
 slow = pytest.mark.slow
@@ -101,15 +101,6 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest():
     assert {names[id(p)].split(".")[1] for p in ours["params"]} == {"blocks"} and ours["muon"]
     assert {p.dim() for p in ours["params"]} == {2} and not rest["muon"]
     assert len(ours["params"]) + len(rest["params"]) == len(names)
-
-
-@pytest.mark.parametrize("shape", [(8, 8), (3, 5, 12), (2, 12, 5), (1, 7)])
-@pytest.mark.parametrize("dtype, near", [(torch.float64, 1e-10), (torch.float32, 1e-4),
-                                         (torch.bfloat16, 0.05)])
-def test_plain_and_fast_orthogonal_agree(shape, dtype, near):
-    x = torch.randn(shape, dtype=torch.float64)
-    fast = fast_orthogonal(x.to(dtype)).double()
-    torch.testing.assert_close(fast, plain_orthogonal(x), rtol=near, atol=near)
 
 
 def test_orthogonal_brings_singular_values_near_one_and_keeps_the_directions():
