@@ -24,7 +24,7 @@ import time
 import unicodedata
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import MISSING, fields, make_dataclass
+from dataclasses import MISSING, fields
 from itertools import chain, compress, islice, starmap
 from pathlib import Path
 
@@ -53,7 +53,6 @@ PLAIN = {  # tiktoken writes two of them with possessive quantifiers, which many
     (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
      r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"): CL100K_SPLIT}
 SPECIAL_TOKENS = ["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|end|>"]
-ROLES = ["system", "user", "assistant", "tool"]
 
 BLOCK = 1 << 22  # characters of a file that are read at a time
 JOB = 1 << 24  # characters that one process counts at a time; to start it takes a second
@@ -102,9 +101,8 @@ def field_kind(f):
 
 
 def parse_options(doc, *config_classes):
-    """The options that were typed, as one dict a dataclass: parse_options(__doc__, TrainConfig). A
-    field with "help" in its metadata is an option, with `positional` an argument. A bool is --name
-    or --no-name, a list is an option that may be repeated. Of two equal names the first counts."""
+    """The options that were typed, in a dict for each dataclass: of two equal fields in the first.
+    A field with "help" is an option, a bool as --name or --no-name, a list as one to repeat."""
     parser, owners = Parser(doc), {}
     for config in config_classes:
         group = parser.add_argument_group(config.__doc__.splitlines()[0].rstrip("."))
@@ -201,7 +199,7 @@ def check_fields(dataclass, values, path):
             raise ValueError(f"{path}: unknown field {name!r:.40}{nearest(name, known)}")
         kind, right = field_kind(known[name]), isinstance(value, known[name].type)
         if kind in (int, float) and value is not None:
-            below = known[name].metadata.get("below", 2**31)  # its own check then says more
+            below = max(2**31, known[name].metadata.get("below", 0))
             right = type(value) in (int, kind) and abs(value) < below
         if not right:
             limit = " below 2**31" * (kind in (int, float))
@@ -344,9 +342,8 @@ def merge(ids, pair, new_id):
 
 
 def train_plain(texts, vocab_size, special_tokens=SPECIAL_TOKENS, pattern=GPT4_SPLIT):
-    """Byte-pair encoding as stated: merge the most frequent pair of neighbours, again and again, as
-    long as one occurs twice; of equally frequent ones that whose bytes compare greatest. texts is a
-    str or documents; the merges are returned in order as (left bytes, right bytes)."""
+    """The merges, as (left bytes, right bytes), of a text or documents: again and again the most
+    frequent pair of neighbours, the greatest bytes among equals, while one occurs twice."""
     n_merges = room_for_merges(vocab_size, special_tokens)
     chunks = [(list(chunk), n) for chunk, n in count_chunks(texts, special_tokens, pattern).items()]
     vocab, merges = [bytes([i]) for i in range(256)], []
@@ -535,12 +532,6 @@ def awkward(text):
 # The tokenizer: merges, special tokens and a split pattern.
 
 
-# What a tokenizer.json holds: the name of one of SPLITS or a pattern, name -> id, the bytes of the
-# ids 0 to 255, and "left right" for each merge, in GPT-2's printable characters.
-TokenizerFile = make_dataclass("TokenizerFile", dict(
-    format=str, pattern=str, special_tokens=dict, bytes=str, merges=list).items())
-
-
 class Tokenizer:
     """Text to ids and back. Ids are the 256 bytes, byte_order[id] being the byte of an id, the
     merges in order, then the special tokens: a list, or a dict name -> id with gaps."""
@@ -640,7 +631,7 @@ class Tokenizer:
             raise ValueError(f"a chat is a list of messages, not {messages!r:.40}")
         ids, loss_mask = [self.eot], [False]
         for i, message in enumerate(messages):
-            roles = ROLES[1:] if i else ROLES[:2]
+            roles = ["user", "assistant", "tool"] if i else ["system", "user"]
             if i == len(messages) - 1:
                 roles = [role for role in roles if role in last]
             if not (isinstance(message, dict) and isinstance(message.get("content"), str)
@@ -662,7 +653,8 @@ class Tokenizer:
         return [self.tokens.get(id, b"") for id in range(self.n_vocab)]
 
     def definition(self):
-        """The fields of a TokenizerFile."""
+        """What a tokenizer.json holds: the name of one of SPLITS or a pattern, special tokens with
+        their ids, the bytes of the ids 0 to 255, and "left right" for each merge, as to_chars()."""
         names = {pattern: name for name, pattern in SPLITS.items()}
         merges = [f"{to_chars(left)} {to_chars(right)}" for left, right in self.merges]
         return dict(format=FORMAT, pattern=names.get(self.pattern, self.pattern),
@@ -682,11 +674,10 @@ class Tokenizer:
         values = read_json(path)
         if not isinstance(values, dict) or values.get("format") != FORMAT:
             raise ValueError(f"{path} is no tokenizer of this version of the program: train one")
-        file = check_fields(TokenizerFile, values, path)
-        with reading(path):
-            merges = [tuple(map(to_bytes, line.split(" "))) for line in file.merges]
-            pattern = SPLITS.get(file.pattern, file.pattern)
-            return cls(merges, file.special_tokens, pattern, to_bytes(file.bytes))
+        with reading(path):  # [] + and {} | refuse what is no list or no dict
+            merges = [tuple(map(to_bytes, line.split(" "))) for line in [] + values["merges"]]
+            pattern = SPLITS.get(values["pattern"], values["pattern"])
+            return cls(merges, {} | values["special_tokens"], pattern, to_bytes(values["bytes"]))
 
     def to_tiktoken(self):
         """The fast twin, made once: a tiktoken.Encoding with the same ids, see awkward()."""
