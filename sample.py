@@ -62,7 +62,7 @@ class SampleConfig:
 
 
 # -----------------------------------------------------------------------------
-# The machine: where to compute, and in which precision.
+# Machines and runs: where to compute; from a run folder to a model and its tokenizer.
 
 
 def pick_device(name="auto"):
@@ -81,10 +81,6 @@ def pick_precision(name="auto", device="cpu"):
     if name == "auto":
         name = "bf16" if has_bf16_units(device) else "fp32"
     return name, PRECISIONS[name]
-
-
-# -----------------------------------------------------------------------------
-# Runs: runs/NAME/{tokenizer.json, step_NNNNNN.safetensors} to a model and its tokenizer.
 
 
 def warn(text):
@@ -109,11 +105,11 @@ def first_whole(paths, by_loss=False):
     """-> (the first of these checkpoints whose checksum is right, or with by_loss the one of the
     lowest validation loss; what is wrong with those in its way, in words)."""
     def val_loss(path):
-        try:
+        with suppress(ValueError):
             loss = read_progress(path).get("val_loss")
             return loss if isinstance(loss, int | float) and loss < math.inf else math.inf
-        except ValueError:
-            return -math.inf  # it comes first, and is named below
+        return -math.inf  # a damaged one comes first, and is named below
+
     wrong = []
     for path in sorted(paths, key=val_loss) if by_loss else paths:
         try:
@@ -126,18 +122,15 @@ def first_whole(paths, by_loss=False):
 
 
 def pick_checkpoint(folder, which="best"):
-    """best (lowest validation loss among those kept) | last | a step -> the path of a checkpoint
-    that is whole. Instead of a damaged one, which is named, the next best or newest is taken."""
-    folder, which, found = Path(folder), str(which), checkpoints(folder)
-    if not folder.is_dir():
-        near = Path("runs", folder)
-        hint = f"did you mean {near}?" if near.is_dir() else "python train.py makes a run"
-        raise ValueError(f"there is no run folder {folder}: {hint}")
+    """best (lowest validation loss) | last | a step -> the path of a checkpoint that is whole.
+    Instead of a damaged one, which is named, the next best or newest is taken."""
+    which, found, near = str(which), checkpoints(folder), Path("runs", folder)
     if not found:
-        for path in folder.glob("step_*.pt"):
+        for path in Path(folder).glob("step_*.pt"):
             read_progress(path)  # raises ValueError: an older version wrote it
-        raise ValueError(f"{folder} holds no checkpoint (step_NNNNNN.safetensors): "
-                         f"python train.py --out={folder} writes some")
+        hint = (f"did you mean {near}?" if checkpoints(near)
+                else f"python train.py --out={folder} makes one")
+        raise ValueError(f"there is no run folder {folder} with a checkpoint: {hint}")
     check_known(which, ("best", "last", *map(str, found)), "checkpoint")
     paths = [found[int(which)]] if which.isdecimal() else reversed(found.values())
     path, wrong = first_whole(paths, by_loss=which == "best")
@@ -149,7 +142,7 @@ def pick_checkpoint(folder, which="best"):
 
 
 def load_run(folder, which="best", device="cpu", dtype=None):
-    """-> (the model, in eval mode, its weights in dtype; the tokenizer) of a run; which is as for
+    """-> (the model in eval mode, its weights in dtype; the tokenizer) of a run. which: as for
     pick_checkpoint, or the path that it gave."""
     path = which if isinstance(which, Path) else pick_checkpoint(folder, which)
     tokenizer, (model, _) = Tokenizer.load(Path(folder, "tokenizer.json")), load_model(path, device)
@@ -241,8 +234,7 @@ def process_logits(logits, config, seen=None, n_prompt=0):
     """The logits (B, V) whose softmax is sampled from; of temperature 0 the highest is taken. seen
     (B, S) are the ids so far, -1 for none, the first n_prompt, a number or (B, 1), the prompt's."""
     c = config
-    if seen is None:
-        seen = torch.empty(len(logits), 0, dtype=torch.long, device=logits.device)
+    seen = logits.new_empty(len(logits), 0, dtype=torch.long) if seen is None else seen
     if any(isinstance(entry, str) for entry in (*c.ban, *c.logit_bias)):
         raise ValueError("ban and logit_bias hold texts: give ids, or call write or complete")
     if c.repetition_penalty != 1:
@@ -411,10 +403,8 @@ def end_ids(tokenizer):
 
 def with_ids(config, tokenizer):
     """The config with ids for texts: a banned one also after a space; (id, number) for a bias."""
-    ban, biases = [], []
-    for entry in config.ban:
-        texts = (entry, " " + entry) if isinstance(entry, str) else ()
-        ban += [tokenizer.encode(text) for text in texts] or [entry]
+    biases, ban = [], [tokenizer.encode(start + entry) if isinstance(entry, str) else entry
+                       for entry in config.ban for start in ("", " ")]
     for entry in config.logit_bias:
         if isinstance(entry, str):
             text, _, number = entry.rpartition("=")
@@ -477,12 +467,6 @@ def write(model, tokenizer, prompts, config=SampleConfig(), **options):
         rows = [row for row in rows if row.n_left]
 
 
-def stream(model, tokenizer, prompt="", config=SampleConfig(), **options):
-    """Yield the Pieces of the text that follows one prompt, as they come; options as for write."""
-    for _, piece in write(model, tokenizer, [prompt], config, **options):
-        yield piece
-
-
 def complete_batch(model, tokenizer, prompts, config=SampleConfig(), **options):
     """The text that follows each prompt, all written together; options as for write."""
     texts = [""] * len(prompts)
@@ -527,11 +511,10 @@ def read_text(path):
 
 
 def show_piece(tokenizer, piece, show):
-    """Print a piece: its text, or its log-probability, a bar as long as it is likely, its token."""
+    """Print a piece: its text, or its log-probability and its token."""
     if show == "text":
         return print(piece.text, end="", flush=True)
-    bar, token = "#" * round(8 * math.exp(piece.logprob)), tokenizer.token(piece.token)
-    print(f"{piece.logprob:8.3f} {bar:8} {token.decode('utf-8', 'replace')!r}", flush=True)
+    print(f"{piece.logprob:8.3f}  {tokenizer.decode([piece.token])!r}", flush=True)
 
 
 def show_texts(model, tokenizer, prompts, show, config):

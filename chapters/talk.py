@@ -18,7 +18,7 @@ from chapters.client import Server, parse_keys
 from evaluate import score_ends
 from model import check_known, option
 from sample import (SampleConfig, load_run, newest_run, pick_checkpoint, pick_device,
-                    pick_precision, show_piece, stream, warn)
+                    pick_precision, show_piece, warn, write)
 from tokenizer import parse_options, run_command
 
 TEMPLATES = ("chat", "question", "text")
@@ -92,7 +92,7 @@ class Chat:
         if self.template == "question":  # a base model would ask the next one itself
             config = replace(config, stop=[*config.stop, "\nQuestion:"])
         try:
-            for piece in stream(self.model, self.tokenizer, self.prompt(), config):
+            for _, piece in write(self.model, self.tokenizer, [self.prompt()], config):
                 text += piece.text
                 yield piece
         except Exception:
@@ -200,7 +200,7 @@ class TalkConfig:
     run: str | None = option(None, "run folder; without one the newest", positional=True)
     system: str = option("", "what the assistant is told first")
     template: str = option("auto", TEMPLATE_HELP)
-    show: str = option("text", "text | logprobs: each token with its log-probability, coloured")
+    show: str = option("text", "text | logprobs: each token with its log-probability")
     checkpoint: str = option("best", "best | last | a step")
     device: str = option("auto", "auto | cuda | mps | cpu")
     precision: str = option("fp32", "auto | fp32 | bf16 | fp16")

@@ -400,7 +400,7 @@ def test_a_model_that_does_not_continue_a_text_is_refused(command, folder, token
 
 
 @pytest.mark.parametrize("words, line", [
-    (["runs/none"], "there is no run folder runs/none: python train.py makes a run"),
+    (["runs/none"], "there is no run folder runs/none with a checkpoint: python train.py --out="),
     (["--tasks=perplexity,continuaton"], "unknown task 'continuaton': did you mean continuation?"),
     (["--tasks=rows"], "--tasks=TASK and --rows=FILE.jsonl, the rows of that task, go together"),
     (["--rows=none.jsonl"], "No such file or directory: none.jsonl"),

@@ -12,7 +12,7 @@ import sample
 from sample import (SampleConfig, beam_search, checkpoints, complete, complete_batch, distribution,
                     generate, keep_min_p, keep_top_k, keep_top_p, keep_typical, load_run,
                     newest_run, penalize_repeats, pick, pick_checkpoint, pick_device,
-                    pick_precision, release, stream)
+                    pick_precision, release, write)
 from tokenizer import Tokenizer
 
 both = pytest.mark.parametrize("architecture", ["gpt2", "modern"])
@@ -291,6 +291,11 @@ def speak(monkeypatch, *ids):
         said[:config.max_new_tokens]))
 
 
+def pieces_of(model, tokenizer, prompt="", **options):
+    """What is written after one prompt, piece by piece."""
+    return [piece for _, piece in write(model, tokenizer, [prompt], **options)]
+
+
 def test_the_same_seed_gives_the_same_text(model, tokenizer):
     first, again, other = (complete(model, tokenizer, "the cat", seed=seed) for seed in (1, 1, 2))
     assert first == again != other
@@ -302,16 +307,16 @@ def test_without_a_seed_texts_differ(model, tokenizer):
 
 def test_the_pieces_join_to_the_decoded_tokens(model, tokenizer):
     for seed in range(9):
-        pairs = list(stream(model, tokenizer, "the", seed=seed, temperature=1.5))
-        ids = [token for token, _, _ in pairs
-               if token not in (tokenizer.eot, tokenizer.special["<|end|>"])]
-        assert "".join(text for _, text, _ in pairs) == tokenizer.decode(ids)
+        pieces = pieces_of(model, tokenizer, "the", seed=seed, temperature=1.5)
+        ids = [piece.token for piece in pieces
+               if piece.token not in (tokenizer.eot, tokenizer.special["<|end|>"])]
+        assert "".join(piece.text for piece in pieces) == tokenizer.decode(ids)
 
 
 def test_a_character_is_shown_only_when_all_its_bytes_are_there(model, tokenizer, monkeypatch):
     text = "aé€😀z"
     speak(monkeypatch, *text.encode(), tokenizer.eot)
-    pieces = [piece.text for piece in stream(model, tokenizer)]
+    pieces = [piece.text for piece in pieces_of(model, tokenizer)]
     assert pieces == ["a", "", "é", "", "", "€", "", "", "", "😀", "z", ""]
 
 
@@ -322,19 +327,17 @@ def test_the_end_of_the_document_ends_the_text_and_is_not_in_it(model, tokenizer
 
 def test_after_a_prompt_that_ends_in_a_space_a_token_begins_with_it(model, tokenizer):
     for seed in range(20):
-        pieces = list(stream(model, tokenizer, "the ", max_new_tokens=5, seed=seed))
-        first = tokenizer.token_bytes()[pieces[0][0]]
-        assert first.startswith(b" ") and first[1:].decode("utf-8", "replace") == pieces[0][1]
-
+        piece, *_ = pieces_of(model, tokenizer, "the ", max_new_tokens=5, seed=seed)
+        first = tokenizer.token_bytes()[piece.token]
+        assert first.startswith(b" ") and first[1:].decode("utf-8", "replace") == piece.text
 
 
 @pytest.mark.parametrize("stop, shown", [("lo w", "hel"), ("rld!", "hello wo"), ("h", ""),
                                          ("ox", "hello world!"), ("world!?", "hello world!")])
 def test_a_stop_string_across_tokens_is_never_shown(model, tokenizer, monkeypatch, stop, shown):
     speak(monkeypatch, *b"hello world!")
-    pieces = [piece.text for piece in stream(model, tokenizer, "", max_new_tokens=12,
-                                                  stop=["never", stop])]
-    assert "".join(pieces) == shown
+    pieces = pieces_of(model, tokenizer, max_new_tokens=12, stop=["never", stop])
+    assert "".join(piece.text for piece in pieces) == shown
 
 
 def test_text_waits_no_longer_than_a_stop_string_may_have_begun():
@@ -356,7 +359,7 @@ def test_many_prompts_together_get_the_texts_that_they_get_alone(model, tokenize
 
 def test_the_log_probability_of_a_piece_is_the_models_own(model, tokenizer):
     ids = tokenizer.encode("the")
-    for piece in stream(model, tokenizer, "the", seed=0, temperature=2.0, max_new_tokens=9):
+    for piece in pieces_of(model, tokenizer, "the", seed=0, temperature=2.0, max_new_tokens=9):
         said = model(torch.tensor([ids]))[0][0, -1].log_softmax(dim=-1)[piece.token]
         assert piece.logprob == pytest.approx(said.item(), abs=1e-4)
         ids.append(piece.token)
@@ -447,10 +450,12 @@ def test_help_names_each_option_with_its_default():
 
 
 @pytest.mark.parametrize("words, line", [
-    (["runs/none"], "error: there is no run folder runs/none: python train.py makes a run"),
-    (["words"], "error: there is no run folder words: did you mean runs/words?"),
-    (["runs"], "error: runs holds no checkpoint (step_NNNNNN.safetensors): "
-     "python train.py --out=runs writes some"),
+    (["runs/none"], "error: there is no run folder runs/none with a checkpoint: "
+     "python train.py --out=runs/none makes one"),
+    (["words"], "error: there is no run folder words with a checkpoint: "
+     "did you mean runs/words?"),
+    (["runs"], "error: there is no run folder runs with a checkpoint: "
+     "python train.py --out=runs makes one"),
     (["--checkpoint=7"], "error: unknown checkpoint '7': choose from best, last, 10, 20, 30"),
     (["--checkpoint=lst"], "error: unknown checkpoint 'lst': did you mean last?"),
     (["--prompt=" + "#" * 99], "error: the prompt has 99 tokens, this model takes 1 to 63, as one "
