@@ -183,7 +183,7 @@ def reading(path):
         yield
     except Exception as error:  # a damaged file can make a parser raise anything
         reason = str(error) if isinstance(error, ValueError) else repr(error)
-        if isinstance(error, OSError) or reason.startswith(str(path)):
+        if isinstance(error, OSError) and error.errno or reason.startswith(str(path)):
             raise
         raise ValueError(f"{path} cannot be read: {' '.join(reason.split()):.200}") from error
 
