@@ -4,7 +4,7 @@ Scores of trained models: run folders go in; tables, scores.json and scores.png 
     python evaluate.py                        # the newest run, on the text held out from training
     python evaluate.py runs/a runs/b          # side by side, with paired intervals
     python evaluate.py --tasks=rows --rows=questions.jsonl    # a file like EXAMPLE_ROW, one a line
-    python evaluate.py --tasks=hellaswag,arc_easy --n_shots=5 --card
+    python evaluate.py --tasks=small          # eight small tasks; or hellaswag,arc_easy --n_shots=5
 
 Each score stands beside what guessing gets, with its 95% interval. Tasks and options that are not
 in this file, such as those of the last line, are left to chapters/exams.py.
@@ -151,9 +151,9 @@ def windows(tokens, block_size, stride):
 def surprisal(model, tokens, stride=None):
     """The surprise -log p in nats of each of N tokens but the first: an array (N - 1,). The window
     that the model sees moves by stride, half of it by default: less is more exact, and slower."""
-    block_size = model.config.block_size
-    rows = windows(tokens, block_size, math.ceil(block_size / 2) if stride is None else stride)
-    scores = [scores for scores, _ in score_ends(model, rows, "held-out text")]
+    T = model.config.block_size
+    rows = windows(tokens, T, math.ceil(T / 2) if stride is None else stride)
+    scores, _ = zip(*score_ends(model, rows, "held-out text"))
     return -torch.cat(scores).double().numpy()
 
 
@@ -163,8 +163,7 @@ def perplexity(nats):
 
 
 def bits_per_byte(nats, n_bytes):
-    """Surprise in bits for each byte of text, which, unlike perplexity, does not depend on the
-    tokenizer: bits_per_byte([log(8), log(2)], 2) == 2."""
+    """Surprise per byte, for any tokenizer comparable: bits_per_byte([log(8), log(2)], 2) == 2."""
     return np.sum(nats) / math.log(2) / n_bytes
 
 
@@ -224,8 +223,10 @@ def difference(a, b, metric=ratio):
 
 
 # -----------------------------------------------------------------------------
-# Questions: {"context", "choices", "answer"}, where context may be one for each choice; what stands
-# between the two is a space, or question["between"].
+# Questions {"context", "choices", "answer"}, where context may be one for each choice, between them
+# a space or question["between"]; and scores: (model, tokenizer, questions, config) -> for each
+# question, or block of text, {metric: vector} with what else is worth keeping under "shown"; and
+# what guessing gets, {metric: score}.
 
 
 def read_jsonl(path, convert=lambda value: value):
@@ -270,8 +271,7 @@ def shuffled(rng, context, right, wrong):
 
 
 def continuation_rows(texts, n_rows=200, seed=0):
-    """Questions made of the texts: 40 words, then in any order the 8 that follow and three times 8
-    from other places."""
+    """Questions: 40 words, then in any order the 8 that follow and three times 8 from elsewhere."""
     rng, texts = random.Random(seed), [re.findall(r"\S+\s*", text) for text in texts]
     cuts = [("".join(words[i - 40:i]), "".join(words[i:i + 8]).rstrip())
             for words in texts for i in range(40, len(words) - 7, 8)]
@@ -282,11 +282,6 @@ def continuation_rows(texts, n_rows=200, seed=0):
                          "leave continuation out of --tasks")
     return [shuffled(rng, context, piece, rng.sample(pieces, 4)) | dict(between="")
             for context, piece in rng.sample(cuts, min(n_rows, len(cuts)))]
-
-
-# -----------------------------------------------------------------------------
-# Scores: (model, tokenizer, questions, config) -> for each question, or block of text, {metric:
-# vector} with what else is worth keeping under "shown"; and what guessing gets, {metric: score}.
 
 
 def score_text(model, tokenizer, questions, config):
@@ -453,8 +448,7 @@ def held_out(folder, tokenizer, data=None, max_tokens=65_536, split="val"):
 
 
 def make_questions(config, tasks, default, folder):
-    """{task: questions} of the tasks that config names. Without a name it is those of default, but
-    for the ones that the text of the run is too short for."""
+    """{task: questions} of --tasks, or of those of default that the text is long enough for."""
     @cache
     def texts(split="val", max_tokens=config.max_tokens):
         tokenizer = Tokenizer.load(Path(folder, "tokenizer.json"))
@@ -551,15 +545,12 @@ def score_runs(config, tasks=TASKS, default=DEFAULT):
 
 
 def main():
-    words = {word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--")}
-    unknown = words - {"--help", *(f"--{f.name}" for f in fields(EvaluateConfig))}
-    if not unknown:
-        config = EvaluateConfig(**parse_options(__doc__, EvaluateConfig)[0])
-        unknown = {*(config.tasks or "rows").split(",")} - {*TASKS}
+    typed = {word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--")}
+    unknown = typed - {"--help", *(f"--{f.name}" for f in fields(EvaluateConfig))}
+    config = None if unknown else EvaluateConfig(**parse_options(__doc__, EvaluateConfig)[0])
+    unknown = unknown or {*(config.tasks or "rows").split(",")} - {*TASKS}
     if not unknown:
         score_runs(config)
-        if EXAMS.exists() and not config.tasks and not config.rows:
-            print("more small tasks: --tasks=small")
     elif EXAMS.exists():
         runpy.run_module("chapters.exams", run_name="__main__")
     else:

@@ -314,18 +314,17 @@ def new_cache(model, batch_size, max_tokens):
 
 def decode(model, ids, config, generator=None, n_prompt=0, first_ban=None):
     """Yield for each token after ids (B, T) what was picked, (B,), and from which logits, (B, V).
-    The first pass reads all (prefill), the others a token each; a full context forgets its older
-    half. Ids of -1 pad rows on the left; first_ban (B, V) marks what must not come first."""
+    Ids of -1 pad rows on the left; first_ban (B, V) marks what must not come first."""
     block_size, n_tokens = model.config.block_size, n_new_tokens(model, ids.size(1), config)
-    padded, start, cache = bool((ids < 0).any()), 0, None  # what is before start is forgotten
+    padded, start, cache = bool((ids < 0).any()), 0, None
     for _ in range(n_tokens):
         if ids.size(1) - start > block_size:
-            start, cache = ids.size(1) - block_size // 2, None
+            start, cache = ids.size(1) - block_size // 2, None  # the older half is forgotten
         if config.cache and cache is None:
             cache = new_cache(model, len(ids), min(block_size, ids.size(1) - start + n_tokens))
         context = ids[:, start:]
         segments = (context >= 0).long() if padded else None
-        unseen = context[:, cache[0].length:] if cache else context      # (B, T), then (B, 1)
+        unseen = context[:, cache[0].length:] if cache else context      # prefill, then (B, 1)
         with torch.inference_mode():
             logits, _ = model(unseen.clamp(min=0), cache=cache, segments=segments, last_only=True)
         logits = logits[:, -1].float()                                   # (B, V)
@@ -350,9 +349,8 @@ def generate(model, ids, max_new_tokens=None, config=SampleConfig(), generator=N
 
 
 def beam_search(model, ids, n_beams=4, max_new_tokens=50, length_penalty=1.0, ends=(), cache=True):
-    """-> [(ids that follow ids (1, T), their score)], the best first. Of all continuations of the
-    n_beams best texts the best are kept, by log-probability / length ** length_penalty. An id of
-    ends completes a text. arXiv:1609.08144"""
+    """-> [(ids that follow ids (1, T), score)], the best first, of n_beams texts under way at a time;
+    ends complete one. Score: log-probability / length ** length_penalty. arXiv:1609.08144"""
     T, V = ids.size(1), model.config.vocab_size
     n_tokens = n_new_tokens(model, T, SampleConfig(max_new_tokens=max_new_tokens))
     kv_cache = new_cache(model, 1, T + n_tokens) if cache else None
@@ -418,7 +416,7 @@ def with_ids(config, tokenizer):
 
 
 class Continuation:
-    """A text under way: its ids, its random numbers, and what of it may not be shown yet."""
+    """A text under way; it ends after <|endoftext|>, <|end|>, a stop string or n_left tokens."""
 
     def __init__(self, model, tokenizer, prompt, config, number):
         # Token healing: " name" is one token, so the model has seldom seen a text that ends in a
@@ -444,9 +442,8 @@ class Continuation:
 
 
 def write(model, tokenizer, prompts, config=SampleConfig(), **options):
-    """Yield (which prompt, Piece) for each token that follows prompts, texts or lists of ids, all
-    together, each text as it is alone with seed + i. <|endoftext|>, <|end|> or a stop string ends
-    a text; an empty prompt begins a document. Options are fields of config."""
+    """Yield (i, Piece) for each token after prompts, texts or lists of ids, all together, each as
+    it is alone with seed + i; after an empty one, of a new document. Options: fields of config."""
     config, device = with_ids(replace(config, **options), tokenizer), model.device
     rows = [Continuation(model, tokenizer, prompt, config, i) for i, prompt in enumerate(prompts)]
     no_space = torch.tensor([not token.startswith(b" ") for token in tokenizer.token_bytes()])
@@ -529,8 +526,7 @@ def show_texts(model, tokenizer, prompts, show, config):
         print(flush=True)
     if len(prompts) == 1 and n_tokens < config.max_new_tokens and not (
             config.stop or piece.token in end_ids(tokenizer)):
-        print(f"stopped: the context of {model.config.block_size} tokens is full; "
-              "--overflow=slide goes on", file=sys.stderr)
+        warn(f"the context of {model.config.block_size} tokens is full; --overflow=slide goes on")
     return n_tokens
 
 

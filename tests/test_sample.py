@@ -440,7 +440,7 @@ def test_n_samples_differ_and_each_can_be_had_again(command):
 
 def test_a_full_context_is_said(command):
     _, notes = command("--max_new_tokens=100", "--temperature=0", "--prompt=the cat")
-    assert notes.startswith("stopped: the context of 64 tokens is full; --overflow=slide goes on\n")
+    assert notes.startswith("warning: the context of 64 tokens is full; --overflow=slide goes on\n")
 
 
 def test_help_names_each_option_with_its_default():
