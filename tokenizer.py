@@ -14,7 +14,6 @@ import difflib
 import hashlib
 import heapq
 import json
-import math
 import multiprocessing
 import os
 import re
@@ -22,7 +21,7 @@ import signal
 import sys
 import time
 import unicodedata
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import MISSING, fields
 from itertools import chain, compress, islice, starmap
@@ -379,8 +378,7 @@ class PairIndex:
         previous     -1     0     1           2     4           5
 
     A pair has all its positions when it appears, and later merges only take some away: a count that
-    is out of date is too high, and is put right when its turn comes. Pairs wait in buckets of
-    similar counts; when the heap is empty, the bucket of the highest counts goes on the heap.
+    is out of date is too high, and is put right when its turn comes.
     """
 
     def __init__(self, counts, n_merges):
@@ -394,13 +392,11 @@ class PairIndex:
         self.base = 257 + min(n_merges, len(ids))
         self.pairs = ids * self.base + np.append(ids[1:], -1)
         self.previous = np.arange(-1, len(ids) - 1)
-        self.heap, self.buckets, self.bucket = [], defaultdict(list), math.inf
+        self.heap = []
         self.add((ids >= 0).nonzero()[0])
 
     def add(self, positions):
         """Add the pairs at these positions, which are all the positions that they have."""
-        if not len(positions):
-            return
         keys = self.pairs.take(positions)
         order = keys.argsort()
         keys, positions = keys.take(order), positions.take(order)
@@ -410,27 +406,21 @@ class PairIndex:
         for i, count in enumerate(counts):
             if count < 2 or keys[i] < 0 or (keys[i] + 1) % self.base == 0:
                 continue
-            bucket, pair = int(8 * math.log2(count)), (keys[i], positions[starts[i]:starts[i + 1]])
-            if bucket < self.bucket:
-                self.buckets[bucket].append(pair)
-            else:
-                left, right = map(self.sort_keys.__getitem__, divmod(keys[i], self.base))
-                heapq.heappush(self.heap, (-count, left, right, *pair))
+            left, right = map(self.sort_keys.__getitem__, divmod(keys[i], self.base))
+            where = positions[starts[i]:starts[i + 1]]
+            heapq.heappush(self.heap, (-count, left, right, keys[i], where))
 
     def pop(self):
         """The most frequent pair as (left, right, positions); None when no pair occurs twice."""
-        while self.heap or self.buckets:
-            while self.heap:
-                *_, key, positions = heapq.heappop(self.heap)
-                found = self.pairs.take(positions) == key
-                if found.all():
-                    return *divmod(key, self.base), positions
-                self.add(positions.compress(found))
-            if self.buckets:
-                self.bucket = max(self.buckets)
-                keys, positions = zip(*self.buckets.pop(self.bucket))
-                keys, positions = np.repeat(keys, [*map(len, positions)]), np.concatenate(positions)
-                self.add(positions.compress(self.pairs.take(positions) == keys))
+        while self.heap:
+            _, left, right, key, positions = heapq.heappop(self.heap)
+            found = self.pairs.take(positions) == key
+            if found.all():
+                return *divmod(key, self.base), positions
+            positions = positions.compress(found)
+            count = int(self.counts.take(positions).sum())
+            if count > 1:
+                heapq.heappush(self.heap, (-count, left, right, key, positions))
         return None
 
     def merge(self, left, right, positions):
