@@ -201,8 +201,7 @@ def memory_explained(n_sequences, block_size, device):
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, MemoryError)
-                or re.search("out of memory|allocate memory", str(error))):
+        if not re.search("MemoryError|out of memory|allocate memory", repr(error)):
             raise
         raise ValueError(f"out of memory with {n_sequences} sequences of {block_size} tokens on "
                          f"{device}: take a smaller --micro_batch_size, --recompute, or a smaller "
@@ -270,13 +269,13 @@ def plain_orthogonal(x, steps=5):
 
 
 def orthogonal(x):
-    """plain_orthogonal: in bfloat16 where that is fast, else where x is far from square by the
-    faster twin. In bfloat16 that one would lose small singular values to rounding."""
+    """plain_orthogonal in bfloat16, where that is fast; else its twin, where x is far from square
+    (in bfloat16 the twin would lose small singular values to rounding)."""
     if has_bf16_units(x.device):
         return plain_orthogonal(x.bfloat16())
-    is_wide = max(x.shape[-2:]) >= 2 * min(x.shape[-2:])
-    return (accelerator().fast_orthogonal(x, NEWTON_SCHULZ) if is_wide and accelerator() else
-            plain_orthogonal(x))
+    if accelerator() and max(x.shape[-2:]) >= 2 * min(x.shape[-2:]):
+        return accelerator().fast_orthogonal(x, NEWTON_SCHULZ)
+    return plain_orthogonal(x)
 
 
 class Muon:
@@ -350,8 +349,7 @@ def clip_gradients(model, grad_clip):
 def to_device(batch, model):
     """A batch of the loader, each (B, T), as tensors on the model's device."""
     batch = [torch.from_numpy(ids) for ids in batch]
-    for ids in batch:
-        check_ids(ids, model.config.vocab_size)
+    check_ids(torch.stack(batch), model.config.vocab_size)
     return [ids.to(model.device, non_blocking=True) for ids in batch]
 
 
@@ -462,8 +460,7 @@ def snapshot(run):
 
 
 def save_run(folder, state, keep=2):
-    """Write a snapshot, read it back, and only then remove older ones: all but the last `keep` and
-    the one with the best validation."""
+    """Write a snapshot, read it back, then remove older ones: not the last `keep`, nor the best."""
     model, tensors, progress = state
     path = Path(folder, f"step_{progress['step']:06d}.safetensors")
     with replacing(path) as file:
@@ -514,20 +511,19 @@ def draw_loss(folder):
     rows = [row for row in read_log(folder) if row["loss"] is not None]
     if not rows:
         return
-    steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
+    steps, losses = zip(*[(row["step"], row["loss"]) for row in rows])
     means = [sum(losses[max(0, n - 20):n]) / min(n, 20) for n in range(1, len(losses) + 1)]
-    measured = [(row["step"], row["val_loss"]) for row in rows if row.get("val_loss")]
-    figure = Figure(figsize=(8, 4.5), dpi=120)
-    axes = figure.subplots()
+    checks = [row for row in rows if row.get("val_loss")]
+    axes = Figure(figsize=(8, 4.5), dpi=120).subplots()
     axes.plot(steps, losses, color="#bbccdd", linewidth=0.8, label="training, each step")
     axes.plot(steps, means, color="#4477aa", linewidth=2, label="training, mean of 20 steps")
-    axes.plot(*zip(*measured or [((), ())]), "o-", color="#cc6633", label="validation")
+    axes.plot([row["step"] for row in checks], [row["val_loss"] for row in checks], "o-",
+              color="#cc6633", label="validation")
     axes.set(title=f"{Path(folder).name}: loss {means[-1]:.3f} after {steps[-1]:,} steps",
              xlabel="step", ylabel="loss (nats per token)")
-    axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     with replacing(Path(folder) / "loss.png") as file:
-        figure.savefig(file, format="png", bbox_inches="tight")
+        axes.figure.savefig(file, format="png", bbox_inches="tight")
 
 
 class Recorder(contextlib.AbstractContextManager):
@@ -543,13 +539,13 @@ class Recorder(contextlib.AbstractContextManager):
         before, self.troubles[what] = self.troubles.get(what), None
         try:
             write(*arguments)
-            if before:
-                self.say(f"{what} could be saved again in {self.folder}")
         except Exception as error:  # whatever it is, training goes on
             self.troubles[what] = error
-            if not before:
-                self.say(f"warning: {what} could not be saved in {self.folder} ({error}); training "
-                         "goes on, the next save tries again")
+        if before and not self.troubles[what]:
+            self.say(f"{what} could be saved again in {self.folder}")
+        elif self.troubles[what] and not before:
+            self.say(f"warning: {what} could not be saved in {self.folder} "
+                     f"({self.troubles[what]}); training goes on, the next save tries again")
 
     def log(self, row):
         finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -637,8 +633,7 @@ def check_model(shape, config):
 
 
 def check_resume(run, shape, card, say):
-    """ValueError with all differences, if model, tokenizer or data are not those of the run until
-    now; what else is different is said, and goes on."""
+    """ValueError with all that differs in model, tokenizer or data; other options may change."""
     before, _, data = read_config(run.folder / "config.json")
     old, new = asdict(run.model.config) | asdict(before), asdict(shape) | asdict(run.config)
     changed = {name: f"{name}={value} (it has {old[name]})" for name, value in new.items()
@@ -656,8 +651,7 @@ def check_resume(run, shape, card, say):
 
 
 def prepare_run(config, model_config, say, stack):
-    """Find data and model, new or resumed, and check that they fit -> Run, ready for the loop. What
-    has to be let go at the end is entered in stack, an ExitStack."""
+    """Data and model, new or resumed, that fit -> Run; the ExitStack lets go of it at the end."""
     rank, world_size, device = start_processes(config)
     micro, _ = split_batch(config, world_size)
     shape = model_config or (read_config(run_folder(config) / "config.json")[1] if config.resume
@@ -678,9 +672,8 @@ def prepare_run(config, model_config, say, stack):
     if world_size > 1:
         dist.broadcast_object_list(names, src=0)  # what was the fastest there
         run.model.use(names[0], dtype, config.recompute)
-    can_record = (device.startswith("cuda") and world_size == 1 and accelerator() is not None and
-                  names[0] in ("torch", "cuda") and precision != "fp16" and not config.skip_spikes)
-    if config.cuda_graph and not can_record:
+    fits = names[0] in ("torch", "cuda") and precision != "fp16" and not config.skip_spikes
+    if config.cuda_graph and not (fits and "cuda" in device and world_size == 1 and accelerator()):
         raise ValueError("--cuda_graph needs chapters/kernels.py, one GPU, fp32 or bf16, torch or "
                          "cuda kernels, and no --skip_spikes: leave it out")
     run.config = replace(config, kernels=names[0])  # a resumed run takes the same
@@ -714,8 +707,7 @@ def begin_folder(run, shape, say, stack):
 
 
 def is_spike(value, past, deviations):
-    """Whether a value lies so many deviations above those before it; by medians, as a few wild
-    values do not move them."""
+    """Whether a value lies so many deviations above past ones; a few wild ones move no median."""
     middle = median(past)
     spread = 1.4826 * median(abs(x - middle) for x in past)  # a normal's standard deviation
     return value > middle + deviations * max(spread, abs(middle) / 100)
@@ -737,9 +729,9 @@ def why_skip(run, loss, norm, deviations):
 
 def give_up(run, rate, recorder):
     """ValueError after too many bad steps in a row, with the run saved as it was before them."""
-    bad, saved = run.bad, "no checkpoint is newer, as the weights are bad, too"
+    bad, run.bad, saved = run.bad, 0, "no checkpoint is newer, as the weights are bad, too"
     if run.model.is_finite():
-        run.bad, saved = 0, "the weights from before them are saved"
+        saved = "the weights from before them are saved"
         if recorder:
             recorder.save(run)
     raise ValueError(f"the loss or its gradient is not finite at step {run.step}, {bad} in a row; "
@@ -753,15 +745,13 @@ def announce(run, n_steps, row):
     seconds = config.batch_size * run.batches.block_size / max(1, row["tokens_per_second"])
     n_steps = min(n_steps, 60 * config.minutes / seconds if config.minutes else math.inf)
     epochs = n_steps * config.batch_size * run.batches.block_size / n_tokens
-    tried = ", ".join(f"{name} {1000 * taken:.0f} ms" for name, taken in model.trial.items())
+    tried = "".join(f", {name} {1000 * s:.0f} ms a block" for name, s in model.trial.items())
     advice = ("; a smaller --size or more --minutes would see more of them" if epochs < 0.5 else
-              "; more than 8 times teach little: give more text, a shorter run, or --dropout and "
-              "--patience" if epochs > 8 else "")
+              "; more than 8 teach little: give more text, or --dropout" if epochs > 8 else "")
     return (f"{model.n_parameters() / 1e6:.1f}M parameters, in about {n_steps:,.0f} steps of "
             f"{seconds:.2f} s and {(row['memory'] or 0) / 1e9:.1f} GB on {model.device}, "
-            f"{config.precision}, {config.kernels} kernels{' (tried: ' * bool(tried)}{tried}"
-            f"{' a block)' * bool(tried)}\nit will see its {n_tokens / 1e6:.1f}M tokens "
-            f"{epochs:.1f} times{advice}")
+            f"{config.precision}, {config.kernels} kernels{tried}\n"
+            f"it will see its {n_tokens / 1e6:.1f}M tokens {epochs:.1f} times{advice}")
 
 
 def sample_lines(model, tokenizer, n_tokens, seed):
@@ -775,12 +765,13 @@ def sample_lines(model, tokenizer, n_tokens, seed):
 def progress_line(row, progress):
     """A row of the log, as it is shown; the time left is as the time taken."""
     left = tqdm.format_interval(row["elapsed"] * (1 - progress) / progress)
-    validation = f" | validation {row['val_loss']:.4f}" if "val_loss" in row else ""
-    skipped = f" | skipped: {row['skipped']} at {row['sequences']}" if "skipped" in row else ""
-    memory = f" | {row['memory'] / 1e9:.1f} GB" if row["memory"] else ""
-    return (f"step {row['step']:5d} | loss {row['loss']:.4f}{validation}{skipped} | lr "
-            f"{row['lr']:.1e} | norm {row['grad_norm']:.2f}{memory} | mfu {row['mfu']:.0%} | "
-            f"{row['tokens_per_second']:,} tok/s, {left} left")
+    parts = [f"step {row['step']:5d}", f"loss {row['loss']:.4f}"]
+    if "val_loss" in row:
+        parts.append(f"validation {row['val_loss']:.4f}")
+    if "skipped" in row:
+        parts.append(f"skipped: {row['skipped']} at {row['sequences']}")
+    return " | ".join([*parts, f"lr {row['lr']:.1e}", f"norm {row['grad_norm']:.2f}",
+                       f"mfu {row['mfu']:.0%}", f"{row['tokens_per_second']:,} tok/s, {left} left"])
 
 
 def train(config, model_config=None, say=tqdm.write):
@@ -847,6 +838,9 @@ def train(config, model_config=None, say=tqdm.write):
                     run.val_loss = row["val_loss"]
                     run.best_loss, run.best_step = min((run.best_loss, run.best_step),
                                                        (run.val_loss, run.step))
+                high = min(1.03 * run.best_loss, math.log(run.model.config.vocab_size) + 0.1)
+                if row["val_loss"] > high:  # the best, or what guessing costs, and a little more
+                    say(f"that is worse than {high:.2f}: python -m chapters.doctor {run.folder}")
                 if 0 < config.patience <= (run.step - run.best_step) / config.eval_every:
                     say(f"no lower validation loss since step {run.best_step}: --patience ends it")
                     progress = 1.0
@@ -886,22 +880,20 @@ def summarize(run, seconds, stopped):
 
 def main():
     summary = train(*complete_options(*parse_options(__doc__, TrainConfig, GPTConfig)))
-    if summary and summary["stopped"]:
-        saved = max(checkpoints(summary["folder"]), default=0)
-        print("stopped at step {step}, saved at {saved}; to go on: python train.py --resume "
-              "--out={folder}".format(saved=saved, **summary))
-    elif summary:
-        model, tokenizer = load_finished(summary["folder"])
-        print(sample_lines(model, tokenizer, 200, seed=1))
-        print("{step:,} steps in {seconds:.0f} seconds on {how}, {tokens_per_second:,} tokens/s: "
-              "validation loss {val_loss:.4f}, {bits_per_byte:.3f} bits per byte\n"
-              "{folder} holds the model, its log and its picture {folder}/loss.png\n"
-              'next: python sample.py {folder} --prompt="def "'.format(**summary))
     if dist.is_initialized():
         dist.barrier()  # all leave together: who goes first takes the others' connections along
         dist.destroy_process_group()
     if summary and summary["stopped"]:
+        saved = max(checkpoints(summary["folder"]), default=0)
+        print("stopped at step {step}, saved at {saved}; to go on: python train.py --resume "
+              "--out={folder}".format(saved=saved, **summary))
         sys.exit(128 + summary["stopped"])
+    elif summary:
+        print(sample_lines(*load_finished(summary["folder"]), 200, seed=1))
+        print("{step:,} steps in {seconds:.0f} seconds on {how}, {tokens_per_second:,} tokens/s: "
+              "validation loss {val_loss:.4f}, {bits_per_byte:.3f} bits per byte\n"
+              "{folder} holds the model, its log and its picture {folder}/loss.png\n"
+              'next: python sample.py {folder} --prompt="def "'.format(**summary))
 
 
 if __name__ == "__main__":
