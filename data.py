@@ -28,6 +28,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
@@ -163,18 +164,6 @@ def file_hash(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def receive(response, part, n_done):
-    """Append what a server sends to the first n_done bytes of a file that was cut off."""
-    n_done = n_done if response.status == 206 else 0  # 200: this server sends all of it
-    n_bytes = n_done + int(response.headers.get("Content-Length") or 0)
-    bar = dict(desc=part.stem, total=n_bytes, initial=n_done, disable=None)
-    with open(part, "ab") as file, tqdm.wrapattr(file, "write", **bar) as counted:
-        file.truncate(n_done)
-        shutil.copyfileobj(response, counted)
-        if file.seek(0, os.SEEK_END) < n_bytes:
-            raise OSError(f"cut off at {file.tell():,} of {n_bytes:,} bytes")
-
-
 def download(url, path, sha256=None):
     """Fetch url to path, unless it is there; what was cut off continues where it stopped. Raises
     ValueError without a connection, for a page unless path is .html, for a wrong sha256."""
@@ -184,14 +173,20 @@ def download(url, path, sha256=None):
     part = path.with_name(path.name + ".part")
     n_done = max(0, part.stat().st_size - 1) if part.exists() else 0  # to ask for none is an error
     request = Request(url, headers={"User-Agent": "data.py (urllib)", "Range": f"bytes={n_done}-"})
-    with reading(url):
-        try:
-            with urlopen(request, timeout=30) as response:
-                if response.headers.get_content_type() == "text/html" and path.suffix != ".html":
-                    raise ValueError(f"{url} is a web page, not text; {PAGES}")
-                receive(response, part, n_done)
-        except OSError as error:
-            raise ValueError(f"{url}: {error}; start again to go on, or take stdlib") from None
+    try:
+        with urlopen(request, timeout=30) as response:
+            if response.headers.get_content_type() == "text/html" and path.suffix != ".html":
+                raise ValueError(f"{url} is a web page, not text; {PAGES}")
+            n_done = n_done if response.status == 206 else 0  # 200: this server sends all of it
+            n_bytes = n_done + int(response.headers.get("Content-Length") or 0)
+            bar = dict(desc=path.name, total=n_bytes, initial=n_done, disable=None)
+            with open(part, "ab") as file, tqdm.wrapattr(file, "write", **bar) as counted:
+                file.truncate(n_done)
+                shutil.copyfileobj(response, counted)
+                if file.seek(0, os.SEEK_END) < n_bytes:
+                    raise OSError(f"cut off at {file.tell():,} of {n_bytes:,} bytes")
+    except (OSError, HTTPException) as error:
+        raise ValueError(f"{url}: {error}; start again to go on, or take stdlib") from None
     if sha256 not in (None, file_hash(part)):
         part.unlink()
         raise ValueError(f"{url} has not the expected sha256 {sha256}: removed")
