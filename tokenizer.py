@@ -87,10 +87,9 @@ class Parser(argparse.ArgumentParser):
                          allow_abbrev=False)
 
     def error(self, message):
-        unknown = re.search(r"unrecognized arguments: (--[^\s=]+)", message)
-        if unknown:
-            message = f"unknown option {unknown[1]}"
-            message += nearest(unknown[1], self._option_string_actions)
+        if unknown := re.search(r"unrecognized arguments: (--[^\s=]+)", message):
+            near = nearest(unknown[1], self._option_string_actions)
+            message = f"unknown option {unknown[1]}{near}"
         self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
 
 
@@ -134,8 +133,7 @@ def run_command(main):
         name = f": {error.filename}" if error.filename else ""
         sys.exit(f"error: {error.strerror or error}{name}")
     except ValueError as error:  # what a file says may be quoted: it is not to steer a terminal
-        text = "".join(char if char.isprintable() else " " for char in str(error))
-        sys.exit(f"error: {text}")
+        sys.exit("error: " + "".join(char if char.isprintable() else " " for char in str(error)))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -234,8 +232,6 @@ def on_all_cores(function, jobs):
 
 def well_formed(text):
     """The text as UTF-8 can hold it: a pair of surrogates is a character, a lone one U+FFFD."""
-    if text.isascii():
-        return text
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -714,8 +710,6 @@ class Tokenizer:
 
 
 def main():
-    if sys.argv[1:2] in (["compare"], ["export"]):
-        raise ValueError(f"{sys.argv[1]} has moved: python -m chapters.export --help says how")
     parser = Parser(__doc__)
     parser.add_argument("command", choices=["train", "show", "encode", "decode"])
     parser.add_argument("input", nargs="+", help="train: files; encode, show: a text; decode: ids")

@@ -702,8 +702,7 @@ def test_output_may_be_closed_before_its_end(trained, tmp_path):
     (["train", "text", "--vocab-size=9"], 2, "--vocab-size, did you mean --vocab_size?"),
     (["trian", "text"], 2, "invalid choice: 'trian'"),
     (["show"], 2, "required: input"),
-    (["compare", "empty"], 1, "compare has moved: python -m chapters.export --help says how"),
-    (["export"], 1, "export has moved: python -m chapters.export --help says how"),
+    (["export", "text"], 2, "invalid choice: 'export'"),
     (["train", "text", "--out=."], 1, ". is a folder: give the name of a file to write"),
 ])
 def test_a_mistake_is_one_line_with_the_way_out(tmp_path, words, code, problem):
