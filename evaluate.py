@@ -382,35 +382,28 @@ def cells(scores):
     return lines
 
 
-PANELS = {  # how the axis of a metric looks
-    "perplexity": dict(xlabel="perplexity (lower is better)", xscale="log", xlim=(1, None)),
-    "bits per byte": dict(xlabel="bits per byte (lower is better)", xlim=(0, None)),
-    "calibration error": dict(xlabel="calibration error (lower is better)", xlim=(0, None)),
-    "share": dict(xlabel="share of the best possible (higher is better)", xlim=(0, 1)),
-}
+LOWER_IS_BETTER = ("perplexity", "bits per byte", "calibration error")
 
 
 def draw_scores(scores, path):
-    """A picture of scores: a panel for each kind of metric, a line in it for each score."""
+    """A picture of scores: a panel for each metric, a line in it for each task and run."""
     from matplotlib.figure import Figure  # not pyplot, which would change a notebook's own plots
     panels = defaultdict(list)
     for row in scores:
-        panels[row["metric"] if row["metric"] in PANELS else "share"].append(row)
+        panels[row["metric"]].append(row)
     fig = Figure(figsize=(8, 1 + 0.9 * len(panels) + 0.4 * len(scores)), layout="constrained")
     ratios = [len(rows) + 1 for rows in panels.values()]
     axes = fig.subplots(len(panels), squeeze=False, height_ratios=ratios)[:, 0]
-    for ax, (kind, rows) in zip(axes, panels.items()):
+    for ax, (metric, rows) in zip(axes, panels.items()):
+        names = [f"{row['task']}\n{row['run']}" for row in rows]
         value, low, high, chance = np.array([[row[name] for name in (
             "value", "low", "high", "chance")] for row in rows], float).T  # None becomes nan
-        ax.plot(chance, range(len(rows)), "D", color="#bbbbbb", label="guessing")
-        ax.errorbar(value, range(len(rows)), xerr=np.maximum(0, [value - low, high - value]),
-                    fmt="o", capsize=4, label="score, with its 95% interval")
-        for i, row in enumerate(rows):
-            ax.annotate(written(row["value"], row["metric"]), (row["value"], i), (0, 4),
-                        ha="center", textcoords="offset points", fontsize=8)
-        ax.set(**PANELS[kind], xmargin=0.1, ylim=(len(rows) - 0.4, -0.8), yticks=range(len(rows)),
-               yticklabels=[f"{row['task']}, {row['metric']}\n{row['run']}" for row in rows])
-        ax.xaxis.set_major_formatter(lambda value, _, kind=kind: written(value, kind))
+        ax.plot(chance, names, "D", color="#bbbbbb", label="guessing")
+        ax.errorbar(value, names, xerr=np.maximum(0, [value - low, high - value]), fmt="o",
+                    capsize=4, label="score, with its 95% interval")
+        better, log = "lower" if metric in LOWER_IS_BETTER else "higher", metric == "perplexity"
+        ax.set(xlabel=f"{metric} ({better} is better)", xscale="log" if log else "linear",
+               xlim=(1 if log else 0, None), ylim=(len(rows) - 0.5, -0.5))
         ax.grid(axis="x", alpha=0.3)
     fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", frameon=False)
     with replacing(path) as file:

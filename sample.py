@@ -349,8 +349,8 @@ def generate(model, ids, max_new_tokens=None, config=SampleConfig(), generator=N
 
 
 def beam_search(model, ids, n_beams=4, max_new_tokens=50, length_penalty=1.0, ends=(), cache=True):
-    """-> [(ids that follow ids (1, T), score)], the best first, of n_beams texts under way at a time;
-    ends complete one. Score: log-probability / length ** length_penalty. arXiv:1609.08144"""
+    """-> [(ids that follow ids (1, T), score)], the best first; n_beams texts are under way at a
+    time, ends end one. Score: log-probability / length ** length_penalty. arXiv:1609.08144"""
     T, V = ids.size(1), model.config.vocab_size
     n_tokens = n_new_tokens(model, T, SampleConfig(max_new_tokens=max_new_tokens))
     kv_cache = new_cache(model, 1, T + n_tokens) if cache else None
