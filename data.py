@@ -390,8 +390,7 @@ def count_tokens(shards, tokenizer):
 
 @contextlib.contextmanager
 def locked(folder):
-    """Keep other processes out of a folder; ValueError where one is at work. The system lets go of
-    the lock when its process ends, however it ends: a crash leaves an empty file, but no lock."""
+    """Keep other processes out of a folder, as long as this one lives; ValueError if one is in."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     with open(Path(folder, ".lock"), "ab") as file:
         try:
@@ -412,10 +411,8 @@ def load_tokenizer(tokenizer):
     """The tokenizer of a file, or of the name "gpt2"; one that is loaded already comes back."""
     if tokenizer == "gpt2":
         import tiktoken
-        try:
+        with reading("gpt2, unless you give a tokenizer.json,"):  # it is fetched once
             tokenizer = Tokenizer.from_tiktoken(tiktoken.get_encoding("gpt2"))
-        except OSError:
-            raise ValueError("gpt2: no connection to fetch it; give a tokenizer.json") from None
     elif isinstance(tokenizer, (str, Path)):
         tokenizer = Tokenizer.load(tokenizer)
     if tokenizer.eot is None:

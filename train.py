@@ -36,9 +36,8 @@ from tqdm import tqdm
 from data import TokenLoader, check_shards, folder_name, locked, prepare, read_card
 from model import (GPT, SIZES, GPTConfig, accelerator, check_ids, check_known, check_options,
                    has_bf16_units, load_model, option, read_safetensors, save_model)
-from sample import (checkpoints, complete, first_whole, newest_run, pick_checkpoint, pick_device,
-                    pick_precision)
-from sample import load_run as load_finished
+from sample import (checkpoints, complete, first_whole, load_run as load_finished, newest_run,
+                    pick_checkpoint, pick_device, pick_precision)
 from tokenizer import (Tokenizer, check_fields, parse_options, read_json, reading, replacing,
                        run_command, write_json)
 
@@ -99,8 +98,8 @@ class TrainConfig:
         check_known(self.schedule, SCHEDULES, "schedule")
         own = dict(learning_rate=self.learning_rate or RATES[self.optimizer])
         if not any(getattr(self, name) for name in LENGTHS):
-            own |= dict(epochs=2.0, minutes=4.0)
-        self.__dict__.update(own)  # the class is frozen for everyone else
+            own.update(epochs=2.0, minutes=4.0)
+        vars(self).update(own)  # the class is frozen for everyone else
         if self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}")
 
@@ -765,20 +764,16 @@ def sample_lines(model, tokenizer, n_tokens, seed):
 def progress_line(row, progress):
     """A row of the log, as it is shown; the time left is as the time taken."""
     left = tqdm.format_interval(row["elapsed"] * (1 - progress) / progress)
-    parts = [f"step {row['step']:5d}", f"loss {row['loss']:.4f}"]
-    if "val_loss" in row:
-        parts.append(f"validation {row['val_loss']:.4f}")
-    if "skipped" in row:
-        parts.append(f"skipped: {row['skipped']} at {row['sequences']}")
-    return " | ".join([*parts, f"lr {row['lr']:.1e}", f"norm {row['grad_norm']:.2f}",
-                       f"mfu {row['mfu']:.0%}", f"{row['tokens_per_second']:,} tok/s, {left} left"])
+    validation = f" | validation {row['val_loss']:.4f}" if "val_loss" in row else ""
+    skipped = f" | skipped: {row['skipped']} at {row['sequences']}" if "skipped" in row else ""
+    return (f"step {row['step']:5d} | loss {row['loss']:.4f}{validation}{skipped} | lr "
+            f"{row['lr']:.1e} | norm {row['grad_norm']:.2f} | mfu {row['mfu']:.0%} | "
+            f"{row['tokens_per_second']:,} tok/s, {left} left")
 
 
 def train(config, model_config=None, say=tqdm.write):
     """Train as config says; the model is model_config, or that of --size, or of the checkpoint that
-    is resumed; say takes the lines to show. -> a dict, None on all ranks but 0: folder, step, loss
-    and val_loss (nats per token), bits_per_byte, tokens_per_second, seconds, how, stopped (by which
-    signal, or 0), skipped (steps)."""
+    is resumed; say takes the lines to show. -> summarize()'s dict, None on all ranks but 0."""
     began, is_main = time.perf_counter(), int(os.environ.get("RANK", 0)) == 0
     say = say if is_main else lambda text: None
     keep_freed_memory(config.low_memory)
@@ -848,7 +843,7 @@ def train(config, model_config=None, say=tqdm.write):
                 recorder.log(row)
             if run.bad and (run.bad >= config.bad_steps or whole_step):
                 give_up(run, rate, recorder)
-            if not recorder:
+            if not is_main:
                 continue
             if run.step == first + 2:  # the first step warms up
                 say(announce(run, n_steps, row))
@@ -867,7 +862,7 @@ def train(config, model_config=None, say=tqdm.write):
 
 
 def summarize(run, seconds, stopped):
-    """What train() returns: where the run is, how far it came, how good and how fast it was."""
+    """What train() returns: losses in nats a token, the signal that stopped it or 0 ..."""
     rows = read_log(run.folder)
     last, val = rows[-1], read_card(run.shards).val
     bits = last.get("val_loss") and last["val_loss"] / math.log(2) * val["tokens"] / val["bytes"]
