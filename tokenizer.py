@@ -24,7 +24,7 @@ import unicodedata
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import MISSING, fields
-from itertools import chain, compress, islice, starmap
+from itertools import accumulate, chain, compress, groupby, islice, starmap, tee
 from pathlib import Path
 
 import numpy as np
@@ -275,22 +275,13 @@ def count_group(texts, special_tokens, pattern):
     return Counter({chunk.encode(): count for chunk, count in counts.items() if chunk})
 
 
-def group_texts(texts):
-    """Yield lists of whole texts of some JOB characters together."""
-    group, length = [], 0
-    for text in texts:
-        group.append(text)
-        length += len(text)
-        if length >= JOB:
-            yield group
-            group, length = [], 0
-    yield group
-
-
 def count_chunks(texts, special_tokens, pattern):
     """count_group of a text or of documents, on all cores; ValueError if there is no text."""
-    groups, counts = group_texts([texts] if isinstance(texts, str) else texts), Counter()
-    jobs = ((group, special_tokens, pattern) for group in groups)
+    texts, measured = tee([texts] if isinstance(texts, str) else texts)
+    numbers = (end // JOB for end in accumulate(map(len, measured)))  # which job a text belongs to
+    groups = groupby(zip(numbers, texts), lambda pair: pair[0])
+    jobs = (([text for _, text in group], special_tokens, pattern) for _, group in groups)
+    counts = Counter()
     for some in tqdm(on_all_cores(count_group, jobs), "split", unit="job", **QUIET):
         counts.update(some)
     if not counts:
@@ -610,8 +601,7 @@ class Tokenizer:
         """The ids of a chat to train on, and its loss mask: True for what the assistant says and
         the <|end|> after it. A message, a dict with role and content, is <|role|>content<|end|>,
         <|endoftext|> before the first. The system speaks only first, roles in `last` also last."""
-        missing = [name for name in SPECIAL_TOKENS if name not in self.special]
-        if missing:
+        if missing := [name for name in SPECIAL_TOKENS if name not in self.special]:
             raise ValueError(f"this tokenizer lacks {', '.join(missing)} for chats: train another")
         if not isinstance(messages, (list, tuple)) or not messages:
             raise ValueError(f"a chat is a list of messages, not {messages!r:.40}")
