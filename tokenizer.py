@@ -23,7 +23,7 @@ import time
 import unicodedata
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, make_dataclass
 from itertools import accumulate, chain, compress, groupby, islice, starmap, tee
 from pathlib import Path
 
@@ -509,6 +509,12 @@ def awkward(text):
 # The tokenizer: merges, special tokens and a split pattern.
 
 
+# What a tokenizer.json holds: the name of one of SPLITS or a pattern, special tokens with their ids,
+# the bytes of the ids 0 to 255, and "left right" for each merge, as to_chars() writes them.
+TokenizerFile = make_dataclass("TokenizerFile", dict(
+    format=str, pattern=str, special_tokens=dict, bytes=str, merges=list).items())
+
+
 class Tokenizer:
     """Text to ids and back. Ids are the 256 bytes, byte_order[id] being the byte of an id, the
     merges in order, then the special tokens: a list, or a dict name -> id with gaps."""
@@ -629,8 +635,7 @@ class Tokenizer:
         return [self.tokens.get(id, b"") for id in range(self.n_vocab)]
 
     def definition(self):
-        """What a tokenizer.json holds: the name of one of SPLITS or a pattern, special tokens with
-        their ids, the bytes of the ids 0 to 255, and "left right" for each merge, as to_chars()."""
+        """The fields of a TokenizerFile."""
         names = {pattern: name for name, pattern in SPLITS.items()}
         merges = [f"{to_chars(left)} {to_chars(right)}" for left, right in self.merges]
         return dict(format=FORMAT, pattern=names.get(self.pattern, self.pattern),
@@ -650,10 +655,11 @@ class Tokenizer:
         values = read_json(path)
         if not isinstance(values, dict) or values.get("format") != FORMAT:
             raise ValueError(f"{path} is no tokenizer of this version of the program: train one")
-        with reading(path):  # [] + and {} | refuse what is no list or no dict
-            merges = [tuple(map(to_bytes, line.split(" "))) for line in [] + values["merges"]]
-            pattern = SPLITS.get(values["pattern"], values["pattern"])
-            return cls(merges, {} | values["special_tokens"], pattern, to_bytes(values["bytes"]))
+        file = check_fields(TokenizerFile, values, path)
+        with reading(path):
+            merges = [tuple(map(to_bytes, line.split(" "))) for line in file.merges]
+            pattern = SPLITS.get(file.pattern, file.pattern)
+            return cls(merges, file.special_tokens, pattern, to_bytes(file.bytes))
 
     def to_tiktoken(self):
         """The fast twin, made once: a tiktoken.Encoding with the same ids, see awkward()."""
