@@ -13,7 +13,6 @@ Ctrl-C or SIGTERM saves and ends it, with exit code 130 or 143; the second Ctrl-
 
 import contextlib
 import copy
-import ctypes
 import json
 import math
 import os
@@ -170,19 +169,6 @@ def average(values, device):
     values = torch.tensor(values, device=device, dtype=torch.float64)
     dist.all_reduce(values)
     return (values / dist.get_world_size()).tolist()
-
-
-def keep_freed_memory(low_memory=False):
-    """Ask glibc to keep freed memory: handing pages back and taking them again can cost a third of
-    a step on a CPU. With low_memory large tensors are handed back, and taken in huge pages."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
-        libc.mallopt(*((M_MMAP_THRESHOLD, 2**20) if low_memory else (M_MMAP_MAX, 0)))
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        if low_memory:
-            os.environ["THP_MEM_ALLOC_ENABLE"] = "1"
-            torch.empty(1)  # torch reads it at its first tensor; programs that we start must not
-            del os.environ["THP_MEM_ALLOC_ENABLE"]
 
 
 def peak_memory(device="cpu"):
@@ -776,7 +762,8 @@ def train(config, model_config=None, say=tqdm.write):
     is resumed; say takes the lines to show. -> summarize()'s dict, None on all ranks but 0."""
     began, is_main = time.perf_counter(), int(os.environ.get("RANK", 0)) == 0
     say = say if is_main else lambda text: None
-    keep_freed_memory(config.low_memory)
+    if accelerator():
+        accelerator().keep_freed_memory(config.low_memory)
     with contextlib.ExitStack() as stack:
         run = prepare_run(config, model_config, say, stack)
         config, batches, device = run.config, run.batches, str(run.model.device)

@@ -3,12 +3,17 @@ The accelerator: faster twins of functions that model.py computes with. GPT.use 
 where this file is there; without it all works and gives the same results, only slower.
 
     rows(KERNELS, device, dtype)     {"fused": ..., "torch": ..., "cuda": ...}, the functions of each
+    fast_orthogonal(x, ...)          Muon's step with fewer products
     GraphedStep(step)                a whole training step as one CUDA graph
+    keep_freed_memory(low_memory)    no page is handed back only to be taken again
 
 Each function gives the result of its plain twin in model.py or train.py; tests/benchmark.py prints
 what each is worth. Those in CUDA C are in chapters/cuda_kernels.py.
 """
 
+import ctypes
+import os
+import sys
 import time
 
 import torch
@@ -134,7 +139,7 @@ def fast_orthogonal(x, coefficients, steps=5):
 
 
 # -----------------------------------------------------------------------------
-# What can run where, and a whole step at once.
+# What can run where, a whole step at once, and the memory of a CPU.
 
 FASTER = dict(linear=fused_linear, norm=fused_norm, rotary=fused_rotary)
 
@@ -172,6 +177,19 @@ def trial(model, rows, batch_size, seconds=0.3):
             times.append(time.perf_counter() - start)
         found[name] = min(times)
     return found
+
+
+def keep_freed_memory(low_memory=False):
+    """Ask glibc to keep freed memory: handing pages back and taking them again can cost a third of
+    a step on a CPU. With low_memory large tensors are handed back, and taken in huge pages."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
+        libc.mallopt(*((M_MMAP_THRESHOLD, 2**20) if low_memory else (M_MMAP_MAX, 0)))
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        if low_memory:
+            os.environ["THP_MEM_ALLOC_ENABLE"] = "1"
+            torch.empty(1)  # torch reads it at its first tensor; programs that we start must not
+            del os.environ["THP_MEM_ALLOC_ENABLE"]
 
 
 class GraphedStep:

@@ -22,14 +22,14 @@ import torch
 
 from chapters.cost import (GPUS, duration, gigabytes, gpu_cost, join_parts, outline, short,
                            show_published)
+from chapters.kernels import keep_freed_memory
 from chapters.memory import free_memory, parameters_by_part, process_memory, training_memory
 from data import folder_name, read_card
 from model import GPT, GPTConfig, check_known, check_options, option
 from sample import pick_device, pick_precision
 from tokenizer import parse_options, run_command
-from train import (LENGTHS, TrainConfig, check_model, complete_options, gradients,
-                   keep_freed_memory, last_step, matmul_rate, model_shape, new_run, peak_memory,
-                   split_batch, update)
+from train import (LENGTHS, TrainConfig, check_model, complete_options, gradients, last_step,
+                   matmul_rate, model_shape, new_run, peak_memory, split_batch, update)
 
 TOKENS_PER_PARAMETER = 20  # of the best model for its FLOPs: arXiv:2203.15556
 

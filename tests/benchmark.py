@@ -38,7 +38,7 @@ from model import (GPT, KERNELS, SIZES, GPTConfig, Linear, accelerator, fused_at
 from sample import generate, pick_device, pick_precision
 from tokenizer import (GPT2_SPLIT, SPECIAL_TOKENS, Tokenizer, parse_options, run_command,
                        train_fast)
-from train import (TrainConfig, gradients, keep_freed_memory, matmul_rate, model_shape, new_run,
+from train import (TrainConfig, gradients, matmul_rate, model_shape, new_run,
                    peak_memory, read_log, save_run, snapshot, take_step, train, update)
 
 # -----------------------------------------------------------------------------
@@ -206,7 +206,7 @@ def nanogpt_step(folder, shape, precision):
 
 def our_step(shape, precision, optimizer="adamw", cuda_graph=False, low_memory=False):
     """Our step on the same architecture, as train.py takes it; AdamW is nanoGPT's optimizer."""
-    keep_freed_memory(low_memory)
+    accelerator().keep_freed_memory(low_memory)
     n_layer, n_head, n_embd, B, T, V = shape
     config = GPTConfig("gpt2", V, T, n_layer, n_head, n_embd=n_embd, bias=False)
     run, ids, _ = prepare_step(config, B, precision, optimizer=optimizer)
@@ -449,7 +449,7 @@ def main():
     if {"nanogpt", "learning"} & {*parts} and not options.nanogpt:
         raise ValueError("nanogpt and learning need --nanogpt=DIR, a checkout of nanoGPT")
     print(machine(), flush=True)
-    keep_freed_memory()
+    accelerator().keep_freed_memory()
     folder = Path(options.nanogpt).resolve()
     arguments = dict(nanogpt=[folder], learning=[folder, options.text])
     for part in parts:
