@@ -256,9 +256,11 @@ def plain_orthogonal(x, steps=5):
 def orthogonal(x):
     """plain_orthogonal in bfloat16, where that is fast; else its twin, where x is far from square
     (in bfloat16 the twin would lose small singular values to rounding)."""
+    if x.size(-2) > x.size(-1):
+        return orthogonal(x.mT).mT  # x x^T is smaller
     if has_bf16_units(x.device):
         return plain_orthogonal(x.bfloat16())
-    if accelerator() and max(x.shape[-2:]) >= 2 * min(x.shape[-2:]):
+    if accelerator() and x.size(-1) >= 2 * x.size(-2):
         return accelerator().fast_orthogonal(x, NEWTON_SCHULZ)
     return plain_orthogonal(x)
 
