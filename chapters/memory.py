@@ -20,7 +20,8 @@ from model import LOSS_TILE
 PARTS = {  # of a model, by a word in a weight's name
     "norm": "norms", "wte": "embedding", "wpe": "positions", "attn": "attention",
     "cross": "cross-attention", "mlp": "mlp", "lm_head": "head"}
-FRAGMENTATION = 0.3  # measured: memory that glibc keeps and cannot use, as a share of the rest
+# Measured: memory that glibc keeps and cannot use, as a share of the rest, by --low_memory.
+FRAGMENTATION = {False: 0.3, True: 0.1}
 
 
 def parameters_by_part(model):
@@ -60,19 +61,24 @@ def saved_by_block(model, kernels="torch", dtype=torch.float32, device="cpu"):
         scores = c.n_head * c.block_size * width * (3 if drops else 2 if c.causal else 1)
     elif drops and device == "cpu":  # where torch has no fused dropout
         scores = c.n_head * c.block_size * 12
-    # what goes into the activation, and what comes out
-    hidden = F * width * {"relu": 1, "swiglu": 3 + plain}.get(c.activation, 2)
+    # what goes into the activation, what comes out, and with a gate the other factor, the product
+    hidden = F * width * {"relu": 1, "swiglu": 4}.get(c.activation, 2)
     return norms + heads + scores + hidden
 
 
 def logits_memory(model, tokens, kernels, dtype, device):
-    """Bytes of the logits and their gradients that the loss holds at once; of two tiles at most."""
-    logits, tile = tokens * model.config.vocab_size, LOSS_TILE * (1 if device == "cpu" else 32)
+    """Bytes that the loss holds at once: logits and what becomes of them, for one tile of tokens,
+    the gradient of the tile before, and the head in a short dtype."""
+    c, width = model.config, dtype.itemsize
+    logits, tile = tokens * c.vocab_size, LOSS_TILE * (1 if device == "cpu" else 8)
+    short = width if width < 4 else 0
+    low = short * model.lm_head.weight.numel()
     if kernels == "plain":
-        return 16 * logits
-    if kernels == "cuda" or dtype == torch.float32:
-        return dtype.itemsize * min(logits, 2 * tile)
-    return (4 + dtype.itemsize) * min(logits, tile)
+        return low + (20 if c.softcap else 16) * logits
+    # logits and log-probabilities in float32, then the gradient in dtype, in place if it can be;
+    # a softcap's gradient takes two more. The CUDA kernel puts all into the place of the logits.
+    each = width if kernels == "cuda" else 16 if c.softcap else 8 + short
+    return low + (each + width * (logits > tile)) * min(logits, tile)
 
 
 def optimizer_memory(model, optimizer):
@@ -101,18 +107,21 @@ def training_memory(model, batch_size, optimizer="muon", kernels="torch", dtype=
     tokens, width = batch_size * c.block_size, dtype.itemsize
     stream, hidden = tokens * c.n_embd * width, tokens * hidden_channels(model) * width
     saved = tokens * saved_by_block(model, kernels, dtype, device)
+    in_block = sum(w.numel() for w in model.transformer.blocks[0].parameters())
     if width < 4:  # products keep the weights they computed with
-        saved += width * sum(w.numel() for w in model.transformer.blocks[0].parameters())
-    activations = c.n_layer * (stream if recompute else saved) + 2 * stream
+        saved += width * in_block
+    block = stream if recompute else saved
     loss = stream + logits_memory(model, tokens, kernels, dtype, device)
-    backward = 2 * stream + recompute * saved + (
-        3 * tokens * c.n_head * c.block_size * width if kernels == "plain" else 3 * hidden)
+    backward = stream + recompute * saved + (
+        3 * tokens * c.n_head * c.block_size * width if kernels == "plain" else 2 * hidden)
 
     weights, head = 4 * model.n_parameters(), 4 * model.lm_head.weight.numel()
     kept, step = optimizer_memory(model, optimizer)
-    moments = [  # the end of forward, the first block's backward, the optimizer's step
-        dict(gradients=head, activations=activations, loss=loss),
-        dict(gradients=head, activations=activations, loss=stream, backward=backward),
+    later = head + 4 * in_block * (c.n_layer - 1)  # gradients made before the first block's
+    moments = [  # the end of forward, the last and the first block's backward, the optimizer's step
+        dict(gradients=head, activations=c.n_layer * block + 2 * stream, loss=loss),
+        dict(gradients=head, activations=c.n_layer * block, backward=backward),
+        dict(gradients=later, activations=block, backward=backward),
         dict(gradients=weights, update=max(step, head * c.tied))]
     fullest = max(moments, key=lambda parts: sum(parts.values()))
     return dict(weights=weights, optimizer=kept) | fullest
@@ -120,8 +129,8 @@ def training_memory(model, batch_size, optimizer="muon", kernels="torch", dtype=
 
 def process_memory(parts, base, low_memory=False):
     """Bytes of a process on a CPU: base for the program itself, its tensors, and between these what
-    Linux' allocator loses to fragmentation, unless low_memory hands back what is freed."""
-    lost = FRAGMENTATION if sys.platform == "linux" and not low_memory else 0
+    Linux' allocator loses to fragmentation; less where low_memory hands back what is freed."""
+    lost = FRAGMENTATION[low_memory] if sys.platform == "linux" else 0
     return base + sum(parts.values()) * (1 + lost)
 
 

@@ -3,10 +3,12 @@
 import json
 import subprocess
 import sys
+from itertools import accumulate
 
 import pytest
 import torch
 from conftest import ROOT, run, tiny
+from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from chapters import cost, plan
@@ -106,6 +108,33 @@ def test_what_blocks_save_is_what_autograd_keeps(options, kernels, dtype):
     if dtype != torch.float32:  # weights cast to it
         total += 2 * sum(w.numel() for w in model.transformer.blocks.parameters())
     assert saved_bytes(model, torch.randint(64, (B, 128))) == pytest.approx(total, rel=0.1)
+
+
+def most_bytes(function):
+    """The most that torch has allocated at once while a function runs."""
+    with profile(profile_memory=True) as measured:
+        function()
+    events = [e for e in measured.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("rows", [512, 100])
+@pytest.mark.parametrize("options", [
+    dict(vocab_size=64), dict(vocab_size=2048), dict(vocab_size=2048, softcap=15.0)],
+    ids=["activations", "logits", "softcap"])
+def test_forward_and_backward_take_what_is_foretold(options, rows, dtype, monkeypatch):
+    for module in ("model", "chapters.memory"):
+        monkeypatch.setattr(f"{module}.LOSS_TILE", rows * options["vocab_size"])
+    model = GPT(GPTConfig(block_size=128, n_layer=4, n_head=4, n_embd=128, **options)).train()
+    for recompute in (False, True):
+        model.use("torch", dtype, recompute, 4)
+        ids, parts = torch.zeros(4, 128, dtype=torch.long), training_memory(
+            model, 4, "adamw", dtype=dtype, recompute=recompute)
+        taken = most_bytes(lambda: loss_of(model, ids).backward())
+        foretold = sum(parts.values()) - parts["weights"] - parts["optimizer"]
+        assert foretold == pytest.approx(taken, rel=0.05)
+        model.zero_grad()
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
