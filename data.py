@@ -320,7 +320,7 @@ def check_shards(folder, splits=("train", "val")):
 
 
 # -----------------------------------------------------------------------------
-# From sources to a finished folder of shards, made only when it is not there.
+# From sources to a finished folder of shards, made once, and from there to batches.
 
 
 class Documents:
@@ -476,10 +476,6 @@ def prepare(sources, out, vocab_size=4096, tokenizer=None, val_ratio=None, n_sha
             return out
     build(out, found, tokenizer, card, say)
     return out
-
-
-# -----------------------------------------------------------------------------
-# Batches: the shards of a split as one endless stream of shuffled blocks.
 
 
 class TokenLoader(Iterator):

@@ -39,7 +39,7 @@ EXAMPLE_ROW = '{"context": "2 + 2 =", "choices": ["3", "4"], "answer": 1}'
 EXAMS = Path(__file__).with_name("chapters") / "exams.py"
 
 # -----------------------------------------------------------------------------
-# The primitive: how likely is one text as the continuation of another?
+# How likely is a text as the continuation of another, and how well is a whole text predicted?
 
 
 @torch.inference_mode()
@@ -132,10 +132,6 @@ def loglikelihood(model, tokenizer, pairs, title="scoring"):
     results |= zip(alone, score_ends(model, rows, title))
     return [(results[i][0].double().sum().item(), results[i][1].all().item())
             for i in range(len(pairs))]
-
-
-# -----------------------------------------------------------------------------
-# Predicting text: surprise in nats, perplexity, bits per byte.
 
 
 def windows(tokens, block_size, stride):
@@ -339,15 +335,10 @@ def multiple_choice(model, tokenizer, rows):
 
 
 def exact_match(text, target, ignore=()):
-    """1.0 if two texts are equal but for case and what the patterns of ignore match, else 0.0:
-    exact_match("$1,000", "1000", [",", r"\\$"]) == 1."""
+    """1.0 if texts are equal but for case and ignored patterns: exact_match("1,0", "10", [","])."""
     for pattern in ignore:
         text, target = re.sub(pattern, "", text), re.sub(pattern, "", target)
     return float(text.lower() == target.lower())
-
-
-# -----------------------------------------------------------------------------
-# The report: tables, a picture, runs side by side.
 
 
 def written(value, metric, sign=""):
@@ -463,10 +454,6 @@ def make_questions(config, tasks, default, folder):
                 raise
             print(f"{name} is left out: {error}")
     return questions
-
-
-# -----------------------------------------------------------------------------
-# The command.
 
 
 @dataclass(frozen=True)

@@ -70,8 +70,7 @@ TINY = 1e-9  # low=TINY means above 0, below=1 + TINY at most 1
 
 
 def option(default, help, low=0, below=2**31, positional=False):
-    """A dataclass field that is also an option of a command line: its default, its help, and for
-    numbers the range low <= value < below."""
+    """A dataclass field that is a command line's option, too; of numbers low <= value < below."""
     metadata = dict(help=help, low=low, below=below, positional=positional)
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
@@ -204,8 +203,7 @@ QUERY_TILE, KEY_TILE = 256, 256  # the scores of one pair of tiles stay in the p
 
 
 def tiles(T, S, causal=True, window=0):
-    """For each tile of queries the tiles of keys in which something may be attended to:
-    tiles(2, 3) yields (slice(0, 2), [slice(0, 3)])."""
+    """Tiles of queries, each with its keys': tiles(2, 3) yields (slice(0, 2), [slice(0, 3)])."""
     for t in range(0, T, QUERY_TILE):
         rows = slice(t, min(t + QUERY_TILE, T))
         start = max(0, S - T + rows.start - window + 1) // KEY_TILE * KEY_TILE if window else 0
@@ -214,9 +212,8 @@ def tiles(T, S, causal=True, window=0):
 
 
 class FusedAttention(torch.autograd.Function):
-    """Attention without the (T, S) scores: tiles, an online softmax, and scores made again in
-    backward (FlashAttention, arXiv:2205.14135). Query heads that share a key head are rows of one
-    matrix. Powers are those of 2: a CPU is slow to take exp of a mask's -inf."""
+    """FlashAttention (arXiv:2205.14135): tiles, an online softmax, scores made again in backward.
+    Heads that share keys are rows of one matrix; powers of 2, as exp(-inf) is slow on a CPU."""
 
     @staticmethod
     def fold(x, K, rows):
@@ -225,8 +222,8 @@ class FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def append(x, column):
-        """x (..., D) and a column (..., 1) as two, its rounded value and what rounding took away:
-        a product with ones in these two places adds it before the sums are rounded."""
+        """x (..., D) with a column (..., 1) as two, rounded and what rounding took: a product with
+        ones in these two places adds it before the sums are rounded."""
         high = column.to(x.dtype)
         return torch.cat((x, high, (column - high).to(x.dtype)), dim=-1)        # (..., D + 2)
 
@@ -326,9 +323,8 @@ def cap_logits(logits, softcap):
 
 
 def plain_loss(x, weight, targets, softcap=0.0, smoothing=0.0, z_loss=0.0):
-    """Mean cross-entropy in nats of the logits x (N, C) @ weight (V, C)^T against targets (N,),
-    -1 ignored. smoothing gives all tokens a share of the target (arXiv:1512.00567), z_loss weighs
-    log(sum(exp(logits)))^2 (arXiv:2204.02311)."""
+    """Mean cross-entropy in nats of the logits x (N, C) @ weight (V, C)^T against targets (N,), -1
+    ignored, with label smoothing (arXiv:1512.00567) and z-loss (arXiv:2204.02311)."""
     logits = F.linear(x, weight.to(x.dtype)).to(sum_dtype(x.dtype))      # (N, V)
     logits, valid = cap_logits(logits, softcap), targets != -1
     target = logits.gather(1, targets.clamp(min=0)[:, None]).squeeze(1)
@@ -343,8 +339,7 @@ LOSS_TILE = 2**25  # logits that are held at once on a CPU; a GPU wants larger p
 
 
 def loss_tile(x, weight, targets, softcap, smoothing, z_loss, with_gradient):
-    """x (N, C), weight (V, C), targets (N,) -> (the sum of the losses, and with_gradient that of
-    the losses by the logits (N, V), else None)"""
+    """-> (the sum of the losses of x (N, C), its gradient by the logits (N, V), or None)"""
     logits = cap_logits(F.linear(x, weight).to(sum_dtype(x.dtype)), softcap)     # (N, V)
     valid, target = (targets != -1)[:, None].to(logits.dtype), targets[:, None].clamp(min=0)
     log_probs = F.log_softmax(logits, dim=1)
@@ -367,8 +362,7 @@ def loss_tile(x, weight, targets, softcap, smoothing, z_loss, with_gradient):
 
 
 def loss_and_gradients(tile, x, weight, targets, *options, with_gradient):
-    """-> (the sum of the losses, its gradients by x and by weight, or None): `tile` makes them for
-    some tokens, then for the next."""
+    """-> (the sum of the losses, its gradients by x and weight, or None), some tokens at a time."""
     low, (N, V) = weight.to(x.dtype), (len(x), len(weight))
     total = torch.zeros((), dtype=sum_dtype(x.dtype), device=x.device)
     d_x, d_weight = (torch.empty_like(y) if with_gradient else None for y in (x, weight))
@@ -388,8 +382,7 @@ def loss_and_gradients(tile, x, weight, targets, *options, with_gradient):
 
 
 class FusedLoss(torch.autograd.Function):
-    """The gradients are made in forward, where the logits are; backward scales them by what comes
-    in. (N, V) is never stored."""
+    """The gradients are made in forward, where the logits are; backward scales them."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, softcap, smoothing, z_loss, tile=loss_tile):
@@ -417,7 +410,7 @@ def fused_loss(x, weight, targets, softcap=0.0, smoothing=0.0, z_loss=0.0):
 
 
 # -----------------------------------------------------------------------------
-# The other functions that modules compute with. chapters/kernels.py has faster twins of them.
+# The model, from what its parts compute with (chapters/kernels.py has faster twins) to the whole.
 
 ACTIVATIONS = {
     "gelu": partial(F.gelu, approximate="tanh"),    # arXiv:1606.08415
@@ -452,24 +445,21 @@ def rotary_table(config, positions):
 
 
 def plain_rotary(x, cos, sin):
-    """Rotate each pair of channels (j, j + D/2) of x (B, T, H, D) by its position's angle, cos and
-    sin (T, D/2) or (B, T, D/2)."""
+    """Rotate channels (j, j + D/2) of x (B, T, H, D) by angles, cos and sin (T or B, T, D/2)."""
     a, b = x.chunk(2, dim=-1)
     cos, sin = (y.unsqueeze(-2).to(x.dtype) for y in (cos, sin))         # (..., T, 1, D/2)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 def sinusoids(positions, C):
-    """Positions (..., T) as C sines and cosines of ever slower waves -> (..., T, C).
-    arXiv:1706.03762"""
+    """Positions (..., T) as C sines and cosines -> (..., T, C). arXiv:1706.03762"""
     half = torch.arange(0, C, 2, device=positions.device, dtype=torch.float32)
     angles = positions[..., None] * 10000.0 ** (-half / C)
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)[..., :C]
 
 
 def position_ids(segments):
-    """The position of each token in its segment, a run of equal numbers in segments (B, S):
-    position_ids([[0, 0, 1, 1, 1]]) == [[0, 1, 0, 1, 2]]."""
+    """Where tokens are in their segments: position_ids([[0, 0, 1, 1, 1]]) == [[0, 1, 0, 1, 2]]."""
     index = torch.arange(segments.size(1), device=segments.device)
     first = torch.ones_like(segments, dtype=torch.bool)
     first[:, 1:] = segments[:, 1:] != segments[:, :-1]
@@ -498,10 +488,6 @@ def accelerator():
     except ImportError:
         return None
     return kernels
-
-
-# -----------------------------------------------------------------------------
-# The parts of a block.
 
 
 class Linear(nn.Linear):
@@ -545,8 +531,7 @@ NORMS = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
 
 
 class KVCache:
-    """The keys and values of one layer for the tokens seen so far, (B, K, S, D) each; in `source`
-    those of the text that an encoder has read."""
+    """The keys and values of one layer for the tokens so far, (B, K, S, D); `source`: cross's."""
 
     def __init__(self, config, batch_size, max_tokens, device="cpu", dtype=torch.float32):
         shape = (batch_size, config.n_kv_head, max_tokens, config.head_size)
@@ -612,8 +597,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with an activation between them; SwiGLU (arXiv:2002.05202) adds a gate and
-    is narrower, so that it has as many weights."""
+    """Two linear layers with an activation between; SwiGLU (arXiv:2002.05202) adds a gate."""
 
     def __init__(self, config):
         super().__init__()
@@ -648,9 +632,8 @@ class Block(nn.Module):
         """x (B, T, C) -> (B, T, C); memory is (source, its mask), where there is an encoder."""
         attend = partial(self.attn, table=table, cache=cache, **mask_options)
         if self.cross is not None:
-            source, mask = memory
-            attend_to_source = partial(self.cross, source=source, cache=cache, causal=False,
-                                       mask=mask)
+            attend_to_source = partial(self.cross, source=memory[0], mask=memory[1], cache=cache,
+                                       causal=False)
         if self.norm_first:
             x = x + self.dropout(attend(self.attn_norm(x)))
             if self.cross is not None:
@@ -662,13 +645,8 @@ class Block(nn.Module):
         return self.mlp_norm(x + self.dropout(self.mlp(x)))
 
 
-# -----------------------------------------------------------------------------
-# The whole: ids -> stream of channels -> logits or loss.
-
-
 def check_ids(ids, size, lowest=0, what="token id", limit="vocab_size"):
-    """Raise ValueError unless all ids are from lowest to size - 1: a GPU would stop the whole
-    program. They are checked on the CPU, where they come from; a GPU would be made to wait."""
+    """ValueError unless ids are from lowest to size - 1. On a GPU, which must not wait, none."""
     wrong = ids[(ids < lowest) | (ids >= size)] if ids.device.type == "cpu" else ()
     if len(wrong):
         raise ValueError(f"{what} {wrong[0].item()} is not from {lowest} to {size - 1}: "
@@ -758,10 +736,9 @@ class GPT(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def use(self, kernels="auto", dtype=None, recompute=False, batch_size=1):
-        """Choose the functions to compute with: plain | fused | torch | cuda, or auto, the fastest in
-        a trial on batch_size sequences (self.trial: {name: seconds}); the dtype to compute in (None:
-        the weights' own); and recompute, activation checkpointing (arXiv:1604.06174): far less
-        memory, a third more work. None of it is part of the model. -> the name of the row."""
+        """Choose the functions to compute with (plain | fused | torch | cuda, or auto, the fastest
+        in a trial on batch_size sequences), the dtype (None: the weights'), and recompute:
+        activation checkpointing, less memory for more work, arXiv:1604.06174. -> the row's name."""
         check_known(kernels, ("auto", "cuda", *KERNELS), "kernels")
         faster, self.dtype = accelerator(), dtype
         rows = faster.rows(KERNELS, self.device, dtype) if faster else KERNELS
@@ -800,8 +777,8 @@ class GPT(nn.Module):
         """ids (B, T) -> (logits (B, T, V), None), or if last_only the last position's (B, 1, V).
         With targets (B, T), -1 ignored -> (None, mean cross-entropy in nats). With n_classes the
         logits are (B, n_classes), the targets classes (B,), or numbers (B,) and the loss their mean
-        square error. memory is what encode() made of a source; segments (B, S) numbers the texts in
-        a row, cached tokens included: tokens see and count only their own, and 0 is padding."""
+        square error. memory is what encode() made of a source; segments (B, S) numbers the texts of
+        a row, cached tokens too: a token sees and counts only its own, and 0 is padding."""
         c = self.config
         if c.cross and memory is None:
             raise ValueError("this model reads a source: give memory=model.encode(source)")
@@ -833,9 +810,8 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, T=None):
-        """Of forward and backward, in sequences of T tokens, and a source as long: 6 for each
-        weight of a matrix product, 12 for each channel of each key that a query attends to. On
-        average that is T/2 keys before it, or its window, shorter at the beginning."""
+        """Of forward and backward on T tokens, and a source as long: 6 a weight of a product, 12 a
+        channel of each key that a query attends to: on average T/2 before it, or its window."""
         T, c = T or self.config.block_size, self.config
         weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, Linear))
         window = min(c.window or T, T)
@@ -879,8 +855,7 @@ def write_safetensors(file, tensors, metadata):
 
 
 def read_header(path):
-    """-> ([(name, dtype, shape)] in the order of their bytes, {name: string}) of a safetensors
-    file, from its beginning alone. ValueError for another or a damaged one."""
+    """-> ([(name, dtype, shape)], {name: string}) of a safetensors file; ValueError if damaged."""
     try:
         with open(path, "rb") as file:
             size, length = os.path.getsize(path) - 8, int.from_bytes(file.read(8), "little")
@@ -902,8 +877,7 @@ def read_header(path):
 
 
 def read_safetensors(path):
-    """{name: tensor} of a safetensors file. ValueError for another or a damaged file, which the
-    checksum tells that write_safetensors left in it."""
+    """{name: tensor} of a safetensors file; ValueError if it is damaged, as its checksum tells."""
     rows, metadata = read_header(path)
     tensors, checksum = {}, hashlib.sha256()
     with open(path, "rb") as file:
@@ -928,8 +902,7 @@ def save_model(model, file, tensors={}, **progress):
 
 
 def read_progress(path):
-    """{"config": the model's options, and each plain value that save_model wrote}, from the
-    beginning of the file alone; ValueError for a file of another program or version."""
+    """{"config": the model's options, and each value that save_model wrote} from a header alone."""
     if Path(path).suffix == ".pt":
         raise ValueError(f"{path} was written by an older version of this program: train again")
     _, metadata = read_header(path)
@@ -943,16 +916,14 @@ def read_progress(path):
 
 
 def from_weights(config, weights, path):
-    """The model of that shape with these {name: tensor}; ValueError with the list of what does not
-    fit. path is the file that they come from."""
+    """The model with these {name: tensor} of a file; ValueError that lists what does not fit."""
     if config.n_layer + config.n_encoder_layer > len(weights):  # each would take time and memory
-        raise ValueError(f"{path} does not hold the weights of its config: n_layer="
-                         f"{config.n_layer} with {len(weights)} weights")
+        raise ValueError(f"{path}: n_layer={config.n_layer} with {len(weights)} weights")
     try:
         with torch.device("meta"):  # no memory, no random numbers: the weights are replaced at once
             model = GPT(config)
     except RuntimeError as error:  # more numbers than can be counted
-        raise ValueError(f"{path} does not hold the weights of its config: {error!s:.80}") from None
+        raise ValueError(f"{path} has a config that makes no model: {error!s:.80}") from None
     expected, found = ({name: tuple(w.shape) for name, w in tensors} for tensors in (
         model.named_parameters(), weights.items()))
     wrong = [f"{name} is {found.get(name, 'missing')}, not {expected.get(name, 'expected')}"
@@ -968,8 +939,7 @@ def from_weights(config, weights, path):
 
 
 def load_model(path, device="cpu"):
-    """-> (the model, {"tensors": what is not a weight, and each value of the progress}).
-    ValueError for a damaged or foreign file."""
+    """-> (the model, {"tensors": what is not a weight, and each value of the progress})."""
     progress = read_progress(path)
     try:
         config = GPTConfig(**progress.pop("config"))

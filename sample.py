@@ -142,8 +142,7 @@ def pick_checkpoint(folder, which="best"):
 
 
 def load_run(folder, which="best", device="cpu", dtype=None):
-    """-> (the model in eval mode, its weights in dtype; the tokenizer) of a run. which: as for
-    pick_checkpoint, or the path that it gave."""
+    """-> (model, tokenizer) of a run. which: as for pick_checkpoint, or the path that it gave."""
     path = which if isinstance(which, Path) else pick_checkpoint(folder, which)
     tokenizer, (model, _) = Tokenizer.load(Path(folder, "tokenizer.json")), load_model(path, device)
     if tokenizer.n_vocab != model.config.vocab_size:
@@ -285,7 +284,7 @@ def pick(logits, config=SampleConfig(temperature=1.0), generator=None, seen=None
 
 
 # -----------------------------------------------------------------------------
-# Token after token.
+# Token after token, and the text that they make.
 
 
 def seeded(seed, row):
@@ -375,9 +374,6 @@ def beam_search(model, ids, n_beams=4, max_new_tokens=50, length_penalty=1.0, en
             break
     return done
 
-
-# -----------------------------------------------------------------------------
-# Text.
 
 # The text, perhaps "", that a token completes; its log-probability, before temperature and filters.
 Piece = namedtuple("Piece", "token text logprob")
@@ -475,10 +471,6 @@ def complete_batch(model, tokenizer, prompts, config=SampleConfig(), **options):
 def complete(model, tokenizer, prompt="", config=SampleConfig(), **options):
     """The text that follows a prompt: complete(model, tokenizer, "def ", temperature=0)."""
     return complete_batch(model, tokenizer, [prompt], config, **options)[0]
-
-
-# -----------------------------------------------------------------------------
-# The command.
 
 
 @dataclass(frozen=True)

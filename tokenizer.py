@@ -44,9 +44,10 @@ O200K_SPLIT = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}
 CL100K_SPLIT = GPT4_SPLIT.replace(r"|\s*[\r\n]", r"|\s+(?!\s|\S)|\s*[\r\n]")
 SPLITS = {"gpt2": GPT2_SPLIT, "gpt4": GPT4_SPLIT, "cl100k": CL100K_SPLIT, "o200k": O200K_SPLIT}
 ASCII_SPLITS = {  # the same for ASCII text in Python's own `re`, which needs half the time
-    pattern: re.compile("(?a)" + pattern.replace(r"\p{L}\p{N}", "A-Za-z0-9")
-                        .replace(r"\p{L}", "[A-Za-z]").replace(r"\p{N}", "[0-9]"))
-    for pattern in (GPT2_SPLIT, GPT4_SPLIT, CL100K_SPLIT)}
+    GPT2_SPLIT: re.compile(r"(?a)'(?:[sdmt]|ll|ve|re)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+"
+                           r"|\s+(?!\S)|\s+"),
+    GPT4_SPLIT: re.compile(r"(?a)'(?i:[sdmt]|ll|ve|re)|[^\r\nA-Za-z0-9]?[A-Za-z]+|[0-9]{1,3}"
+                           r"| ?[^\sA-Za-z0-9]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")}
 PLAIN = {  # tiktoken writes two of them with possessive quantifiers, which many engines lack
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s": GPT2_SPLIT,
     (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
@@ -443,7 +444,7 @@ def train_fast(texts, vocab_size, special_tokens=SPECIAL_TOKENS, pattern=GPT4_SP
 
 
 # -----------------------------------------------------------------------------
-# The parts of encoding and decoding.
+# Encoding and decoding: the parts, then the tokenizer with its split pattern and special tokens.
 
 
 def to_chars(token):
@@ -484,8 +485,7 @@ def apply_merges(ids, merged):
 
 
 def recover_merges(tokens):
-    """The merges that made tokens (a dict id -> bytes), and the bytes of the first 256 ids. Earlier
-    merges leave two parts of a token: these make it."""
+    """The merges behind {id: bytes}: each joins the two parts that earlier ones leave."""
     byte_order = b"".join(tokens[id] for id in range(256) if len(tokens.get(id, b"")) == 1)
     byte_ids, merged, merges = invert(byte_order), {}, []
     for id in sorted(tokens)[256:]:
@@ -505,12 +505,8 @@ def awkward(text):
         char == "\u0295" or unicodedata.category(char) == "Cn" for char in {*text})
 
 
-# -----------------------------------------------------------------------------
-# The tokenizer: merges, special tokens and a split pattern.
-
-
-# What a tokenizer.json holds: the name of one of SPLITS or a pattern, special tokens with their ids,
-# the bytes of the ids 0 to 255, and "left right" for each merge, as to_chars() writes them.
+# What a tokenizer.json holds: the name of one of SPLITS or a pattern, name -> id, the bytes of the
+# ids 0 to 255, and "left right" for each merge, as to_chars() writes them.
 TokenizerFile = make_dataclass("TokenizerFile", dict(
     format=str, pattern=str, special_tokens=dict, bytes=str, merges=list).items())
 
@@ -699,10 +695,6 @@ class Tokenizer:
             for name in special_tokens:
                 vocab.setdefault(name, max(vocab.values()) + 1)
             return cls.from_vocab(vocab, [line.split(" ") for line in lines if line], GPT2_SPLIT)
-
-
-# -----------------------------------------------------------------------------
-# The command.
 
 
 def main():

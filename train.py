@@ -103,10 +103,6 @@ class TrainConfig:
             raise ValueError(f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}")
 
 
-# -----------------------------------------------------------------------------
-# Options: those typed, over those of a config.json.
-
-
 def model_shape(size, vocab_size, options={}):
     """The GPTConfig of a size, with options, {name: value}, in the place of its own."""
     check_known(size, SIZES, "size")
@@ -169,6 +165,12 @@ def average(values, device):
     values = torch.tensor(values, device=device, dtype=torch.float64)
     dist.all_reduce(values)
     return (values / dist.get_world_size()).tolist()
+
+
+def keep_freed_memory(low_memory=False):
+    """Handing pages back and taking them again can cost a third of a step on a CPU: do not."""
+    if accelerator():
+        accelerator().keep_freed_memory(low_memory)
 
 
 def peak_memory(device="cpu"):
@@ -254,15 +256,11 @@ def plain_orthogonal(x, steps=5):
 
 
 def orthogonal(x):
-    """plain_orthogonal in bfloat16, where that is fast; else its twin, where x is far from square
-    (in bfloat16 the twin would lose small singular values to rounding)."""
+    """plain_orthogonal of x (n, rows, columns), in bfloat16 and by its fast twin where there are."""
     if x.size(-2) > x.size(-1):
         return orthogonal(x.mT).mT  # x x^T is smaller
-    if has_bf16_units(x.device):
-        return plain_orthogonal(x.bfloat16())
-    if accelerator() and x.size(-1) >= 2 * x.size(-2):
-        return accelerator().fast_orthogonal(x, NEWTON_SCHULZ)
-    return plain_orthogonal(x)
+    x = x.bfloat16() if has_bf16_units(x.device) else x
+    return accelerator().fast_orthogonal(x, NEWTON_SCHULZ) if accelerator() else plain_orthogonal(x)
 
 
 class Muon:
@@ -341,8 +339,7 @@ def to_device(batch, model):
 
 
 def cut_short(ids, progress, curriculum):
-    """Rows (B, T) cut into (8 B, T / 8), later 4, then 2, during the first `curriculum` of the run:
-    short sequences first, as many tokens (arXiv:2108.06084)."""
+    """Rows (B, T) cut into 8, 4, then 2 in the first `curriculum` of a run: arXiv:2108.06084."""
     parts = 8 >> int(3 * progress / curriculum) if progress < curriculum else 1
     return ids.reshape(ids.size(0) * parts, -1)
 
@@ -397,7 +394,7 @@ def validation_loss(model, shards, config, rank=0, world_size=1):
 
 
 # -----------------------------------------------------------------------------
-# The run folder: config.json, tokenizer.json, step_NNNNNN.safetensors, log.jsonl, loss.png.
+# The run folder, and what is done before the first step.
 
 
 @dataclass
@@ -575,10 +572,6 @@ def run_folder(config, shards=None):
     while not config.out and (folder / "config.json").exists():
         folder, n = Path(f"runs/{shards.name}-{n}"), n + 1
     return folder
-
-
-# -----------------------------------------------------------------------------
-# Before the first step: data, checks, kernels, and what the run will be, in words.
 
 
 def find_shards(config, rank, say):
@@ -764,8 +757,7 @@ def train(config, model_config=None, say=tqdm.write):
     is resumed; say takes the lines to show. -> summarize()'s dict, None on all ranks but 0."""
     began, is_main = time.perf_counter(), int(os.environ.get("RANK", 0)) == 0
     say = say if is_main else lambda text: None
-    if accelerator():
-        accelerator().keep_freed_memory(config.low_memory)
+    keep_freed_memory(config.low_memory)
     with contextlib.ExitStack() as stack:
         run = prepare_run(config, model_config, say, stack)
         config, batches, device = run.config, run.batches, str(run.model.device)

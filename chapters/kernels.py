@@ -2,7 +2,7 @@
 The accelerator: faster twins of functions that model.py computes with. GPT.use takes them from here
 where this file is there; without it all works and gives the same results, only slower.
 
-    rows(KERNELS, device, dtype)     {"fused": ..., "torch": ..., "cuda": ...}, the functions of each
+    rows(KERNELS, device, dtype)     {"fused": ..., "torch": ..., "cuda": ...}: functions
     fast_orthogonal(x, ...)          Muon's step with fewer products
     GraphedStep(step)                a whole training step as one CUDA graph
     keep_freed_memory(low_memory)    no page is handed back only to be taken again
@@ -123,12 +123,17 @@ def fused_rotary(x, cos, sin):
 
 
 def fast_orthogonal(x, coefficients, steps=5):
-    """train.plain_orthogonal with less work where x (..., rows, columns) is far from square: what
-    becomes of x is a polynomial of the small x x^T times x, worked out on squares alone."""
-    if x.size(-2) > x.size(-1):
-        return fast_orthogonal(x.mT, coefficients, steps).mT
+    """train.plain_orthogonal of x (..., rows, columns) in fewer passes; where x is wide, with less
+    work: what becomes of it is a polynomial of the small x x^T times x, worked out on squares. In
+    bfloat16 these would lose small singular values to rounding."""
     a, b, c = coefficients
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    if x.dtype == torch.bfloat16 or x.size(-1) < 2 * x.size(-2):
+        y = x.reshape(-1, *x.shape[-2:])
+        for _ in range(steps):
+            gram = torch.bmm(y, y.mT)
+            y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+        return y.reshape(x.shape)
     gram, one = x @ x.mT, torch.eye(x.size(-2), dtype=x.dtype, device=x.device)
     total = factor = a * one + b * gram + c * gram @ gram            # (..., rows, rows)
     for _ in range(steps - 1):
