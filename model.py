@@ -43,8 +43,7 @@ ARCHITECTURES = {
                                cross=True),                           # arXiv:1706.03762
 }
 
-# Parameters with a vocabulary of 262, bytes and special tokens (modern), for the first; of 4,096
-# for the next four; of 50,257 (gpt2) for the rest.
+# Parameters with a vocabulary of 262 for nano, of 4,096 up to base, of 50,257 (gpt2) for the rest.
 SIZES = {
     "nano": dict(n_layer=3, n_head=2, n_embd=96, block_size=128),              # 0.4M
     "tiny": dict(n_layer=2, n_head=2, n_embd=128, block_size=256),             # 1.4M
@@ -153,10 +152,8 @@ class GPTConfig:
 #   causal     a query attends to the keys up to its own position
 #   window     and of these only to the last `window`; 0: all
 #   mask       bool, broadcastable to (B, H, T, S), True where a query may attend
-#   segments   whole numbers (B, S): tokens attend only to those with their own number, as for
-#              documents in a packed block, or text apart from padding
+#   segments   whole numbers (B, S): tokens attend only to their own, as for packed documents
 #   dropout    share of the attention weights dropped
-#
 # A query that may attend to nothing gets zeros.
 
 

@@ -256,7 +256,7 @@ def plain_orthogonal(x, steps=5):
 
 
 def orthogonal(x):
-    """plain_orthogonal of x (n, rows, columns), in bfloat16 and by its fast twin where there are."""
+    """plain_orthogonal of x (n, rows, columns), in bfloat16 and by its fast twin where possible."""
     if x.size(-2) > x.size(-1):
         return orthogonal(x.mT).mT  # x x^T is smaller
     x = x.bfloat16() if has_bf16_units(x.device) else x
