@@ -114,7 +114,7 @@ def first_whole(paths, by_loss=False):
     for path in sorted(paths, key=val_loss) if by_loss else paths:
         try:
             read_progress(path)
-            read_safetensors(path)
+            read_safetensors(path, only_check=True)
             return path, wrong
         except ValueError as error:
             wrong.append(str(error))

@@ -449,7 +449,7 @@ def save_run(folder, state, keep=2):
     path = Path(folder, f"step_{progress['step']:06d}.safetensors")
     with replacing(path) as file:
         save_model(model, file, tensors, **progress)
-    read_safetensors(path)  # ValueError if it is not on the disk as it was written
+    read_safetensors(path, only_check=True)  # ValueError if it is not on the disk as it was written
     found = list(checkpoints(folder).values())
     best, _ = first_whole(reversed(found), by_loss=True)
     for old in set(found[:-keep]) - {best}:

@@ -154,9 +154,9 @@ def test_the_last_ones_and_the_best_stay_and_others_go(tmp_path):
 def test_a_checkpoint_that_the_disk_got_wrong_removes_no_other(tmp_path):
     save_run(tmp_path, snapshot(a_run(tmp_path, 1)), keep=1)
 
-    def damage(inner, n, path):
+    def damage(inner, n, path, **options):
         path.write_bytes(path.read_bytes()[:-10] + bytes(10))
-        return inner(path)
+        return inner(path, **options)
 
     with instead("read_safetensors", damage), pytest.raises(ValueError, match="is damaged"):
         save_run(tmp_path, snapshot(a_run(tmp_path, 2)), keep=1)
