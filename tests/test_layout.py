@@ -37,7 +37,7 @@ def imports(tree):
 def python(words, folder, **variables):
     """Run Python in a folder as a user does -> what it prints; it must not fail."""
     done = subprocess.run([sys.executable, "-B", *words], cwd=folder, capture_output=True,
-                          text=True, env=dict(os.environ, **variables))
+                          text=True, env=dict(os.environ) | dict(PYTHONPATH="") | variables)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 
