@@ -68,9 +68,10 @@ def check_known(name, known, what):
 TINY = 1e-9  # low=TINY means above 0, below=1 + TINY at most 1
 
 
-def option(default, help, low=0, below=2**31, positional=False):
-    """A dataclass field that is a command line's option, too; of numbers low <= value < below."""
-    metadata = dict(help=help, low=low, below=below, positional=positional)
+def option(default, help, low=0, below=2**31, positional=False, many=False):
+    """A dataclass field that is a command line's option, too; of numbers low <= value < below; many
+    takes one or more values, a list if several."""
+    metadata = dict(help=help, low=low, below=below, positional=positional, many=many)
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)

@@ -94,9 +94,22 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
 
 
+def refuse_idle(typed, names, reason):
+    """ValueError if an option of these names was typed: the reason says beside what it is idle."""
+    if idle := [f"--{name}" for name in names if name in typed]:
+        raise ValueError(f"{' '.join(idle)} would not act {reason}: leave it out")
+
+
 def field_kind(f):
     """The type of a dataclass field; int | None is an int."""
     return getattr(f.type, "__args__", [f.type])[0]
+
+
+class OneOrMore(argparse.Action):
+    """One value as it is, several as a list."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, values if len(values) > 1 else values[0])
 
 
 def parse_options(doc, *config_classes):
@@ -114,6 +127,8 @@ def parse_options(doc, *config_classes):
                 name, form = f.name, dict(nargs="*" if kind is list else "?")
             elif kind in (bool, list):
                 form = dict(action="append" if kind is list else argparse.BooleanOptionalAction)
+            elif f.metadata.get("many"):
+                form |= dict(nargs="+", action=OneOrMore)
             group.add_argument(name, default=argparse.SUPPRESS,
                                help=f.metadata["help"].replace("%", "%%") + shown, **form)
     typed = vars(parser.parse_intermixed_args())
