@@ -10,8 +10,12 @@ evaluates and writes it.
 
 import json
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+if __name__ == "__main__":  # `python chapters/card.py` works as well, from any folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 from tqdm import tqdm

@@ -11,9 +11,13 @@ written for each, under the name that the page has in its folder.
 import gzip
 import html
 import re
+import sys
 import tempfile
 import zlib
 from pathlib import Path
+
+if __name__ == "__main__":  # `python chapters/curate.py` works as well, from any folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from data import download, folder_name
 from tokenizer import Parser, reading, replacing, run_command

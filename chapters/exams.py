@@ -14,11 +14,15 @@ and rules give (chapters/probes.py). Said for each task: how much of it the trai
 import math
 import random
 import re
+import sys
 from collections import Counter, defaultdict, namedtuple
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from urllib.parse import urlencode
+
+if __name__ == "__main__":  # `python chapters/exams.py` works as well, from any folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import evaluate
 from chapters import probes

@@ -11,7 +11,11 @@ first folder is read once, the others as often as that takes; what validates is 
 
 import json
 import re
+import sys
 from pathlib import Path
+
+if __name__ == "__main__":  # `python chapters/mix.py` works as well, from any folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from data import (TokenLoader, check_shards, count_tokens, file_hash, locked, read_split, text_hash,
                   write_shards)

@@ -13,7 +13,12 @@ import itertools
 import random
 import re
 import string
+import sys
 from collections import Counter, defaultdict
+from pathlib import Path
+
+if __name__ == "__main__":  # `python chapters/probes.py` works as well, from any folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 from tqdm import tqdm
