@@ -12,11 +12,15 @@ chapters.judge and chapters.rate take their contestants from here.
 import random
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 from urllib.parse import urlsplit
+
+if __name__ == "__main__":  # `python chapters/talk.py` works as well, from any folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from chapters.client import Server, parse_keys
 from evaluate import score_ends
-from model import check_known, option
+from model import TINY, check_known, check_options, option
 from sample import (SampleConfig, load_run, newest_run, pick_checkpoint, pick_device,
                     pick_precision, show_piece, warn, write)
 from tokenizer import parse_options, run_command
@@ -151,16 +155,13 @@ class AnswerConfig:
     """How the models are asked."""
     key: list = option([], "HOST=VARIABLE: the environment variable with the key for a host")
     template: str = option("auto", TEMPLATE_HELP)
-    max_tokens: int = option(200, "longest answer")
+    max_tokens: int = option(200, "longest answer", low=1)
     temperature: float = option(0.7, "of the answers")
     seed: int = option(0, "of the answers")
-    timeout: float = option(60.0, "seconds to wait for a server")
+    timeout: float = option(60.0, "seconds to wait for a server", low=TINY)
     device: str = option("auto", "auto | cuda | mps | cpu")
 
-    def __post_init__(self):
-        if self.max_tokens < 1 or not self.temperature >= 0 or not self.timeout > 0:
-            raise ValueError(f"max_tokens={self.max_tokens} must be at least 1, temperature="
-                             f"{self.temperature} at least 0, timeout={self.timeout} above 0")
+    __post_init__ = check_options
 
 
 def open_model(name, keys=None, config=AnswerConfig(), base="question"):
