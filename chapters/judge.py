@@ -13,10 +13,14 @@ at a URL writes its verdict; a run as judge gives the verdict that it holds for 
 """
 
 import re
+import sys
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
+
+if __name__ == "__main__":  # `python chapters/judge.py` works as well, from any folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 from tqdm import tqdm
@@ -25,8 +29,8 @@ from chapters.dialogue import dialogue_lines, draw_dialogues, percent, run_dialo
 from chapters.questions import GRADE, PAIR, ask, check_judge, read_questions, transcript
 from chapters.talk import AnswerConfig, converse, open_all
 from evaluate import bootstrap, difference, wilson
-from model import option
-from tokenizer import parse_options, run_command, write_json
+from model import check_options, option
+from tokenizer import parse_options, refuse_idle, run_command, write_json
 
 NAMES = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -92,38 +96,37 @@ def summarize_games(games):
         no_verdict=sum(game["won"].count(None) for game in games))
 
 
-def grade_sums(rows, counted):
-    """(N, 2): of each question the sum and the number of the grades in rows that are counted."""
+def grade_sums(rows):
+    """(N, 2): of each question the sum and the number of the grades in rows."""
     sums = defaultdict(lambda: np.zeros(2))
-    for row, counts in zip(rows, counted):
-        if counts:
-            sums[row["question"]] += row["grade"], 1
+    for row in rows:
+        sums[row["question"]] += row["grade"], 1
     return np.array([*sums.values()])
 
 
 def mean_grade(rows):
     """The mean grade with a bootstrap over the questions; ValueError without any grade."""
-    graded = [row["grade"] is not None for row in rows]
-    if not any(graded):
+    graded = [row for row in rows if row["grade"] is not None]
+    if not graded:
         raise ValueError("the judge gave no grade like [[5]]: a run's context may be too short for "
                          "an answer, a smaller --max_tokens makes it shorter")
-    sums, counts = grade_sums(rows, graded).T
+    sums, counts = grade_sums(graded).T
     low, high = bootstrap(sums, counts)
     turns = defaultdict(list)
-    for row in rows:
-        if row["grade"] is not None:
-            turns[row["turn"]].append(row["grade"])
-    return dict(value=sums.sum() / counts.sum(), low=low, high=high, no_grade=graded.count(False),
+    for row in graded:
+        turns[row["turn"]].append(row["grade"])
+    return dict(value=sums.sum() / counts.sum(), low=low, high=high,
+                no_grade=len(rows) - len(graded),
                 by_turn={turn: mean(grades) for turn, grades in sorted(turns.items())})
 
 
 def grade_gap(rows, others):
     """By how much the grades of rows are higher than those of others, with a bootstrap over the
     questions, in pairs; None without a pair."""
-    both = [None not in (row["grade"], other["grade"]) for row, other in zip(rows, others)]
-    if not any(both):
+    pairs = [pair for pair in zip(others, rows) if None not in (row["grade"] for row in pair)]
+    if not pairs:
         return None
-    gap = difference(grade_sums(others, both), grade_sums(rows, both))
+    gap = difference(*map(grade_sums, zip(*pairs)))
     return dict(zip(("value", "low", "high"), gap))
 
 
@@ -145,8 +148,7 @@ def each_turn(questions, title):
 
 
 def run_pairs(contestants, judge, questions):
-    answers = answer_all(contestants, questions)
-    games = []
+    answers, games = answer_all(contestants, questions), []
     for i, turn in each_turn(questions, "verdicts"):
         shown = {name: replies[i] for name, replies in answers.items()}
         games.append(compare(judge, questions[i], turn, shown))
@@ -168,8 +170,7 @@ def pair_lines(names, summary):
     """The summary of run_pairs in words."""
     wins, judge = summary["wins"], {key: percent(summary[key]) for key in (
         "win_rate", "agreement", "first_preferred")}
-    yield (f"A {names['A']}: {wins['A']} wins; B {names['B']}: {wins['B']} wins; "
-           f"{wins['tie']} ties")
+    yield f"A {names['A']}: {wins['A']} wins; B {names['B']}: {wins['B']} wins; {wins['tie']} ties"
     yield f"win rate of A: {judge['win_rate']}, ties as half, 95% interval"
     for category, value in summary["by_category"].items():
         yield f"  {category:14s} {value:6.1%}"
@@ -199,33 +200,32 @@ class JudgeConfig:
     grade: bool = option(False, "grade each answer alone, from 1 to 10")
     dialogue: bool = option(False, "long dialogues; they need no judge")
     questions: str = option("", "a .jsonl like MT-Bench's question.jsonl (default: our own)")
-    n_dialogues: int = option(4, "dialogues of 25 turns")
+    n_dialogues: int = option(4, "dialogues of 25 turns", low=1, below=1001)
     out: str | None = option(None, "folder to write to (default: the first contestant with one)")
 
     def __post_init__(self):
-        n = len(self.contestants)
+        check_options(self)
+        n, many = len(self.contestants), self.grade or self.dialogue
         if self.dialogue and (self.grade or self.judge):
             raise ValueError("--dialogue counts by itself: it goes with neither --grade nor "
                              "--judge")
         if not self.dialogue and not self.judge:
             raise ValueError("someone must judge: --judge=URL or --judge=runs/NAME (or --dialogue)")
-        if not (self.dialogue or self.grade) and n != 2:
-            raise ValueError(f"two are compared, and these are {n}: name two, or take --grade or "
-                             "--dialogue")
-        if self.n_dialogues < 1 or not 0 < n <= len(NAMES):
-            raise ValueError(f"n_dialogues={self.n_dialogues} must be at least 1, and {n} "
-                             f"contestants 1 to {len(NAMES)}")
+        if not 0 < n <= len(NAMES) or n != 2 and not many:
+            raise ValueError(f"two are compared, or with --grade or --dialogue 1 to {len(NAMES)}; "
+                             f"these are {n}")
 
 
 def main():
     typed, answers = parse_options(__doc__, JudgeConfig, AnswerConfig)
     config, answers = JudgeConfig(**typed), AnswerConfig(**answers)
+    idle, word = ("questions", "beside") if config.dialogue else ("n_dialogues", "without")
+    refuse_idle(typed, [idle], f"{word} --dialogue")
     questions = read_questions(config.questions) if config.questions else read_questions()
     names = dict(zip(NAMES, config.contestants))
     models = open_all([*names.values(), *([config.judge] if config.judge else [])], answers)
     contestants, judge = dict(zip(names, models)), models[-1]  # it is the last, if there is one
-    folders = [name for name in names.values() if Path(name).is_dir()]
-    out = Path(config.out or (folders or ["."])[0])
+    out = Path(config.out or next((name for name in names.values() if Path(name).is_dir()), "."))
     if config.dialogue:
         kind, report = "dialogue", run_dialogues(contestants, config.n_dialogues, answers.seed)
         draw_dialogues({f"{name} {names[name]}": part["summary"]

@@ -15,10 +15,14 @@ import json
 import math
 import random
 import re
+import sys
 import threading
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+
+if __name__ == "__main__":  # `python chapters/rate.py` works as well, from any folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 
@@ -26,10 +30,10 @@ from chapters.dialogue import percent, share
 from chapters.judge import win_rate
 from chapters.questions import read_prompts, read_questions
 from chapters.talk import AnswerConfig, LocalModel, open_all
-from chapters.voting import make_server, rate_in_terminal
+from chapters.voting import rate_in_browser, rate_in_terminal
 from evaluate import held_out, read_jsonl
-from model import option
-from tokenizer import parse_options, replacing, run_command
+from model import check_options, option
+from tokenizer import parse_options, refuse_idle, replacing, run_command
 
 VOTES = {"a": 0, "b": 1, "t": "tie", "s": "skip"}
 BEGINNING = 12           # words of a paragraph that a base model continues
@@ -185,8 +189,8 @@ def beginnings(folder, tokenizer, n):
     texts = tokenizer.decode(tokens.tolist()).split(tokenizer.decode([tokenizer.eot]))
     blocks = (block.split(" ") for text in texts for block in re.split(r"\n\s*\n", text.strip()))
     starts = [*dict.fromkeys(" ".join(words[:BEGINNING]) for words in blocks if len(words) > 2)]
-    if not starts or n < 1:
-        raise ValueError(f"no beginnings to continue (n_prompts={n}): give --prompts=FILE")
+    if not starts:
+        raise ValueError(f"{folder}: its held-out text has no beginnings: give --prompts=FILE")
     return starts[::math.ceil(len(starts) / n)]
 
 
@@ -208,16 +212,22 @@ class RateConfig:
                                positional=True)
     prompts: str | None = option(None, "a file with one prompt a line, or a .jsonl with \"prompt\" "
                                  "(default: questions, or beginnings of held-out text)")
-    n_prompts: int = option(50, "beginnings to take")
+    n_prompts: int = option(50, "beginnings to take", low=1)
     votes: str = option("votes.jsonl", "the file of votes")
     page: bool = option(False, "rate in the browser, not in the terminal")
-    port: int = option(0, "of the page; 0 is a free one")
+    port: int = option(0, "of the page; 0 is a free one", below=1 << 16)
+
+    __post_init__ = check_options
 
 
 def main():
     typed, answers = parse_options(__doc__, RateConfig, AnswerConfig)
     config, answers = RateConfig(**typed), AnswerConfig(**answers)
     names, rows = [name.rstrip("/") for name in config.contestants], read_votes(config.votes)
+    if not names:
+        refuse_idle(typed, ["prompts", "n_prompts", "page"], "without two models to rate")
+    if not config.page:
+        refuse_idle(typed, ["port"], "without --page")
     if len(names) not in (0, 2) or len({*names}) == 1:  # runs/a/ is runs/a
         raise ValueError(f"two different models are rated, and these are {names}")
     if not names and not rows:
@@ -226,13 +236,7 @@ def main():
         models = dict(zip(names, open_all(names, answers, base="text")))
         session = Session(models, pick_prompts(config, models), config.votes, answers.seed)
         if config.page and session.now is not None:
-            server = make_server(session, config.port)
-            print(f"open {server.url}\n(q or Ctrl-C ends it)", flush=True)
-            try:
-                server.serve_forever()
-            except KeyboardInterrupt:
-                print()
-            server.server_close()
+            rate_in_browser(session, config.port)
         else:
             rate_in_terminal(session)
     print("\n".join(report(read_votes(config.votes))))

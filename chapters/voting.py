@@ -3,7 +3,7 @@ How people vote: a session of chapters.rate goes in, and is shown in the termina
 the browser, which is from this machine for this machine and loads nothing from elsewhere.
 
     rate_in_terminal(session)           # until all is rated, or q
-    server = make_server(session)       # open server.url; server.serve_forever() ends likewise
+    rate_in_browser(session, port=0)    # likewise, or until Ctrl-C
 """
 
 import html
@@ -158,8 +158,23 @@ class RatingPage(http.server.BaseHTTPRequestHandler):
 
 def make_server(session, port=0):
     """A server of the page on 127.0.0.1, with the address to open in .url; port 0 is a free one."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", port), RatingPage)
+    try:
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", port), RatingPage)
+    except OSError as error:
+        raise ValueError(f"port={port} cannot be used ({error.strerror}): give another --port, or "
+                         "0 for a free one") from None
     server.daemon_threads = True  # a browser keeps connections open
     server.session, server.stopped, server.token = session, False, secrets.token_urlsafe(16)
     server.url = f"http://127.0.0.1:{server.server_port}/?token={server.token}"
     return server
+
+
+def rate_in_browser(session, port=0):
+    """Serve the page, whose address is printed, until all is rated, Stop, or Ctrl-C."""
+    server = make_server(session, port)
+    print(f"open {server.url}\n(q or Ctrl-C ends it)", flush=True)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        print()
+    server.server_close()

@@ -16,7 +16,8 @@ from chapters import rate
 from chapters.questions import read_prompts
 from chapters.rate import (Session, append_vote, bradley_terry, count_wins, elo, make_vote,
                            read_votes, report)
-from chapters.voting import make_server, printable, rate_in_terminal, side_by_side
+from chapters.voting import (make_server, printable, rate_in_browser, rate_in_terminal,
+                             side_by_side)
 from tokenizer import write_json
 
 
@@ -267,6 +268,12 @@ def test_the_page_ends_with_the_report(server):
     assert "3 votes, 0 skipped" in text and "runs/good against" not in text.split("Thank you")[0]
 
 
+def test_a_port_that_is_taken_is_refused_in_a_line(server, session):
+    port = server.server_port
+    with pytest.raises(ValueError, match=f"port={port} cannot be used .*give another --port"):
+        rate_in_browser(session, port)
+
+
 def test_stop_ends_the_page_early(server, session):
     _, text = ask(server.url, dict(number=0, vote="q"))
     assert "no votes yet" in text and session.now[0] == 0
@@ -307,7 +314,13 @@ def test_two_base_models_go_on_with_held_out_text(shards, model, tmp_path, call,
 @pytest.mark.parametrize("words, message", [
     ([], "holds no votes"), (["a"], "two different models"), (["a", "a/"], "two different models"),
     (["a", "b"], "no run folder a"), (["a", "b", "c"], "two different models"),
-    (["--votes=x.jsonl"], "line 1"), (["--vote=x"], "did you mean --votes?")])
+    (["--votes=x.jsonl"], "line 1"), (["--vote=x"], "did you mean --votes?"),
+    (["a", "b", "--page", "--port=99999"], "port=99999 must be at least 0 and below 65536"),
+    (["--page", "--port=-1"], "port=-1 must be at least 0"),
+    (["--page", f"--port={10**19}"], "must be at least 0 and below 65536"),
+    (["a", "b", "--port=8000"], "--port would not act without --page: leave it out"),
+    (["--page"], "--page would not act without two models"),
+    (["a", "b", "--n_prompts=0"], "n_prompts=0 must be at least 1")])
 def test_a_users_mistake_ends_in_one_line(tmp_path, monkeypatch, call, words, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.jsonl").write_text("{}", "utf-8")
