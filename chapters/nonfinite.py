@@ -9,8 +9,12 @@ had, or the newest from before it.
 """
 
 import math
+import sys
 from pathlib import Path
 from statistics import median
+
+if __name__ == "__main__":  # `python chapters/nonfinite.py` works as well, from any folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 
