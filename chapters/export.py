@@ -11,9 +11,13 @@ load_gpt2(folder) makes a model of GPT-2's weights, of any of its sizes.
 """
 
 import base64
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+if __name__ == "__main__":  # `python chapters/export.py` works as well, from any folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import tiktoken
 
@@ -33,8 +37,8 @@ CHAT_TEMPLATE = (
 
 SPLIT = dict(type="Split", behavior="Isolated", invert=False)  # Hugging Face's names
 BYTES = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True)
-GPT2_NAMES = {"ln_1": "attn_norm", "attn.c_proj": "attn.o_proj", "ln_2": "mlp_norm",
-              "mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj"}
+GPT2_NAMES = {"h": "blocks", "ln_1": "attn_norm", "attn.c_proj": "attn.o_proj", "ln_2": "mlp_norm",
+              "mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj", "ln_f": "final_norm"}
 
 # -----------------------------------------------------------------------------
 # Tokenizers in Hugging Face's tokenizer.json.
@@ -57,9 +61,7 @@ def to_huggingface(tokenizer, folder):
     flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
     added = [dict(id=id, content=name, **flags) for name, id in tokenizer.special.items()]
     steps = [dict(SPLIT, pattern={"Regex": tokenizer.pattern}), dict(BYTES, use_regex=False)]
-    model = dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None,
-                 end_of_word_suffix=None, fuse_unk=False, byte_fallback=False, vocab=vocab,
-                 merges=tokenizer.definition()["merges"])
+    model = dict(type="BPE", vocab=vocab, merges=tokenizer.definition()["merges"])
     write_json(path, dict(
         version="1.0", truncation=None, padding=None, added_tokens=added, normalizer=None,
         pre_tokenizer=dict(type="Sequence", pretokenizers=steps), post_processor=None,
@@ -120,50 +122,61 @@ def from_rank_file(path, special_tokens=SPECIAL_TOKENS, pattern=GPT4_SPLIT):
 # GPT-2's weights.
 
 
+def weight_files(folder):
+    """The safetensors files of a model: those that its index names, else model.safetensors, else
+    the only one there is; ValueError for what is missing."""
+    index, there = folder / "model.safetensors.index.json", {*folder.glob("*.safetensors")}
+    if index.exists():
+        with reading(index):
+            named = {folder / name for name in read_json(index)["weight_map"].values()}
+            if lost := sorted(map(str, named - there)):
+                raise ValueError(f"it names {', '.join(lost)}: not in this folder")
+            return sorted(named)
+    paths = {folder / "model.safetensors"} & there or there
+    if len(paths) != 1:
+        raise ValueError(f"{folder} has {len(paths)} .safetensors files and no index of them; a "
+                         "pickle can run code when it is read: convert it to model.safetensors")
+    return [*paths]
+
+
 def load_gpt2(folder):
-    """The GPT in a folder with Hugging Face's config.json and model.safetensors, of any of GPT-2's
+    """The GPT in a folder with Hugging Face's config.json and safetensors files, of any of GPT-2's
     sizes. Its vocabulary: Tokenizer.from_gpt2."""
     path = Path(folder, "config.json")
     shape = read_json(path)
     with reading(path):
         if shape.get("activation_function", "gelu_new") != "gelu_new" or shape.get("n_inner"):
             raise ValueError("only GPT-2's own activation gelu_new and n_inner null are known")
-        block_size = shape.get("n_positions", shape.get("n_ctx"))
-        config = GPTConfig(architecture="gpt2", vocab_size=shape["vocab_size"],
-                           block_size=block_size, n_layer=shape["n_layer"],
-                           n_head=shape["n_head"], n_embd=shape["n_embd"])
-    path, pickle = Path(folder, "model.safetensors"), Path(folder, "pytorch_model.bin")
-    if pickle.exists() and not path.exists():
-        raise ValueError(f"{pickle} is a pickle, which can run code when it is read: convert it "
-                         "to model.safetensors")
-    found = read_safetensors(path)
-    with reading(path):
-        return from_weights(config, gpt2_weights(found), path)
+        own = {name: shape[name] for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
+        config = GPTConfig("gpt2", block_size=shape.get("n_positions", shape.get("n_ctx")), **own)
+    found = {n: w for path in weight_files(Path(folder)) for n, w in read_safetensors(path).items()}
+    with reading(folder):
+        return from_weights(config, gpt2_weights(found), folder)
 
 
 def gpt2_weights(found):
     """Hugging Face's names and tensors of GPT-2 -> ours."""
     weights = {}
     for name, w in found.items():
-        name = name.removeprefix("transformer.")
         if name.endswith((".attn.bias", ".attn.masked_bias")) or name == "lm_head.weight":
             continue  # old files carry the causal mask; the head is the embedding
-        name = name.replace("h.", "blocks.", 1) if name.startswith("h.") else name
-        name = "transformer." + name.replace("ln_f.", "final_norm.")
+        name = "transformer." + name.removeprefix("transformer.")
         for theirs, ours in GPT2_NAMES.items():
             name = name.replace(f".{theirs}.", f".{ours}.")
         if name.endswith("_proj.weight") or ".c_attn.weight" in name:
             w = w.transpose(-2, -1)  # their Conv1D keeps its matrix transposed, and q, k, v in one
-        parts = {name: w}
-        if ".c_attn." in name:
-            parts = {name.replace("c_attn", f"{x}_proj"): part
-                     for x, part in zip("qkv", w.chunk(3))}
-        weights |= {name: part.float().contiguous() for name, part in parts.items()}
+        parts = "qkv" if ".c_attn." in name else "q"
+        weights |= {name.replace("c_attn", f"{x}_proj"): part.float().contiguous()
+                    for x, part in zip(parts, w.chunk(len(parts)))}
     return weights
 
 
 # -----------------------------------------------------------------------------
 # The command.
+
+
+FORMATS = {"huggingface": (to_huggingface, "huggingface"),  # what writes it, and where
+           "tiktoken": (to_rank_file, "tokenizer.tiktoken")}
 
 
 @dataclass(frozen=True)
@@ -180,7 +193,7 @@ class ExportConfig:
     out: str = option("", "what to write: a folder, or a file")
 
     def __post_init__(self):
-        check_known(self.format, ["huggingface", "tiktoken"], "format")
+        check_known(self.format, FORMATS, "format")
         check_known(self.pattern, SPLITS, "pattern")
         if bool(self.compared) != (self.source == "compare"):
             raise ValueError("export takes one source; compare takes a file of text and tokenizers")
@@ -222,22 +235,14 @@ def main():
     config = ExportConfig(**options)
     if config.compared:
         path, *others = config.compared
-        others = others or ["gpt2", "cl100k_base", "o200k_base"]
-        return compare(path, config.tokenizer, *others)
+        return compare(path, config.tokenizer, *others or ["gpt2", "cl100k_base", "o200k_base"])
     tokenizer = read_foreign(config)
-    if tokenizer is not None:
-        out = Path(config.out or "tokenizer.json")
-        if out.exists():
-            raise ValueError(f"{out} is there already: give another --out")
-        tokenizer.save(out)
-    else:
-        tokenizer = Tokenizer.load(config.source)
-        if config.format == "huggingface":
-            out = config.out or "huggingface"
-            to_huggingface(tokenizer, out)
-        else:
-            out = config.out or "tokenizer.tiktoken"
-            to_rank_file(tokenizer, out)
+    write, out = (Tokenizer.save, "tokenizer.json") if tokenizer else FORMATS[config.format]
+    out = config.out or out
+    if tokenizer and Path(out).exists():
+        raise ValueError(f"{out} is there already: give another --out")
+    tokenizer = tokenizer or Tokenizer.load(config.source)
+    write(tokenizer, out)
     print(f"{config.source}: {tokenizer.n_vocab:,} tokens in {out}")
 
 

@@ -12,12 +12,12 @@ from tiktoken.load import load_tiktoken_bpe
 from torch import nn
 
 from chapters import export
-from chapters.export import (CHAT_TEMPLATE, from_huggingface, from_rank_file, load_gpt2,
-                             to_huggingface, to_rank_file)
-from conftest import mistake
-from model import write_safetensors
+from chapters.export import (CHAT_TEMPLATE, GPT2_NAMES, from_huggingface, from_rank_file,
+                             load_gpt2, to_huggingface, to_rank_file)
+from conftest import mistake, tiny
+from model import read_safetensors, write_safetensors
 from test_tokenizer import CHAT, COMMON, NASTY, NESTED, gpt2_files, random_kinds, turn
-from tokenizer import GPT2_BYTES, GPT2_SPLIT, SPECIAL_TOKENS, SPLITS, Tokenizer
+from tokenizer import GPT2_BYTES, GPT2_SPLIT, SPECIAL_TOKENS, SPLITS, Tokenizer, write_json
 
 
 @pytest.fixture(scope="module")
@@ -223,3 +223,62 @@ def test_weights_in_a_pickle_are_refused_as_it_can_run_code(tmp_path):
     torch.save({}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="can run code when it is read: convert it"):
         load_gpt2(tmp_path)
+
+
+def split_weights(folder, out, lost=()):
+    """Copy GPT-2's files with the weights in two files and an index, but not the lost ones."""
+    weights = read_safetensors(folder / "model.safetensors")
+    names = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(weights)}
+    write_json(out / "model.safetensors.index.json", dict(metadata={}, weight_map=names))
+    (out / "config.json").write_bytes((folder / "config.json").read_bytes())
+    for file in {*names.values()} - {*lost}:
+        with open(out / file, "wb") as opened:
+            write_safetensors(opened, {n: w for n, w in weights.items() if names[n] == file}, {})
+
+
+@pytest.fixture
+def gpt2(tmp_path):
+    """A folder with GPT-2's files, written by us from a model of ours with random weights."""
+    ours = tiny("gpt2", block_size=16)
+    theirs = {}
+    for name, w in ours.state_dict().items():
+        name = name.replace("blocks.", "h.").replace("final_norm.", "ln_f.")
+        for old, new in GPT2_NAMES.items():
+            name = name.replace(f".{new}.", f".{old}.")
+        theirs[name] = w.mT if name.endswith("_proj.weight") or ".c_fc.weight" in name else w
+    for i in range(2):
+        for kind in "weight", "bias":
+            parts = [theirs.pop(f"transformer.h.{i}.attn.{x}_proj.{kind}") for x in "qkv"]
+            theirs[f"transformer.h.{i}.attn.c_attn.{kind}"] = torch.cat(parts, -1)
+    folder = tmp_path / "whole"
+    write_json(folder / "config.json", dict(vocab_size=64, n_positions=16, n_embd=32, n_layer=2,
+                                            n_head=4))
+    with open(folder / "model.safetensors", "wb") as file:
+        write_safetensors(file, {n: w.contiguous() for n, w in theirs.items()}, {})
+    return folder, ours
+
+
+def test_weights_in_several_files_or_under_another_name_are_the_same(gpt2, tmp_path):
+    (folder, ours), ids = gpt2, torch.arange(16).view(1, 16)
+    (tmp_path / "parts").mkdir()
+    split_weights(folder, tmp_path / "parts")
+    expected = ours(ids)[0]
+    torch.testing.assert_close(load_gpt2(folder)(ids)[0], expected)
+    torch.testing.assert_close(load_gpt2(tmp_path / "parts")(ids)[0], expected)
+    (folder / "model.safetensors").rename(folder / "pytorch_gpt2.safetensors")
+    torch.testing.assert_close(load_gpt2(folder)(ids)[0], expected)
+
+
+def test_weights_that_are_missing_are_named(gpt2, tmp_path):
+    lost, (folder, _) = "model-00002-of-00002.safetensors", gpt2
+    split_weights(folder, tmp_path, [lost])
+    with pytest.raises(ValueError, match=f"index.json cannot be read: it names .*/{lost}: not in"):
+        load_gpt2(tmp_path)
+    outside = dict(weight_map=dict(a="../whole/model.safetensors"))
+    for wrong, message in (outside, "it names .*whole/model.*: not in this"), ([], "TypeError"):
+        write_json(tmp_path / "model.safetensors.index.json", wrong)
+        with pytest.raises(ValueError, match=f"index.json cannot be read: {message}"):
+            load_gpt2(tmp_path)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="has 0 .safetensors files and no index"):
+        load_gpt2(folder)
