@@ -68,10 +68,10 @@ def check_known(name, known, what):
 TINY = 1e-9  # low=TINY means above 0, below=1 + TINY at most 1
 
 
-def option(default, help, low=0, below=2**31, positional=False, many=False):
-    """A dataclass field that is a command line's option, too; of numbers low <= value < below; many
-    takes one or more values, a list if several."""
-    metadata = dict(help=help, low=low, below=below, positional=positional, many=many)
+def option(default, help="", low=0, below=2**31, known=None, positional=False, many=False):
+    """A dataclass field that is a command line's option, too: a number with low <= value < below,
+    or one of the names in known(); many takes one or more values, a list if several."""
+    metadata = dict(help=help, low=low, below=below, known=known, positional=positional, many=many)
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -81,7 +81,7 @@ def check_options(config):
     """ValueError for the first field of a dataclass of options that is out of its type or range."""
     for f in fields(config):
         value, kinds = getattr(config, f.name), getattr(f.type, "__args__", (f.type,))
-        low, below = f.metadata["low"], f.metadata["below"]
+        low, below, known = (f.metadata[name] for name in ("low", "below", "known"))
         words = f"of type {kinds[0].__name__}"
         right = isinstance(value, (*kinds, int) if float in kinds else kinds)
         if kinds[0] in (int, float) and value is not None:
@@ -91,29 +91,31 @@ def check_options(config):
                          below, f" and below {below}") + ", a whole number" * (kinds[0] is int))
         if not right:
             raise ValueError(f"{f.name}={value!r:.40} must be {words}")
+        if known and value is not None:
+            check_known(value, known(), f.name)
 
 
 @dataclass(frozen=True)
 class GPTConfig:
     """The shape of a model. What is None or 0 is filled in from the architecture's row."""
-    architecture: str = option("modern", "gpt2 | modern | bert | transformer")
+    architecture: str = option("modern", "a row of other defaults", known=lambda: ARCHITECTURES)
     vocab_size: int = option(50257, "tokens that the model knows", low=1)
-    block_size: int = option(1024, "longest sequence, in tokens", low=1)
-    n_layer: int = option(12, "blocks", low=1)
+    block_size: int = option(1024, "longest sequence, in tokens", low=2)
+    n_layer: int = option(12, "blocks", low=1, below=1025)
     n_head: int = option(12, "query heads", low=1)
     n_kv_head: int = option(0, "key/value heads; 0: the architecture's share of n_head")
     n_embd: int = option(768, "channels", low=1)
-    n_encoder_layer: int = option(0, "blocks of the encoder, where cross; 0: as many as n_layer")
+    n_encoder_layer: int = option(0, "of the encoder, where cross; 0: as n_layer", below=1025)
     n_classes: int = option(0, "0: tokens; 1: one number per text; more: a class per text")
     window: int = option(0, "a token attends to this many, itself the last; 0: all")
     softcap: float = option(0.0, "logits stay between -softcap and softcap; 0: no limit")
     dropout: float = option(0.0, "share of activations dropped, while training", below=1)
     label_smoothing: float = option(0.0, "share of each target that all tokens get", below=1)
     z_loss: float = option(0.0, "weight of log(sum(exp(logits)))^2 in the loss")
-    position: str | None = option(None, "learned | sinusoidal | rope | none")
-    norm: str | None = option(None, "layernorm | rmsnorm")
+    position: str | None = option(None, "how a token knows its place", known=lambda: POSITIONS)
+    norm: str | None = option(None, "before or after each part", known=lambda: NORMS)
     norm_first: bool | None = option(None, "norms before attention and MLP, not after")
-    activation: str | None = option(None, "gelu | relu | relu2 | swiglu")
+    activation: str | None = option(None, "of the MLP", known=lambda: ACTIVATIONS)
     bias: bool | None = option(None, "in linear layers and LayerNorm")
     qk_norm: bool | None = option(None, "normalise queries and keys")
     zero_init: bool | None = option(None, "what blocks add to the stream starts at zero")
@@ -132,8 +134,6 @@ class GPTConfig:
         derived["n_kv_head"] = self.n_kv_head or self.n_head // math.gcd(self.n_head,
                                                                          queries_per_kv_head)
         derived["n_encoder_layer"] = self.cross and (self.n_encoder_layer or self.n_layer) or 0
-        for name, known in ("position", POSITIONS), ("norm", NORMS), ("activation", ACTIVATIONS):
-            check_known(getattr(self, name), known, name)
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} is no multiple of n_head={self.n_head}")
         if self.n_head % self.n_kv_head:
@@ -524,7 +524,14 @@ class LayerNorm(RMSNorm):
     center, eps = True, 1e-5
 
 
-POSITIONS = ("learned", "sinusoidal", "rope", "none")
+# How positions (T,) or (B, T) enter: (transformer, embedded tokens x) -> (x, rotary table or None).
+POSITIONS = {
+    "learned": lambda self, x, positions: (x + self.wpe(positions), None),
+    "sinusoidal": lambda self, x, positions: (
+        x * math.sqrt(x.size(-1)) + sinusoids(positions, x.size(-1)).to(x.dtype), None),
+    "rope": lambda self, x, positions: (x, rotary_table(self.config, positions)),
+    "none": lambda self, x, positions: (x, None),
+}
 NORMS = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
 
 
@@ -599,7 +606,7 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        C, gated = config.n_embd, config.activation == "swiglu"
+        C, gated = config.n_embd, config.activation.endswith("glu")
         hidden = 64 * math.ceil(8 * C / 3 / 64) if gated else 4 * C
         self.gate_proj = Linear(C, hidden, bias=config.bias) if gated else None
         self.up_proj = Linear(C, hidden, bias=config.bias)
@@ -669,12 +676,7 @@ class Transformer(nn.Module):
 
     def embed(self, ids, positions):
         """-> (the stream (B, T, C) as it begins, the rotary table if positions enter there)"""
-        x, c = self.wte(ids), self.config
-        if c.position == "learned":
-            return x + self.wpe(positions), None
-        if c.position == "sinusoidal":
-            return x * math.sqrt(c.n_embd) + sinusoids(positions, c.n_embd).to(x.dtype), None
-        return x, rotary_table(c, positions) if c.position == "rope" else None
+        return POSITIONS[self.config.position](self, self.wte(ids), positions)
 
     def forward(self, ids, cache=None, dtype=None, memory=None, segments=None):
         c, T, start = self.config, ids.size(1), cache[0].length if cache else 0
@@ -915,8 +917,6 @@ def read_progress(path):
 
 def from_weights(config, weights, path):
     """The model with these {name: tensor} of a file; ValueError that lists what does not fit."""
-    if config.n_layer + config.n_encoder_layer > len(weights):  # each would take time and memory
-        raise ValueError(f"{path}: n_layer={config.n_layer} with {len(weights)} weights")
     try:
         with torch.device("meta"):  # no memory, no random numbers: the weights are replaced at once
             model = GPT(config)

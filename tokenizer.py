@@ -7,6 +7,11 @@ Text to token ids and back: byte-level BPE, trained here.
     python tokenizer.py decode 100 101 102
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
+
 import argparse
 import codecs
 import contextlib
@@ -17,7 +22,6 @@ import json
 import multiprocessing
 import os
 import re
-import signal
 import sys
 import time
 import unicodedata
@@ -60,7 +64,8 @@ PATIENCE = 10  # seconds of work for a split, and one more for each 10,000 chara
 BLANKS = 1 << 14  # so many in a row are more than tiktoken can take
 LARGEST_ID = 1 << 22  # a tokenizer lists what it has up to its last id
 CACHE = 1 << 16  # chunks whose ids a tokenizer remembers, none longer than 32 characters
-QUIET = dict(disable=None, delay=1, leave=False)  # a bar in a terminal, if it takes a second
+# A progress bar, where a terminal can draw one, if the work takes a second.
+QUIET = dict(disable=os.environ.get("TERM") == "dumb" or None, delay=1, leave=False)
 FORMAT = "byte-level BPE, version 2"
 
 # GPT-2 writes bytes as characters that print: most stand for themselves, the others are moved up.
@@ -80,6 +85,23 @@ def nearest(name, known):
     return f", did you mean {near[0]}?" if near else ""
 
 
+HINTS = {  # options of other programs, and what is asked for here
+    **dict.fromkeys(("max_iters", "num_iterations", "n_steps"), "--max_steps"),
+    **dict.fromkeys(("lr", "matrix_lr"), "--learning_rate"),
+    **dict.fromkeys(("gradient_accumulation_steps", "total_batch_size", "device_batch_size"),
+                    "--batch_size, in passes of --micro_batch_size"),
+    **dict.fromkeys(("wandb_log", "wandb", "tensorboard"), "python -m chapters.track RUN --to=..."),
+    **dict.fromkeys(("model", "depth"), "--size, or --n_layer, --n_head, --n_embd"),
+    "eval_interval": "--eval_every", "eval_iters": "--eval_sequences", "dataset": "--data",
+    "out_dir": "--out", "dtype": "--precision", "max_seq_len": "--block_size", "decay_lr":
+    "--schedule=constant does not decay", "num_samples": "--n_samples", "start": "--prompt",
+    "init_from": "--resume goes on with a run, chapters.export reads GPT-2's weights",
+    "compile": "there is nothing to compile, --kernels=auto takes the fastest functions",
+    "always_save_checkpoint": "each validation saves one; --keep_last and the best stay",
+    "chat": "python -m chapters.talk RUN", "config": "options are typed, or --config=config.json",
+}
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, but a wrong option ends in one line with the nearest right one and exit code 2."""
 
@@ -88,9 +110,12 @@ class Parser(argparse.ArgumentParser):
                          allow_abbrev=False)
 
     def error(self, message):
-        if unknown := re.search(r"unrecognized arguments: (--[^\s=]+)", message):
+        if unknown := re.search(r"unrecognized arguments: ([^\s=]+)", message):
+            word = unknown[1].lstrip("-").replace("-", "_")
             near = nearest(unknown[1], self._option_string_actions)
-            message = f"unknown option {unknown[1]}{near}"
+            word = "config" if word.endswith(".py") else word
+            message = f"unknown option {unknown[1]}" + (
+                f"; here: {HINTS[word]}" if word in HINTS else near)
         self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
 
 
@@ -129,8 +154,10 @@ def parse_options(doc, *config_classes):
                 form = dict(action="append" if kind is list else argparse.BooleanOptionalAction)
             elif f.metadata.get("many"):
                 form |= dict(nargs="+", action=OneOrMore)
-            group.add_argument(name, default=argparse.SUPPRESS,
-                               help=f.metadata["help"].replace("%", "%%") + shown, **form)
+            known = f.metadata.get("known")
+            words = " | ".join(known()) + ": " * bool(f.metadata["help"]) if known else ""
+            group.add_argument(name, default=argparse.SUPPRESS, help=(
+                words + f.metadata["help"] + shown).replace("%", "%%"), **form)
     typed = vars(parser.parse_intermixed_args())
     return [{name: value for name, value in typed.items() if owners[name] is config}
             for config in config_classes]
@@ -138,6 +165,8 @@ def parse_options(doc, *config_classes):
 
 def run_command(main):
     """Call main(); a user's mistake (ValueError, OSError) is one line and exit code 1."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as the command's first lines set it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):  # a console that lacks a character shows "?" for it
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -314,7 +343,7 @@ def read_files(paths):
     of a line, where a chunk of each of SPLITS ends; in a block without one, a chunk may be cut."""
     seam = regex.compile(r"(?r)\p{L}(?=[\r\n])")  # r: the last one
     for path in paths:
-        with reading(path), open(path, encoding="utf-8", newline="") as file:
+        with reading(path), open(path, encoding="utf-8-sig", newline="") as file:
             rest = ""
             while block := file.read(BLOCK):
                 if "\0" in block:
@@ -588,12 +617,12 @@ class Tokenizer:
             self.cache[chunk] = ids
         return ids
 
-    def encode_iterable(self, texts):
+    def encode_iterable(self, texts, special=False):
         """Yield the ids of texts, such as the lines of an open file: no more than one is held."""
         for text in texts:
             if len(self.cache) > CACHE >> 4:
                 self.cache.clear()  # to stay below a megabyte
-            yield from self.encode(text)
+            yield from self.encode(text, special)
 
     def encode_batch(self, texts):
         """[encode(text) of each text], on all cores by the fast twin where that gives the same."""
@@ -689,9 +718,15 @@ class Tokenizer:
     def from_tiktoken(cls, encoding):
         """The tokenizer of a tiktoken.Encoding, with its ids."""
         tokens = {id: token for token, id in encoding._mergeable_ranks.items()}
+        special = encoding._special_tokens
+        if gaps := {*range(len(tokens))} - {*tokens}:
+            raise ValueError(f"{encoding.name} has no token with id {min(gaps)}: ids must go to "
+                             "the merges without a gap")
+        if len({*special.values()}) < len(special):
+            raise ValueError(f"{encoding.name} gives one id to two special tokens: each needs one")
         merges, byte_order = recover_merges(tokens)
         pattern = encoding._pat_str
-        return cls(merges, encoding._special_tokens, PLAIN.get(pattern, pattern), byte_order)
+        return cls(merges, special, PLAIN.get(pattern, pattern), byte_order)
 
     @classmethod
     def from_vocab(cls, vocab, merges, pattern):

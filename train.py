@@ -11,37 +11,42 @@ whichever comes first. A resumed run can change every option but those of its mo
 Ctrl-C or SIGTERM saves and ends it, with exit code 130 or 143; the second Ctrl-C at once.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
+
 import contextlib
 import copy
 import json
 import math
 import os
 import re
-import signal
+import shutil
 import sys
 import time
 import timeit
-from collections import deque
+from collections import deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import accumulate
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import TokenLoader, check_shards, folder_name, locked, prepare, read_card
-from model import (GPT, SIZES, GPTConfig, accelerator, check_ids, check_known, check_options,
-                   has_bf16_units, load_model, option, read_safetensors, save_model)
-from sample import (checkpoints, complete, first_whole, load_run as load_finished, newest_run,
-                    pick_checkpoint, pick_device, pick_precision)
-from tokenizer import (Tokenizer, check_fields, parse_options, read_json, reading, replacing,
-                       run_command, write_json)
+from data import TokenLoader, check_shards, load_tokenizer, locked, prepare, read_card, read_split
+from model import (GPT, KERNELS, SIZES, GPTConfig, accelerator, check_ids, check_known,
+                   check_options, has_bf16_units, load_model, option, read_safetensors, save_model)
+from sample import (PRECISIONS, checkpoints, complete, first_whole, load_run as load_finished,
+                    newest_run, pick_checkpoint, pick_device, pick_precision)
+from tokenizer import (Tokenizer, check_fields, parse_options, read_json, reading, refuse_idle,
+                       replacing, run_command, write_json)
 
 LENGTHS = ("max_steps", "epochs", "tokens", "minutes")
-RATES = {"muon": 0.02, "adamw": 3e-3}  # learning rates that suit small models
 SCHEDULES = {  # share of the learning rate at a progress from 0 to 1; wsd: arXiv:2404.06395
     "linear": lambda progress, decay_ratio: 1 - progress,
     "cosine": lambda progress, decay_ratio: (1 + math.cos(math.pi * progress)) / 2,
@@ -53,12 +58,13 @@ SCHEDULES = {  # share of the learning rate at a progress from 0 to 1; wsd: arXi
 @dataclass(frozen=True)
 class TrainConfig:
     """How to train: data, length, optimizer, what is shown, machine."""
-    data: str = option("stdlib", "shards, or what data.py takes: stdlib, a file, folder, URL ...")
+    data: str | list = option("stdlib", "shards, or what data.py takes: stdlib, files, folders, "
+                              "URLs ...", many=True)
     out: str = option("", "run folder; empty: runs/ and the name of the data")
     config: str = option("", "a config.json whose options are taken; those typed come first")
     resume: bool = option(False, "continue the run in --out, or the newest one")
     vocab_size: int = option(4096, "of the tokenizer, when one is trained", low=1)
-    size: str = option("mini", "nano | tiny | mini | small | base | gpt2 ...; a model's defaults")
+    size: str = option("mini", "a row of a model's defaults", known=lambda: SIZES)
     max_steps: int = option(0, "optimizer steps; 0: no limit")
     epochs: float = option(0.0, "passes over the data; 0: no limit")
     tokens: float = option(0.0, "tokens read, such as 1e8; 0: no limit", below=1e15)
@@ -67,12 +73,13 @@ class TrainConfig:
     micro_batch_size: int = option(16, "sequences per forward pass; the rest accumulates", low=1)
     patience: int = option(0, "end after so many validations without a lower loss; 0: never")
     curriculum: float = option(0.0, "share of the run in which sequences are cut short", below=1)
-    optimizer: str = option("muon", "muon | adamw")
-    learning_rate: float = option(0.0, "the highest; 0: 0.02 for muon, 0.003 for adamw")
+    optimizer: str = option("muon", known=lambda: OPTIMIZERS)
+    learning_rate: float = option(0.0, "the highest; 0: what suits the optimizer, for muon 0.02")
     min_lr: float = option(0.0, "the last")
-    schedule: str = option("linear", "linear | cosine | wsd | constant")
+    schedule: str = option("linear", known=lambda: SCHEDULES)
     decay_ratio: float = option(0.4, "share of the run in which wsd falls", low=0.01, below=1)
     warmup_steps: int = option(5, "steps from 0 to the highest learning rate")
+    rewarm: bool = option(False, "with --resume: warm up again, and begin a new schedule there")
     weight_decay: float = option(0.1, "on matrices only; with muon on those of the blocks")
     beta1: float = option(0.9, "decay of AdamW's mean of gradients", below=1)
     beta2: float = option(0.95, "decay of AdamW's mean of squared gradients", below=1)
@@ -84,18 +91,17 @@ class TrainConfig:
     sample_tokens: int = option(48, "tokens shown at a validation", low=1)
     keep_last: int = option(2, "how many of the last checkpoints stay, beside the best", low=1)
     device: str = option("auto", "auto | cpu | cuda | mps")
-    precision: str = option("auto", "auto | fp32 | bf16 | fp16 (weights stay float32)")
-    kernels: str = option("auto", "auto, the fastest in a trial | plain | fused | torch | cuda")
+    precision: str = option("auto", "weights stay float32", known=lambda: ("auto", *PRECISIONS))
+    kernels: str = option("auto", "auto: the fastest", known=lambda: ("auto", "cuda", *KERNELS))
     low_memory: bool = option(False, "on Linux CPUs: hand freed memory back; a little slower")
     recompute: bool = option(False, "compute activations again in backward: less memory, slower")
     cuda_graph: bool = option(False, "on one GPU: launch all work of a step at once")
+    force: bool = option(False, "start although the model does not seem to fit into memory")
     seed: int = option(1337, "of weights, batches and dropout")
 
     def __post_init__(self):
         check_options(self)
-        check_known(self.optimizer, RATES, "optimizer")
-        check_known(self.schedule, SCHEDULES, "schedule")
-        own = dict(learning_rate=self.learning_rate or RATES[self.optimizer])
+        own = dict(learning_rate=self.learning_rate or OPTIMIZERS[self.optimizer].rate)
         if not any(getattr(self, name) for name in LENGTHS):
             own.update(epochs=2.0, minutes=4.0)
         vars(self).update(own)  # the class is frozen for everyone else
@@ -111,6 +117,8 @@ def model_shape(size, vocab_size, options={}):
 
 def read_config(path):
     """-> (TrainConfig, GPTConfig, dict of the data) in a run's config.json; ValueError if wrong."""
+    if not Path(path).exists():
+        raise ValueError(f"{path} is missing, and only it says how to go on: copy the whole run")
     saved = read_json(path)
     with reading(path):
         saved["data"]["path"], saved["data"]["fingerprint"]  # they must be there
@@ -118,27 +126,40 @@ def read_config(path):
                 check_fields(GPTConfig, saved["model"], path), saved["data"])
 
 
+def is_shards(data):
+    """Whether --data is a folder of token shards, and no source to make some of."""
+    return isinstance(data, str) and data != "" and Path(data, "card.json").exists()
+
+
 def complete_options(typed, typed_model):
     """The options typed, two dicts, over those of the config.json that --config or --resume point
     to -> (TrainConfig, GPTConfig). With --config a new --size or --architecture is a new model."""
-    config = TrainConfig(**typed)
-    if config.resume:
-        folder = run_folder(config)
+    options, own_shape = {}, {}
+    if typed.get("resume"):
+        folder = run_folder(TrainConfig(resume=True, out=typed.get("out", "")))
         typed = typed | dict(out=str(folder), config=str(folder / "config.json"))
-    elif not config.config:
-        return config, model_shape(config.size, config.vocab_size, typed_model)
-    saved, shape, data = read_config(typed["config"])
-    options = asdict(saved) | dict(out="", resume=False)
-    if config.resume and Path(data["path"], "card.json").exists():
-        options["data"] = data["path"]  # not made again from what may have changed
-    if typed.keys() & set(LENGTHS):  # a new length takes the place of all former ones
-        options |= dict.fromkeys(LENGTHS, 0)
-    if typed.get("optimizer", saved.optimizer) != saved.optimizer:
-        options["learning_rate"] = 0.0
-    is_new = not config.resume and ("size" in typed or "architecture" in typed_model)
+    if typed.get("config"):
+        saved, shape, data = read_config(typed["config"])
+        options = asdict(saved) | dict(out="", resume=False, rewarm=False, force=False)
+        if typed.get("resume") and is_shards(data["path"]):
+            options["data"] = data["path"]  # not made again from what may have changed
+        if typed.keys() & set(LENGTHS):  # a new length takes the place of all former ones
+            options |= dict.fromkeys(LENGTHS, 0)
+        if typed.get("optimizer", saved.optimizer) != saved.optimizer:
+            options["learning_rate"] = 0.0
+        if typed.get("resume") or not ("size" in typed or "architecture" in typed_model):
+            own_shape = asdict(shape)
     config = TrainConfig(**options | typed)
-    typed_model = typed_model if is_new else asdict(shape) | typed_model
-    return config, model_shape(config.size, config.vocab_size, typed_model)
+    shape = model_shape(config.size, config.vocab_size, own_shape | typed_model)
+    for name, acts, beside in (
+            ("decay_ratio", config.schedule == "wsd", "without --schedule=wsd"),
+            ("min_lr", config.schedule != "constant", "beside --schedule=constant"),
+            ("rewarm", config.resume, "without --resume"),
+            ("vocab_size", config.resume or not is_shards(config.data), "on shards, as they are"),
+            ("rope_theta", shape.position == "rope", "without --position=rope"),
+            ("n_encoder_layer", shape.cross, "without --cross")):
+        refuse_idle(typed | typed_model, [name] * (not acts), beside)
+    return config, shape
 
 
 # -----------------------------------------------------------------------------
@@ -180,6 +201,27 @@ def peak_memory(device="cpu"):
     status = Path("/proc/self/status")  # Linux
     found = status.exists() and re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
     return 1024 * int(found[1]) if found else None
+
+
+def machine_memory(device):
+    """Bytes of memory of a GPU, or of this machine or container; infinite where nobody tells."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[1]
+    sizes = [math.inf]
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # Windows, macOS
+        sizes.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        sizes.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(sizes)
+
+
+def check_memory(shape, config, device):
+    """ValueError if weights, gradients and the optimizer's state alone are more than there is."""
+    needed, limit = math.inf, machine_memory(device)
+    with contextlib.suppress(RuntimeError), torch.device("meta"):  # no memory; too many to count
+        needed = GPT(shape).n_parameters() * (12 if config.optimizer == "muon" else 16)
+    if needed > limit and not config.force:
+        raise ValueError(f"this model needs {needed / 1e9:,.1f} GB or more to train, and {device} "
+                         f"has {limit / 1e9:,.1f}: take a smaller --size, or insist with --force")
 
 
 @contextlib.contextmanager
@@ -296,6 +338,20 @@ class Muon:
             p.grad = None
 
 
+def adam_options(config):
+    return dict(betas=(config.beta1, config.beta2), fused=True, capturable=config.cuda_graph)
+
+
+# The learning rate that suits small models, and what builds an optimizer of groups.
+Optimizer = namedtuple("Optimizer", "rate build")
+OPTIMIZERS = {
+    "muon": Optimizer(0.02, lambda groups, lr, config: Muon(
+        groups, lr=lr, **adam_options(config))),
+    "adamw": Optimizer(3e-3, lambda groups, lr, config: torch.optim.AdamW(
+        groups, lr=lr, **adam_options(config))),
+}
+
+
 def build_optimizer(model, config):
     """AdamW (arXiv:1711.05101), whose weight decay pulls matrices to zero, never gains and biases.
     Or Muon for the matrices of the blocks, and AdamW at half its rate for all else."""
@@ -308,8 +364,7 @@ def build_optimizer(model, config):
     rate = config.learning_rate
     if config.cuda_graph:  # a graph repeats what it saw: only what is in a tensor can change
         rate = torch.tensor(rate, device=model.device)
-    betas, build = (config.beta1, config.beta2), Muon if muon else torch.optim.AdamW
-    return build(groups, lr=rate, betas=betas, fused=True, capturable=config.cuda_graph)
+    return OPTIMIZERS[config.optimizer].build(groups, rate, config)
 
 
 def set_rate(optimizer, rate):
@@ -345,22 +400,25 @@ def cut_short(ids, progress, curriculum):
 
 
 def micro_batches(batches, n, model, progress=1.0, curriculum=0.0):
-    """The next n batches -> (inputs, targets), two lists of tensors (B, T)."""
-    pairs = [to_device(next(batches), model) for _ in range(n)]
-    return zip(*([cut_short(ids, progress, curriculum) for ids in pair] for pair in pairs))
+    """Yield the next n batches, inputs and targets (B, T)."""
+    for _ in range(n):
+        yield [cut_short(ids, progress, curriculum) for ids in to_device(next(batches), model)]
 
 
-def gradients(run, model, xs, ys, grad_clip):
-    """Gradients on xs and ys, lists of batches (B, T), clipped -> (mean loss in nats, length of the
-    gradient), tensors. Processes exchange gradients once, at the last batch."""
+def gradients(run, model, pairs, n, grad_clip):
+    """Gradients on n pairs of batches, inputs and targets (B, T), clipped -> (mean loss in nats,
+    length of the gradient), tensors. Processes exchange gradients once, at the last batch."""
     total = 0.0
-    for n, (x, y) in enumerate(zip(xs, ys), 1):
-        waits = hasattr(model, "no_sync") and n < len(xs)
+    for i, (x, y) in enumerate(pairs, 1):
+        waits = hasattr(model, "no_sync") and i < n
         with model.no_sync() if waits else contextlib.nullcontext():
             _, loss = model(x, y)
             # gradients add up over the passes of a step; we want their mean
-            run.scaler.scale(loss / len(xs)).backward()
-        total += loss.detach() / len(xs)
+            run.scaler.scale(loss / n).backward()
+        total += loss.detach() / n
+    unused = [name for name, p in run.model.named_parameters() if p.grad is None]
+    if unused and dist.is_initialized():  # which would wait for them in vain
+        raise ValueError(f"{unused[0]} got no gradient: forward must use it, or leave it out")
     run.scaler.unscale_(run.optimizer)
     return total, clip_gradients(run.model, grad_clip)
 
@@ -374,23 +432,24 @@ def update(run):
 
 def take_step(run, model, xs, ys, grad_clip):
     """A whole step: gradients, clip, update -> (mean loss, length of the gradient)."""
-    results = gradients(run, model, xs, ys, grad_clip)
+    results = gradients(run, model, zip(xs, ys), len(xs), grad_clip)
     update(run)
     return results
 
 
 def validation_loss(model, shards, config, rank=0, world_size=1):
-    """Mean loss in nats over the first eval_sequences sequences of the validation split."""
+    """Mean loss in nats over the first eval_sequences sequences of the validation split, or all."""
     loader = TokenLoader(shards, 1, model.config.block_size, rank, world_size, split="val")
-    n_own, total = len(range(rank, config.eval_sequences, world_size)), 0.0
+    n_all = min(config.eval_sequences, loader.n_blocks)
+    n_own, total = len(range(rank, n_all, world_size)), 0.0
     model.eval()
     with torch.inference_mode():
         for first in range(0, n_own, config.micro_batch_size):
             n = min(config.micro_batch_size, n_own - first)
-            x, y = map(torch.cat, micro_batches(loader, n, model))                   # (n, T) twice
+            x, y = map(torch.cat, zip(*micro_batches(loader, n, model)))             # (n, T) twice
             total += n * model(x, y)[1].item()
     model.train()
-    return average([total], model.device)[0] * world_size / config.eval_sequences
+    return average([total], model.device)[0] * world_size / n_all
 
 
 # -----------------------------------------------------------------------------
@@ -403,6 +462,8 @@ class Progress:
     step: int = 0               # optimizer steps, skipped ones included
     sequences: int = 0          # sequences read, over all processes: where the loader stands
     elapsed: float = 0.0        # seconds trained, over all sessions
+    start_step: int = 0         # where the learning rate's schedule began: 0, or --rewarm
+    start_elapsed: float = 0.0
     best_step: int = 0          # the step with the lowest validation loss so far
     best_loss: float = 1e9      # that loss; before the first one above all
     val_loss: float | None = None  # measured at this very step
@@ -464,14 +525,17 @@ def load_run(folder, config, device):
     progress, run = check_fields(Progress, state, path), new_run(folder, model, config, device)
     run.__dict__.update(progress.__dict__)
     run.scaler.load_state_dict(run.scaler.state_dict() | progress.loss_scale)
-    kinds = {p: ("momentum",) if group["muon"] else ("exp_avg", "exp_avg_sq", "step")
-             for group in run.optimizer.param_groups for p in group["params"]}
-    for name, p in model.named_parameters() if tensors else ():  # none before the first update
-        for kind in kinds[p]:
-            key, shape = f"optimizer.{name}.{kind}", () if kind == "step" else p.shape
-            if key not in tensors or tensors[key].shape != shape:
-                raise ValueError(f"{path} has no {key} of its shape: leave out --optimizer")
-            run.optimizer.state[p][kind] = tensors[key].float()
+    params, state = dict(model.named_parameters()), run.optimizer.state
+    for key, tensor in tensors.items():
+        name, _, kind = key.removeprefix("optimizer.").rpartition(".")
+        if name not in params or tensor.shape not in ((), params[name].shape):
+            raise ValueError(f"{path}: {key} of shape {tuple(tensor.shape)} fits no parameter")
+        state[params[name]][kind] = tensor.float()
+    for group in run.optimizer.param_groups:  # those of a group are treated alike
+        kinds = {frozenset(state[p]) for p in group["params"] if tensors}
+        if len(kinds) > 1:
+            raise ValueError(f"{path} lacks a part of the state of optimizer={config.optimizer}: "
+                             "leave out --optimizer")
     return run
 
 
@@ -489,6 +553,14 @@ def read_log(folder):
     return rows
 
 
+def smooth(values, n=20):
+    """The mean of about n values around each, as many behind it as before it, so that the curve
+    does not lag; fewer towards both ends."""
+    sums, last = [0, *accumulate(values)], len(values) - 1
+    reach = [min(n // 2, i, last - i) for i in range(len(values))]
+    return [(sums[i + k + 1] - sums[i - k]) / (2 * k + 1) for i, k in enumerate(reach)]
+
+
 def draw_loss(folder):
     """loss.png from log.jsonl: the loss of each step, its running mean, the validation losses."""
     from matplotlib.figure import Figure  # not pyplot: a notebook that trains goes on showing plots
@@ -496,15 +568,17 @@ def draw_loss(folder):
     if not rows:
         return
     steps, losses = zip(*[(row["step"], row["loss"]) for row in rows])
-    means = [sum(losses[max(0, n - 20):n]) / min(n, 20) for n in range(1, len(losses) + 1)]
-    checks = [row for row in rows if row.get("val_loss")]
+    means, checks = smooth(losses), [row for row in rows if row.get("val_loss")]
     axes = Figure(figsize=(8, 4.5), dpi=120).subplots()
     axes.plot(steps, losses, color="#bbccdd", linewidth=0.8, label="training, each step")
     axes.plot(steps, means, color="#4477aa", linewidth=2, label="training, mean of 20 steps")
     axes.plot([row["step"] for row in checks], [row["val_loss"] for row in checks], "o-",
               color="#cc6633", label="validation")
-    axes.set(title=f"{Path(folder).name}: loss {means[-1]:.3f} after {steps[-1]:,} steps",
-             xlabel="step", ylabel="loss (nats per token)")
+    later = [*means[len(means) // 10:], *(row["val_loss"] for row in checks)]
+    space = (max(later) - min(later)) / 10 or 0.1  # a rise at the end is to be seen: without the fall
+    axes.set(title=f"{Path(folder).name}: loss {mean(losses[-10:]):.3f} in the last of "
+                   f"{steps[-1]:,} steps", xlabel="step", ylabel="loss (nats per token)",
+             ylim=(min(later) - space, max(later) + space))
     axes.legend(frameon=False)
     with replacing(Path(folder) / "loss.png") as file:
         axes.figure.savefig(file, format="png", bbox_inches="tight")
@@ -576,14 +650,12 @@ def run_folder(config, shards=None):
 
 def find_shards(config, rank, say):
     """-> the folder of token shards: --data itself if it is one, else made from it by rank 0."""
-    folder = Path(config.data)
-    if not (folder / "card.json").exists():
-        folder = Path("shards") / folder_name(config.data)
-        if rank == 0:
-            prepare([config.data], folder, vocab_size=config.vocab_size, say=say)
+    if is_shards(config.data):
+        return Path(config.data)
+    folder = [rank == 0 and prepare(config.data, vocab_size=config.vocab_size, say=say)]
     if dist.is_initialized():
-        dist.barrier()
-    return folder
+        dist.broadcast_object_list(folder, src=0)
+    return folder[0]
 
 
 def split_batch(config, world_size):
@@ -618,7 +690,7 @@ def check_resume(run, shape, card, say):
     old, new = asdict(run.model.config) | asdict(before), asdict(shape) | asdict(run.config)
     changed = {name: f"{name}={value} (it has {old[name]})" for name, value in new.items()
                if value != old[name] and name not in ("data", "out", "config", "resume")}
-    wrong = [changed[name] for name in (*asdict(shape), "size") if name in changed]
+    wrong = [changed[n] for n in (*asdict(shape), "size", "optimizer") if n in changed]
     if Tokenizer.load(run.folder / "tokenizer.json").hash() != run.tokenizer.hash():
         wrong.append("another tokenizer")
     if card.fingerprint != data["fingerprint"]:
@@ -638,8 +710,10 @@ def prepare_run(config, model_config, say, stack):
                              else model_shape(config.size, config.vocab_size))
     check_model(shape, config)  # before the data is made
     shards = find_shards(config, rank, say)
-    tokenizer, folder = Tokenizer.load(shards / "tokenizer.json"), run_folder(config, shards)
+    tokenizer, folder = load_tokenizer(shards / "tokenizer.json"), run_folder(config, shards)
     shape = replace(shape, vocab_size=tokenizer.n_vocab)
+    TokenLoader(shards, 1, shape.block_size, split="val")  # ValueError if that is too short
+    check_memory(shape, config, device)
     stack.enter_context(memory_explained(micro, shape.block_size, device))
     precision, dtype = pick_precision(config.precision, device)
     config = replace(config, precision=precision)
@@ -656,20 +730,37 @@ def prepare_run(config, model_config, say, stack):
     if config.cuda_graph and not (fits and "cuda" in device and world_size == 1 and accelerator()):
         raise ValueError("--cuda_graph needs chapters/kernels.py, one GPU, fp32 or bf16, torch or "
                          "cuda kernels, and no --skip_spikes: leave it out")
+    if config.rewarm:
+        run.start_step, run.start_elapsed = run.step, run.elapsed
     run.config = replace(config, kernels=names[0])  # a resumed run takes the same
     run.tokenizer, run.shards = tokenizer, shards
     run.batches = TokenLoader(shards, micro, shape.block_size, rank, world_size, config.seed,
                               run.sequences // (micro * world_size))
+    if config.batch_size > max(1024, run.batches.n_blocks):
+        raise ValueError(f"batch_size={config.batch_size} is more than the data, which has "
+                         f"{run.batches.n_blocks:,} sequences: take at most so many")
     if rank == 0:
         begin_folder(run, shape, say, stack)
     return run
 
 
 def begin_folder(run, shape, say, stack):
-    """Lock the run's folder, check a run that is resumed, and write the first files."""
-    card = check_shards(run.shards)
+    """Take the run's folder, lock it, check a run that is resumed, and write the first files."""
+    config, card = run.config, check_shards(run.shards)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    while not (config.resume or config.out):  # another run may take the same name at this moment
+        with contextlib.suppress(FileExistsError):
+            open(run.folder / "config.json", "x").close()
+            break
+        run.folder = run_folder(config, run.shards)
+        run.folder.mkdir(parents=True, exist_ok=True)
+    stack.callback(leave_nothing, run.folder)
     stack.enter_context(locked(run.folder))
-    if run.config.resume:
+    n_free, n_bytes = shutil.disk_usage(run.folder).free, 8 * run.model.n_parameters()
+    if n_bytes > n_free:
+        raise ValueError(f"{run.folder}: a checkpoint takes {n_bytes / 1e9:.1f} GB or more, and "
+                         f"{n_free / 1e9:.1f} GB are free: make space, or choose another --out")
+    if config.resume:
         check_resume(run, shape, card, say)
     rows = [json.dumps(row) + "\n" for row in read_log(run.folder) if row["step"] <= run.step]
     with replacing(run.folder / "log.jsonl") as file:  # what came after the checkpoint comes again
@@ -680,6 +771,15 @@ def begin_folder(run, shape, say, stack):
     write_json(run.folder / "config.json", dict(
         model=asdict(run.model.config), train=asdict(run.config),
         data=dict(path=str(run.shards), **asdict(card))))
+
+
+def leave_nothing(folder):
+    """Remove what begin_folder wrote for a run that took no step, so that its name is free."""
+    if not checkpoints(folder) and not read_log(folder):
+        for name in ("config.json", "tokenizer.json", "log.jsonl", ".lock"):
+            Path(folder, name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it holds files that are not ours
+            folder.rmdir()
 
 
 # -----------------------------------------------------------------------------
@@ -728,10 +828,16 @@ def announce(run, n_steps, row):
     tried = "".join(f", {name} {1000 * s:.0f} ms a block" for name, s in model.trial.items())
     advice = ("; a smaller --size or more --minutes would see more of them" if epochs < 0.5 else
               "; more than 8 teach little: give more text, or --dropout" if epochs > 8 else "")
-    return (f"{model.n_parameters() / 1e6:.1f}M parameters, in about {n_steps:,.0f} steps of "
-            f"{seconds:.2f} s and {(row['memory'] or 0) / 1e9:.1f} GB on {model.device}, "
-            f"{config.precision}, {config.kernels} kernels{tried}\n"
-            f"it will see its {n_tokens / 1e6:.1f}M tokens {epochs:.1f} times{advice}")
+    return (f"{model.n_parameters():,} parameters, in about {n_steps:,.0f} steps of {seconds:.2f} s"
+            f" ({duration(n_steps * seconds)}) and {(row['memory'] or 0) / 1e9:.1f} GB on "
+            f"{model.device}, {config.precision}, {config.kernels} kernels{tried}\n"
+            f"it will see its {n_tokens:,} tokens {epochs:,.1f} times{advice}")
+
+
+def duration(seconds):
+    """Seconds as 12:34, 1:23:45, or days where there are several."""
+    return (tqdm.format_interval(seconds) if seconds < 2 * 86400 else
+            f"{seconds / 86400:,.0f} days" if seconds < 1e11 else "thousands of years")
 
 
 def sample_lines(model, tokenizer, n_tokens, seed):
@@ -743,13 +849,12 @@ def sample_lines(model, tokenizer, n_tokens, seed):
 
 
 def progress_line(row, progress):
-    """A row of the log, as it is shown; the time left is as the time taken."""
-    left = tqdm.format_interval(row["elapsed"] * (1 - progress) / progress)
-    validation = f" | validation {row['val_loss']:.4f}" if "val_loss" in row else ""
+    """A row of the log, as it is shown in 80 columns; the time left is as the time taken."""
+    left = duration(row["elapsed"] * (1 - progress) / progress)
+    validation = f" | val {row['val_loss']:.4f}" if "val_loss" in row else ""
     skipped = f" | skipped: {row['skipped']} at {row['sequences']}" if "skipped" in row else ""
     return (f"step {row['step']:5d} | loss {row['loss']:.4f}{validation}{skipped} | lr "
-            f"{row['lr']:.1e} | norm {row['grad_norm']:.2f} | mfu {row['mfu']:.0%} | "
-            f"{row['tokens_per_second']:,} tok/s, {left} left")
+            f"{row['lr']:.1e} | {row['tokens_per_second']:,} tok/s | {left} left")
 
 
 def train(config, model_config=None, say=tqdm.write):
@@ -763,7 +868,7 @@ def train(config, model_config=None, say=tqdm.write):
         config, batches, device = run.config, run.batches, str(run.model.device)
         rank, world_size, T = batches.rank, batches.world_size, batches.block_size
         model = parallelize(run.model, world_size, device)
-        _, accumulate = split_batch(config, world_size)
+        _, n_passes = split_batch(config, world_size)
         whole_step = config.cuda_graph and accelerator().GraphedStep(
             lambda xs, ys: take_step(run, model, xs, ys, config.grad_clip))
         n_steps = last_step(config, batches.n_tokens, config.batch_size * T)
@@ -771,30 +876,38 @@ def train(config, model_config=None, say=tqdm.write):
                       / run.model.flops_per_token())  # tokens per second
         before, first, said = run.elapsed, run.step, began
 
-        def share_done():
-            run.elapsed = before + time.perf_counter() - began
-            by_clock = run.elapsed / (60 * config.minutes) if config.minutes else 0.0
-            return min(1.0, max(run.step / n_steps, by_clock))
+        def share_done(step, elapsed):
+            by_clock = elapsed / (60 * config.minutes) if config.minutes else 0.0
+            return min(1.0, max(step / n_steps, by_clock))
 
-        progress, stopping = share_done(), False
+        def rate_now(progress):  # --rewarm began a new schedule at start_step
+            start = share_done(run.start_step, run.start_elapsed)
+            progress = (progress - start) / max(1e-9, 1 - start)
+            return learning_rate(run.step - run.start_step, config, progress)
+
+        progress, stopping = share_done(run.step, run.elapsed), False
         if progress == 1:
             say("this run is finished: a larger --max_steps, --epochs or --minutes trains on")
-        bar = stack.enter_context(tqdm(
-            total=1.0, initial=progress, disable=not (is_main and sys.stderr.isatty()), leave=False,
-            bar_format="{percentage:3.0f}% {bar:20} {desc}"))
+        elif is_main and (rows := read_log(run.folder)) and rate_now(progress) > 2 * rows[-1]["lr"]:
+            say(f"the learning rate jumps from {rows[-1]['lr']:.1e} to {rate_now(progress):.1e}, as"
+                " the schedule is longer now: --rewarm begins a new one, with a warm-up")
+        terminal = is_main and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        bar = stack.enter_context(tqdm(total=1.0, initial=progress, disable=not terminal,
+                                       leave=False, bar_format="{percentage:3.0f}% {bar:5} {desc}"))
         asked = stack.enter_context(stop_signals())
         recorder = is_main and stack.enter_context(Recorder(run.folder, config.keep_last, say))
         while progress < 1 and not stopping:
             start = time.perf_counter()
             torch.manual_seed(1_000_003 * run.step + config.seed + rank)  # dropout: of this step
-            rate = learning_rate(run.step, config, progress)
+            rate = rate_now(progress)
             set_rate(run.optimizer, rate)
-            xs, ys = micro_batches(batches, accumulate, run.model, progress, config.curriculum)
-            loss, norm = (whole_step(xs, ys) if whole_step else
-                          gradients(run, model, xs, ys, config.grad_clip))
+            pairs = micro_batches(batches, n_passes, run.model, progress, config.curriculum)
+            loss, norm = (whole_step(*zip(*pairs)) if whole_step else
+                          gradients(run, model, pairs, n_passes, config.grad_clip))
+            run.elapsed = before + time.perf_counter() - began
             run.step, run.sequences = run.step + 1, run.sequences + config.batch_size
             loss, norm, progress, stopping = average(
-                [loss.item(), norm.item(), share_done(), len(asked)], device)
+                [loss.item(), norm.item(), share_done(run.step, run.elapsed), len(asked)], device)
             row = dict(step=run.step, loss=loss, lr=rate, grad_norm=norm)
             if why := why_skip(run, loss, norm, config.skip_spikes):
                 row |= dict(skipped=why, sequences=[run.sequences - config.batch_size,
@@ -804,6 +917,7 @@ def train(config, model_config=None, say=tqdm.write):
             elif not whole_step:  # which includes it
                 update(run)
             speed = config.batch_size * T / (time.perf_counter() - start)
+            peak_speed = max(peak_speed, speed)  # the product was slow: the machine was busy
             row |= dict(tokens_per_second=round(speed), mfu=round(speed / peak_speed, 3),
                         memory=peak_memory(device), elapsed=round(run.elapsed, 3))
 
@@ -838,19 +952,21 @@ def train(config, model_config=None, say=tqdm.write):
                 recorder.save(run)
                 if is_check and progress < 1 and not why:
                     say(sample_lines(run.model, run.tokenizer, config.sample_tokens, config.seed))
-        stopped = int(asked[0] if asked else signal.SIGTERM) if stopping else 0
+    stopped = int(asked[0]) if asked else int(signal.SIGTERM) * bool(stopping)
     return summarize(run, time.perf_counter() - began, stopped) if is_main else None
 
 
 def summarize(run, seconds, stopped):
-    """What train() returns: losses in nats a token, the signal that stopped it or 0 ..."""
-    rows = read_log(run.folder)
-    last, val = rows[-1], read_card(run.shards).val
-    bits = last.get("val_loss") and last["val_loss"] / math.log(2) * val["tokens"] / val["bytes"]
-    return dict(folder=str(run.folder), step=run.step, loss=last["loss"], stopped=stopped,
-                val_loss=last.get("val_loss"), bits_per_byte=bits, seconds=seconds,
-                tokens_per_second=round(median(row["tokens_per_second"] for row in rows)),
+    """What train() returns: losses in nats a token, None if not finite; the signal that stopped it
+    or 0; the first words of the validation text to go on with ..."""
+    rows, val = read_log(run.folder) or [{}], read_card(run.shards).val
+    bits = run.val_loss and run.val_loss / math.log(2) * val["tokens"] / val["bytes"]
+    text = run.tokenizer.decode(read_split(run.shards, "val")[0][1:50].tolist())
+    return dict(folder=str(run.folder), step=run.step, loss=rows[-1].get("loss"), stopped=stopped,
+                val_loss=run.val_loss, bits_per_byte=bits, seconds=seconds,
+                tokens_per_second=round(median(row.get("tokens_per_second", 0) for row in rows)),
                 how=f"{run.model.device}, {run.config.precision}, {run.config.kernels} kernels",
+                words=" ".join(re.findall(r"[^\W_]+", text)[:2])[:20],
                 skipped=sum("skipped" in row for row in rows))
 
 
@@ -864,12 +980,15 @@ def main():
         print("stopped at step {step}, saved at {saved}; to go on: python train.py --resume "
               "--out={folder}".format(saved=saved, **summary))
         sys.exit(128 + summary["stopped"])
+    elif summary and summary["val_loss"] is None:
+        raise ValueError("the validation loss is not finite at step {step}: python -m "
+                         "chapters.doctor {folder} says more".format(**summary))
     elif summary:
         print(sample_lines(*load_finished(summary["folder"]), 200, seed=1))
         print("{step:,} steps in {seconds:.0f} seconds on {how}, {tokens_per_second:,} tokens/s: "
               "validation loss {val_loss:.4f}, {bits_per_byte:.3f} bits per byte\n"
               "{folder} holds the model, its log and its picture {folder}/loss.png\n"
-              'next: python sample.py {folder} --prompt="def "'.format(**summary))
+              'next: python sample.py {folder} --prompt="{words}"'.format(**summary))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,10 @@ import contextlib
 import sys
 import tempfile
 from dataclasses import replace
+from pathlib import Path
+
+if __name__ == "__main__":  # `python chapters/sweep.py` works as well, from any folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from tqdm import tqdm
 
@@ -58,7 +62,7 @@ def sweep(config, shape):
         for step in tqdm(range(N_STEPS), disable=not sys.stderr.isatty(), leave=False):
             rates.append(LOWEST * (HIGHEST / LOWEST) ** (step / (N_STEPS - 1)))
             set_rate(run.optimizer, rates[-1])
-            xs, ys = micro_batches(run.batches, n_passes, run.model)
+            xs, ys = zip(*micro_batches(run.batches, n_passes, run.model))
             losses.append(take_step(run, run.model, xs, ys, config.grad_clip)[0].item())
             means = running_mean(losses, 5)
             if not means[-1] < TAKES_OFF * min(means):

@@ -649,7 +649,7 @@ def test_a_checkpoint_whose_weights_do_not_fit_is_refused_with_the_list(tmp_path
             ("vocab_size", 65, r"wte.weight is \(64, 32\), not \(65, 32\)"),
             ("n_layer", 1, "blocks.1.attn_norm.weight is .*, not expected"),
             ("n_layer", 3, "blocks.2.attn_norm.weight is missing, not .* more"),
-            ("n_layer", 10**9, "n_layer=1000000000 with ")):
+            ("n_layer", 10**9, "n_layer=1000000000 must be at least 1 and below 1025")):
         model = tiny()
         model.config.__dict__[name] = value
         save_model(model, path)

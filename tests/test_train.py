@@ -1,25 +1,29 @@
 """train.py: a run learns, resumes as if it had never stopped, and is the same on two processes."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, mistake, run, tiny
+from matplotlib.axes import Axes
 
 from data import TokenLoader, prepare
 from model import GPTConfig, accelerator, load_model
 from sample import checkpoints
-from train import (SCHEDULES, Muon, TrainConfig, announce, build_optimizer,
-                   complete_options, cut_short, draw_loss, last_step, learning_rate, main,
-                   new_run, plain_orthogonal, read_log, take_step, to_device,
-                   train, validation_loss)
+from train import (OPTIMIZERS, SCHEDULES, Muon, Optimizer, TrainConfig, announce, build_optimizer,
+                   complete_options, cut_short, draw_loss, gradients, last_step, learning_rate,
+                   main, new_run, plain_orthogonal, prepare_run, progress_line, read_log, smooth,
+                   take_step, to_device, train, validation_loss)
 
 slow = pytest.mark.slow
 SMALL = dict(max_steps=8, batch_size=8, micro_batch_size=8, eval_every=4, eval_sequences=8,
@@ -142,13 +146,13 @@ def test_in_groups_that_are_not_its_own_muon_is_adamw():
 
 
 @pytest.mark.parametrize("n_tokens, words", [
-    (10**3, "see its 0.0M tokens 16.4 times; more than 8"), (8192, "tokens 2.0 times"),
-    (10**6, "its 1.0M tokens 0.0 times; a smaller --size or more --minutes")])
+    (10**3, "see its 1,000 tokens 16.4 times; more than 8"), (8192, "tokens 2.0 times"),
+    (10**6, "its 1,000,000 tokens 0.0 times; a smaller --size or more --minutes")])
 def test_too_little_text_and_too_short_a_run_are_announced(tmp_path, n_tokens, words):
     run = new_run(tmp_path, tiny(), TrainConfig(batch_size=16, max_steps=64), "cpu")
     run.batches = SimpleNamespace(n_tokens=n_tokens, block_size=16)
     first, second = announce(run, 64, dict(tokens_per_second=512, memory=2e9)).splitlines()
-    assert "in about 64 steps of 0.50 s and 2.0 GB on cpu, auto" in first and words in second
+    assert "in about 64 steps of 0.50 s (00:32) and 2.0 GB on cpu, auto" in first and words in second
 
 
 def test_a_run_says_which_kernels_were_tried_and_what_memory_it_takes(shards, tmp_path):
@@ -383,6 +387,169 @@ def test_a_log_line_that_was_cut_off_is_left_out(tmp_path):
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_finished_run_says_that_its_rate_jumps_and_rewarm_climbs(shards, tmp_path):
+    config, shape = configure(shards, tmp_path / "run", max_steps=8, learning_rate=0.01)
+    train(config, shape, **QUIET)
+    shutil.copytree(tmp_path / "run", tmp_path / "warm")
+    said = []
+    train(dataclasses.replace(config, resume=True, max_steps=16), say=said.append)
+    rates = [row["lr"] for row in read_log(tmp_path / "run")]
+    assert rates[8] > 2 * rates[7] and any(
+        "jumps from 1.7e-03 to 5.7e-03" in line and "--rewarm" in line for line in said)
+    more = dict(resume=True, max_steps=16, out=str(tmp_path / "warm"))
+    train(dataclasses.replace(config, **more | dict(rewarm=True, eval_every=3)), **QUIET)
+    warm = [row["lr"] for row in read_log(tmp_path / "warm")]
+    assert warm[8:11] == pytest.approx([0.005, 0.01, 0.01])  # in two steps, as in the beginning
+    assert warm[10:] == sorted(warm[10:], reverse=True) and warm[15] < 0.004
+
+
+def test_a_schedule_that_began_anew_goes_on_after_a_stop(shards, tmp_path):
+    config, shape = configure(shards, tmp_path / "a", max_steps=4)
+    train(config, shape, **QUIET)
+    warm = dataclasses.replace(config, resume=True, rewarm=True, max_steps=12, eval_every=3)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    train(warm, **QUIET)
+    train(dataclasses.replace(warm, out=str(tmp_path / "b"), max_steps=9), **QUIET)
+    for path in [path for step, path in checkpoints(tmp_path / "b").items() if step == 9]:
+        path.unlink()  # as if it had been stopped at step 6
+    typed = dict(resume=True, out=str(tmp_path / "b"), max_steps=12)
+    train(*complete_options(typed, {}), **QUIET)
+    rates = [[row["lr"] for row in read_log(tmp_path / name)][6:] for name in "ab"]
+    assert rates[0] == rates[1] and same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+def test_resume_needs_no_log(shards, tmp_path):
+    for precision in ("fp32", "fp16"):
+        config, shape = configure(shards, tmp_path / precision, max_steps=2, precision=precision)
+        train(config, shape, **QUIET)
+        (tmp_path / precision / "log.jsonl").unlink()
+        finished = train(dataclasses.replace(config, resume=True), **QUIET)
+        assert finished["loss"] is None and finished["val_loss"] > 0
+        assert train(dataclasses.replace(config, resume=True, max_steps=3), **QUIET)["step"] == 3
+
+
+def test_a_new_optimizer_is_one_row_and_resumes(shards, tmp_path, monkeypatch):
+    monkeypatch.setitem(OPTIMIZERS, "sgd", Optimizer(0.1, lambda groups, lr, config: torch.optim.SGD(
+        groups, lr, momentum=config.beta1)))
+    options = dict(optimizer="sgd", max_steps=6, eval_every=3)
+    train(*configure(shards, tmp_path / "whole", **options), **QUIET)
+    config, shape = configure(shards, tmp_path / "parts", **options)
+    train(config, shape, **QUIET)
+    checkpoints(tmp_path / "parts")[6].unlink()
+    train(dataclasses.replace(config, resume=True), **QUIET)
+    assert config.learning_rate == 0.1 and same(weights(tmp_path / "whole"),
+                                                weights(tmp_path / "parts"))
+
+
+def test_the_next_passes_of_a_step_are_not_read_before_they_are_needed(tmp_path):
+    run, seen = new_run(tmp_path, tiny(), TrainConfig(precision="fp32"), "cpu"), []
+
+    def pairs():
+        for _ in range(3):
+            seen.append(run.model.lm_head.weight.grad is not None)
+            yield [torch.arange(8).view(1, 8)] * 2
+
+    gradients(run, run.model, pairs(), 3, 1.0)
+    assert seen == [False, True, True]
+
+
+def test_validation_reads_no_sequence_twice_however_many_are_asked_for(shards):
+    model = tiny(vocab_size=320)
+    n = TokenLoader(shards, 1, 16, split="val").n_blocks
+    many, all_ = (validation_loss(model, shards, TrainConfig(eval_sequences=wish))
+                  for wish in (100_000_000, n))
+    assert many == all_
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 19, 60])
+def test_a_smoothed_line_stays_a_line(n):
+    line = [3.0 - 0.1 * i for i in range(n)]
+    assert smooth(line) == pytest.approx(line)  # a trailing mean would lag behind
+    assert smooth([1.0, -1.0] * 50, 20)[50] == pytest.approx(0, abs=0.06)
+
+
+def test_a_line_of_the_log_fits_into_80_columns_and_no_time_is_absurd():
+    row = dict(step=12_345, loss=3.2101, val_loss=3.1987, lr=2e-2, tokens_per_second=14_400,
+               elapsed=1000.0)
+    assert len(progress_line(row, 0.5)) <= 80 and "16:40 left" in progress_line(row, 0.5)
+    assert "116 days left" in progress_line(row, 1e-4)
+    assert "thousands of years left" in progress_line(row, 1e-15)
+
+
+def test_the_picture_shows_a_rise_at_the_end(tmp_path, monkeypatch):
+    rows = [dict(step=n, loss=8 / n ** 0.5) for n in range(1, 201)]
+    rows[99]["val_loss"], rows[199]["val_loss"] = 0.9, 1.0
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    limits = []
+    monkeypatch.setattr(Axes, "legend", lambda axes, **_: limits.append(axes.get_ylim()))
+    draw_loss(tmp_path)
+    low, high = limits[0]
+    assert low < 0.57 and 1.0 < high < 2.5  # and not up to the 8 of the first step
+
+
+def test_a_signal_in_the_last_validation_still_ends_with_its_number(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr("train.validation_loss", lambda *_: signal.raise_signal(signal.SIGINT) or 3.0)
+    summary = train(*configure(shards, tmp_path / "run", max_steps=2), **QUIET)
+    assert (summary["stopped"], summary["step"]) == (signal.SIGINT, 2)
+
+
+def test_a_run_that_ends_without_a_number_says_so(shards, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("train.validation_loss", lambda *_: math.nan)
+    code, (*_, line) = mistake(main, monkeypatch, capsys, *command(shards, tmp_path / "run",
+                                                                   "--max_steps=2"))
+    assert code == 1 and "not finite at step 2: python -m chapters.doctor" in line
+
+
+def test_two_runs_that_begin_at_once_take_two_names(shards, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config, shape = configure(shards, "", max_steps=1)
+    with contextlib.ExitStack() as stack:
+        runs = [prepare_run(config, shape, print, stack).folder for _ in range(2)]
+        assert [folder.name for folder in runs] == ["words", "words-2"]
+    assert not any(Path("runs").iterdir())  # neither took a step
+
+
+def test_what_fails_at_the_first_step_leaves_no_folder(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr("train.to_device", lambda *_: torch.empty(2**60))
+    config, shape = configure(shards, tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="out of memory with 8 sequences of 32 tokens on cpu"):
+        train(config, shape, **QUIET)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
+
+
+def test_a_run_folder_without_its_config_says_what_to_do(shards, tmp_path):
+    config, shape = configure(shards, tmp_path / "run", max_steps=1)
+    train(config, shape, **QUIET)
+    (tmp_path / "run" / "config.json").unlink()
+    with pytest.raises(ValueError, match="config.json is missing, and only it says .* copy the whole"):
+        complete_options(dict(resume=True, out=config.out), {})
+
+
+def test_a_resumed_option_is_compared_with_the_runs_others(shards, tmp_path):
+    config, shape = configure(shards, tmp_path / "run", max_steps=1, learning_rate=0.1)
+    train(config, shape, **QUIET)
+    again, _ = complete_options(dict(resume=True, out=config.out, min_lr=0.05), {})
+    assert (again.learning_rate, again.min_lr) == (0.1, 0.05)
+
+
+@slow
+def test_a_module_that_forward_leaves_out_is_named(shards, tmp_path):
+    script = tmp_path / "extra.py"
+    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+                      "import train, torch\n"
+                      "class GPT(train.GPT):\n"
+                      "    def __init__(self, config):\n"
+                      "        super().__init__(config)\n"
+                      "        self.extra = torch.nn.Linear(4, 4)\n"
+                      "train.GPT = GPT\ntrain.run_command(train.main)\n")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+                           "--standalone", script, *command(shards, tmp_path / "run")],
+                          cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert "error: extra.weight got no gradient: forward must use it" in done.stderr
+
+
 @slow
 def test_two_processes_print_the_same_losses_as_one(shards, tmp_path):
     words = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
@@ -430,6 +597,21 @@ def test_help_names_the_options_of_training_and_of_the_model(monkeypatch, capsys
     (dict(learning_rate=-1.0), "learning_rate=-1.0 must be at least 0"),
     (dict(tokens=math.inf), "tokens=inf must be at least 0 and below"),
     (dict(min_lr=0.5), "min_lr=0.5 is above learning_rate=0.02"),
+    (dict(weight_decay=-1.0), "weight_decay=-1.0 must be at least 0"),
+    (dict(block_size=1), "block_size=1 must be at least 2"),
+    (dict(n_layer=100_000), "n_layer=100000 must be at least 1 and below 1025"),
+    (dict(beta1=2.0), "beta1=2.0 must be at least 0 and below 1"),
+    (dict(learning_rate=math.nan), "learning_rate=nan must be at least 0"),
+    (dict(seed=-1), "seed=-1 must be at least 0"),
+    (dict(batch_size=1_000_000_000, micro_batch_size=8), "batch_size=1000000000 is more than the"),
+    (dict(n_embd=2_000_000_000), "GB or more to train, and cpu has"),
+    (dict(block_size=4000), "val has"),
+    (dict(decay_ratio=0.2), "--decay_ratio would not act without --schedule=wsd: leave it out"),
+    (dict(min_lr=0.001, schedule="constant"), "--min_lr would not act beside --schedule=constant"),
+    (dict(rewarm=True), "--rewarm would not act without --resume"),
+    (dict(vocab_size=500), "--vocab_size would not act on shards"),
+    (dict(rope_theta=500.0, position="none"), "--rope_theta would not act without --position=rope"),
+    (dict(n_encoder_layer=3), "--n_encoder_layer would not act without --cross"),
 ])
 def test_an_impossible_run_is_refused_and_leaves_nothing(shards, tmp_path, options, words):
     with pytest.raises(ValueError, match=re.escape(words)):
@@ -442,6 +624,14 @@ def test_an_impossible_run_is_refused_and_leaves_nothing(shards, tmp_path, optio
     ("--max_steps=many", 2, "invalid int value"),
     ("--data=nowhere.txt", 1, "nowhere.txt"),
     ("--resume", 1, "no run in runs/: python train.py makes one"),
+    ("--data=", 1, "name"),
+    ("--kernels=fussed", 1, "did you mean fused?"),
+    ("--precision=half", 1, "unknown precision 'half'"),
+    ("--lr=1", 2, "unknown option --lr; here: --learning_rate"),
+    ("--compile=False", 2, "nothing to compile"),
+    ("--max-iters=5", 2, "here: --max_steps"),
+    ("config/train_gpt2.py", 2, "--config=config.json"),
+    ("--init_from=gpt2", 2, "chapters.export"),
 ])
 def test_a_users_mistake_ends_in_one_line(tmp_path, monkeypatch, capsys, option, code, words):
     monkeypatch.chdir(tmp_path)
