@@ -231,8 +231,6 @@ def main():
     parser.add_argument("folder", nargs="?", help="a run folder (default the newest)")
     folder = Path(parser.parse_args().folder or newest_run())
     rows, config = read_run(folder)
-    if not rows:
-        raise ValueError(f"{folder}/log.jsonl has no row yet: come back after the first step")
     numbers, found = [row for row in rows if not is_bad(row)], diagnose(rows, config)
     progress = f", {Log(numbers, config).progress()}" if numbers else ""
     print(f"{folder}: {rows[-1]['step']:,} steps{progress}")

@@ -31,11 +31,11 @@ from train import read_config, read_log
 
 def read_run(folder):
     """-> (the rows of a run's log in the order of their steps, its config as {"model": GPTConfig,
-    "train": TrainConfig, "data": dict}). What a row lacks is nan."""
+    "train": TrainConfig, "data": dict}). What a row lacks is nan. ValueError if there is no row."""
     path = Path(folder) / "config.json"
-    if not (path.exists() and path.with_name("log.jsonl").exists()):
-        raise ValueError(f"{folder} is no run: it lacks the config.json or the log.jsonl that "
-                         "train.py writes")
+    for name in "config.json", "log.jsonl":
+        if not path.with_name(name).exists():
+            raise ValueError(f"{folder} is no run: it lacks the {name} that train.py writes")
     train, model, data = read_config(path)
     with reading(path):
         if not data["train"]["tokens"] > 0:
@@ -43,6 +43,8 @@ def read_run(folder):
     empty = dict.fromkeys(("loss", "lr", "grad_norm", "elapsed", "val_loss"), math.nan)
     rows = {row["step"]: empty | {name: value for name, value in row.items() if value is not None}
             for row in read_log(folder)}
+    if not rows:
+        raise ValueError(f"{folder}/log.jsonl has no row yet: come back after the first step")
     return [rows[step] for step in sorted(rows)], dict(model=model, train=train, data=data)
 
 

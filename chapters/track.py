@@ -12,13 +12,17 @@ again are shown once.
 
 import contextlib
 import importlib.util
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+if __name__ == "__main__":  # `python chapters/track.py` works as well, from any folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 from model import check_known, check_options, option
 from sample import newest_run
-from tokenizer import parse_options, read_json, replacing, run_command
+from tokenizer import parse_options, read_json, refuse_idle, replacing, run_command
 from train import read_log
 
 HELP = {  # of the values in a row of the log, for Prometheus
@@ -56,10 +60,17 @@ class TrackConfig:
             raise ValueError(f"out={self.out} must end in .prom: the collector reads no other file")
 
 
+def read_rows(folder, after=-1):
+    """The rows of a log after a step; None stands for what is no number, and for an mfu above 1,
+    which no machine reaches: its speed was measured while it was busy."""
+    return [{name: value if type(value) in (int, float) and not (name == "mfu" and value > 1)
+             else None for name, value in row.items()}
+            for row in read_log(folder) if row["step"] > after]
+
+
 def numbers(row):
-    """What can be drawn of a row of the log, {name: number}, the step aside."""
-    return {name: value for name, value in row.items()
-            if name != "step" and type(value) in (int, float)}
+    """What can be drawn of a row of read_rows, {name: number}, the step aside."""
+    return {name: value for name, value in row.items() if name != "step" and value is not None}
 
 
 # -----------------------------------------------------------------------------
@@ -133,10 +144,12 @@ def track(config):
     folder = Path(config.folder or newest_run())
     if not (folder / "log.jsonl").exists():
         raise ValueError(f"{folder} is no run, it has no log.jsonl: train.py writes one")
+    if not (config.follow or read_rows(folder)):
+        raise ValueError(f"{folder}/log.jsonl has no row yet: come back, or --follow it")
     folder, last = folder.resolve(), -1
     with TARGETS[config.to](folder, config) as write:
         while True:
-            rows = [row for row in read_log(folder) if row["step"] > last]
+            rows = read_rows(folder, last)
             if rows:
                 write(rows)
                 last = rows[-1]["step"]
@@ -148,6 +161,8 @@ def track(config):
 def main():
     typed, = parse_options(__doc__, TrackConfig)
     config = TrackConfig(**typed)
+    if not config.follow:
+        refuse_idle(typed, ["interval"], "without --follow")
     print(f"{config.to} has the log up to step {track(config)}")
 
 

@@ -1,6 +1,7 @@
 """chapters/doctor.py: ill runs are told what they have, healthy ones that they have nothing."""
 
 import argparse
+import json
 import json.decoder
 import math
 from dataclasses import asdict, replace
@@ -231,13 +232,28 @@ def test_any_log_gets_an_answer(tmp_path, call, lines, words):
 
 
 @pytest.mark.parametrize("files, words", [
-    ([], "is no run"), (["config.json"], "is no run"),
+    ([], "is no run: it lacks the config.json"), (["config.json"], "it lacks the log.jsonl"),
+    (["log.jsonl"], "it lacks the config.json"),
     (["config.json", "log.jsonl"], "config.json cannot be read")])
 def test_a_folder_that_is_no_run_is_refused_in_a_line(tmp_path, call, files, words):
     for name in files:
         (tmp_path / name).write_text("{}", "utf-8")
     shown, error = call(doctor, tmp_path)
     assert words in error and not shown and len(error.splitlines()) == 1
+
+
+def test_a_config_edited_by_hand_is_read_and_one_of_another_version_is_refused(tmp_path, call):
+    path = write_run(tmp_path / "run", FALLING) / "config.json"
+    config = json.loads(path.read_text("utf-8"))
+    config = {name: dict(reversed(part.items())) for name, part in reversed(config.items())}
+    text = json.dumps(config, indent=7).replace('"learning_rate": 0.02', '"learning_rate"  :1E-2')
+    path.write_text(text, "utf-8")
+    assert "1E-2" in text and "healthy" in call(doctor, path.parent)[0]
+    for old, new, message in (("grad_clip", "grad_clips", "unknown field 'grad_clips', did you "),
+                              ("1E-2", '"fast"', "learning_rate='fast' must be float")):
+        path.write_text(text.replace(old, new), "utf-8")
+        shown, error = call(doctor, path.parent)
+        assert message in error and "config.json" in error and not shown and error.count("\n") == 1
 
 
 def test_the_newest_run_is_examined_by_default(shards, tmp_path, call, monkeypatch):

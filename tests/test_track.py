@@ -67,6 +67,26 @@ def test_prometheus_reads_the_last_value_of_each_name(tmp_path):
     assert lines[0].startswith("# HELP train_step ") and lines[1] == "# TYPE train_step gauge"
 
 
+def test_an_mfu_above_one_is_not_shown(tmp_path, sent):
+    folder = write_log(tmp_path / "run", [dict(step=1, loss=5.5, mfu=1.59)])
+    track.track(TrackConfig(str(folder), to="wandb"))
+    track.track(TrackConfig(str(folder), to="prometheus"))
+    assert sent == [(1, dict(loss=5.5)), "closed"]
+    assert 'train_mfu{run="run"} NaN' in (folder / "metrics.prom").read_text("utf-8")
+
+
+def test_a_log_is_sent_up_to_the_line_that_was_cut_off_and_an_empty_one_not_at_all(tmp_path, call):
+    folder, words = write_log(tmp_path / "run", ROWS), ("--to=prometheus",)
+    with open(folder / "log.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')
+    assert "up to step 3" in call(track, folder, *words)[0]
+    for text in "", '{"step": 4, "lo':
+        (folder / "log.jsonl").write_text(text, "utf-8")
+        shown, error = call(track, folder, *words)
+        assert not shown and error == (
+            f"error: {folder}/log.jsonl has no row yet: come back, or --follow it\n")
+
+
 def test_the_name_of_a_run_cannot_break_the_format():
     assert r'{run="a\"b\\c\nd"} 1' in exposition(dict(step=1), 'a"b\\c\nd')
 
@@ -92,6 +112,8 @@ def test_a_followed_log_is_sent_once_even_where_steps_happen_again(tmp_path, sen
     (["nowhere", "--to=prometheus"], "nowhere is no run, it has no log.jsonl"),
     (["--to=prometheus", "--out=a.txt"], "must end in .prom"),
     (["--to=prometheus", "--interval=0"], "interval=0.0 must be at least 0.1"),
+    (["--to=prometheus", "--interval=nan"], "interval=nan must be at least 0.1"),
+    (["--to=prometheus", "--interval=9"], "--interval would not act without --follow"),
     (["--to=prometheus"], "no run in runs/")])
 def test_a_users_mistake_ends_in_one_line(tmp_path, monkeypatch, call, words, message):
     monkeypatch.chdir(tmp_path)
