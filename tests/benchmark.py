@@ -119,7 +119,7 @@ def muon():
             next(run.model.parameters())[0, 0].item()  # a GPU has then finished
 
         one, own = medians(
-            lambda: gradients(run, run.model, [ids], [ids], 1.0)[0].item(), step, times=3)
+            lambda: gradients(run, run.model, [(ids, ids)], 1, 1.0)[0].item(), step, times=3)
         show(f"{optimizer}, {name}, {DEVICE} {BEST}",
              f"{1000 * own:,.0f} ms, {own / (n_passes * one + own):.1%} of a step of {n_passes} x "
              f"{B} sequences, which take {n_passes} x {1000 * one:,.0f} ms")

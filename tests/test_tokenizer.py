@@ -10,6 +10,7 @@ import tracemalloc
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 import regex
@@ -436,6 +437,29 @@ def test_a_tiktoken_encoding_whose_ids_have_no_order_is_refused():
     encoding = tiktoken.Encoding("x", pat_str=r"\S+", mergeable_ranks=ranks, special_tokens={})
     with pytest.raises(ValueError, match="token 256 is not the merge of two before it"):
         Tokenizer.from_tiktoken(encoding)
+
+
+@pytest.mark.parametrize("ranks, special, reason", [  # as p50k_base has it, and o200k_harmony
+    ({b"ab": 257}, {"<|endoftext|>": 256}, "x has no token with id 256: ids must go to the merges"),
+    ({b"ab": 256}, {"<|a|>": 257, "<|b|>": 257}, "x gives one id to two special tokens")])
+def test_a_tiktoken_encoding_that_does_not_fit_is_refused_with_the_reason(ranks, special, reason):
+    ranks = {bytes([i]): i for i in range(256)} | ranks
+    encoding = SimpleNamespace(name="x", _mergeable_ranks=ranks, _special_tokens=special)
+    with pytest.raises(ValueError, match=reason):
+        Tokenizer.from_tiktoken(encoding)
+
+
+def test_texts_one_by_one_give_the_ids_of_each_with_special_tokens_if_asked_for(trained):
+    texts = ["a<|endoftext|>b", "", "c<|end|>"]
+    for special in False, True:
+        assert list(trained.encode_iterable(texts, special=special)) == [
+            id for text in texts for id in trained.encode(text, special=special)]
+    assert trained.eot in trained.encode_iterable(texts, special=True)
+
+
+def test_a_byte_order_mark_is_not_learned(tmp_path):
+    (tmp_path / "text").write_bytes(b"\xef\xbb\xbfab ab ")
+    assert "".join(read_files([tmp_path / "text"])) == "ab ab "
 
 
 @pytest.mark.parametrize("name, pattern", [("gpt2", GPT2_SPLIT), ("cl100k_base", CL100K_SPLIT),
