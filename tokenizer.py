@@ -28,6 +28,7 @@ import unicodedata
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import MISSING, fields, make_dataclass
+from functools import partial
 from itertools import accumulate, chain, compress, groupby, islice, starmap, tee
 from pathlib import Path
 
@@ -359,10 +360,11 @@ def read_files(paths):
 
 
 def room_for_merges(vocab_size, special_tokens):
-    """How many merges a vocabulary has room for; ValueError when it is too small."""
+    """How many merges a vocabulary has room for; ValueError when it is too small or too large."""
     least = 256 + len(special_tokens)
-    if vocab_size < least:
-        raise ValueError(f"vocab_size={vocab_size} is below {least}, the bytes and special tokens")
+    if not least <= vocab_size <= LARGEST_ID:
+        raise ValueError(f"vocab_size={vocab_size} must be from {least}, the bytes and special "
+                         f"tokens, to {LARGEST_ID:,}")
     return vocab_size - least
 
 
@@ -755,11 +757,17 @@ def main():
     parser = Parser(__doc__)
     parser.add_argument("command", choices=["train", "show", "encode", "decode"])
     parser.add_argument("input", nargs="+", help="train: files; encode, show: a text; decode: ids")
-    parser.add_argument("--vocab_size", type=int, default=4096, help="default %(default)s")
-    parser.add_argument("--pattern", choices=SPLITS, default="gpt4", help="default %(default)s")
-    parser.add_argument("--out", default="tokenizer.json", help="train writes it")
-    parser.add_argument("--tokenizer", default="tokenizer.json", help="the others read it")
-    args = parser.parse_intermixed_args()
+    defaults = dict(vocab_size=4096, pattern="gpt4", out="tokenizer.json",
+                    tokenizer="tokenizer.json")
+    add = partial(parser.add_argument, default=argparse.SUPPRESS)
+    add("--vocab_size", type=int, help="of train (default 4096)")
+    add("--pattern", choices=SPLITS, help="of train (default gpt4)")
+    add("--out", help="train writes it (default tokenizer.json)")
+    add("--tokenizer", help="the others read it (default tokenizer.json)")
+    typed = vars(parser.parse_intermixed_args())
+    idle = ["tokenizer"] if typed["command"] == "train" else ["vocab_size", "pattern", "out"]
+    refuse_idle(typed, idle, f"beside {typed['command']}")
+    args = argparse.Namespace(**defaults | typed)
     if args.command == "train":
         start, texts = time.time(), read_files(args.input)
         sample = next(filter(None, texts), "")  # a pipe can be read only once
