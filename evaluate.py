@@ -10,6 +10,7 @@ Each score stands beside what guessing gets, with its 95% interval. Tasks and op
 in this file, such as those of the last line, are left to chapters/exams.py.
 """
 
+import contextlib
 import itertools
 import json
 import math
@@ -24,18 +25,23 @@ from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
+import regex
 import torch
 from tqdm import tqdm
 
 from data import check_shards, read_split
-from model import cap_logits, check_known, check_options, option
-from sample import load_run, new_cache, newest_run, pick_checkpoint, pick_device, pick_precision
-from tokenizer import (Tokenizer, parse_options, read_json, reading, replacing, run_command,
-                       write_json)
+from model import cap_logits, check_known, check_options, option, read_header
+from sample import (checkpoints, load_run, new_cache, newest_run, pick_checkpoint, pick_device,
+                    pick_precision, warn)
+from tokenizer import (Tokenizer, parse_options, read_json, reading, refuse_idle, replacing,
+                       run_command, write_json)
 
 BATCH_TOKENS, HEAD_TOKENS = 4096, 1024  # in a forward pass; of them, those with logits at once
 CACHED_TOKENS = 4 * BATCH_TOKENS        # that a forward pass may attend to, over all its rows
 EXAMPLE_ROW = '{"context": "2 + 2 =", "choices": ["3", "4"], "answer": 1}'
+UNSPACED = (r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+            r"\p{Tibetan}\u3000-\u303f\uff00-\uff9f]")  # of scripts without spaces between words
+WORD = regex.compile(rf"(?:(?={UNSPACED})\X){{1,2}}\s*|(?:(?!{UNSPACED})\S)+\s*")  # or 2 characters
 EXAMS = Path(__file__).with_name("chapters") / "exams.py"
 
 # -----------------------------------------------------------------------------
@@ -220,7 +226,7 @@ def difference(a, b, metric=ratio):
 
 # -----------------------------------------------------------------------------
 # Questions {"context", "choices", "answer"}, where context may be one for each choice, between them
-# a space or question["between"]; and scores: (model, tokenizer, questions, config) -> for each
+# a space or question["between"], None for what space_between says; and scores: (model, tokenizer, questions, config) -> for each
 # question, or block of text, {metric: vector} with what else is worth keeping under "shown"; and
 # what guessing gets, {metric: score}.
 
@@ -243,12 +249,19 @@ def is_question(row):
             and all(isinstance(text, str) for text in contexts + choices))
 
 
+def space_between(context, choice):
+    """The space between two texts; "" if one is empty, or if white space or a character of a script
+    that is written without spaces stands there: space_between("5 =", "6") == " "."""
+    sides = context[-1:] + choice[:1]
+    return "" if len(sides) < 2 or regex.search(rf"\s|{UNSPACED}", sides) else " "
+
+
 def format_row(row):
     """The question of a row of your own; ValueError if it is none."""
     if not (isinstance(row, dict) and is_question(row) and len(row["choices"]) > 1
-            and all(map(str.strip, row["choices"]))):
+            and all(map(str.strip, row["choices"])) and isinstance(row.get("between"), str | None)):
         raise ValueError(f"this is not a row like {EXAMPLE_ROW}: {row!r:.60}")
-    return row | dict(between="" if str(row["context"])[-1:].isspace() else " ")
+    return dict(between=None) | row
 
 
 def read_rows(path, format_row=format_row):
@@ -268,13 +281,14 @@ def shuffled(rng, context, right, wrong):
 
 def continuation_rows(texts, n_rows=200, seed=0):
     """Questions: 40 words, then in any order the 8 that follow and three times 8 from elsewhere."""
-    rng, texts = random.Random(seed), [re.findall(r"\S+\s*", text) for text in texts]
+    rng, texts = random.Random(seed), [WORD.findall(text) for text in texts]
     cuts = [("".join(words[i - 40:i]), "".join(words[i:i + 8]).rstrip())
             for words in texts for i in range(40, len(words) - 7, 8)]
     cuts = [(context, piece) for context, piece in cuts if len(piece) <= 100]  # no tables of data
     pieces = sorted({piece for _, piece in cuts})
     if len(pieces) < 4:
-        raise ValueError("the held-out text is too short for continuation questions of 48 words: "
+        raise ValueError("the held-out text is too short for continuation questions of 48 words, "
+                         f"8 of them within 100 characters: it has {len(pieces)}, 4 are needed: "
                          "leave continuation out of --tasks")
     return [shuffled(rng, context, piece, rng.sample(pieces, 4)) | dict(between="")
             for context, piece in rng.sample(cuts, min(n_rows, len(cuts)))]
@@ -301,7 +315,18 @@ def pairs_of(question):
     """The (context, continuation) of each choice."""
     context, between = question["context"], question.get("between", " ")
     contexts = context if isinstance(context, list) else itertools.repeat(context)
-    return [(text, between + choice) for text, choice in zip(contexts, question["choices"])]
+    return [(text, (space_between(text, choice) if between is None else between) + choice)
+            for text, choice in zip(contexts, question["choices"])]
+
+
+def fits(model, tokenizer, question):
+    """Whether each choice fits into the model's context; or what is to be read whole, beside the
+    tokens that the answer may have, or half of the context."""
+    T = model.config.block_size
+    if "choices" not in question:
+        room = T - min(question.get("answer_tokens", 0), T // 2)
+        return len(tokenizer.encode(question.get("whole", ""))) <= room
+    return all(0 < len(encode_pair(tokenizer, *pair)[1]) <= T for pair in pairs_of(question))
 
 
 def score_choice(question, scored):
@@ -362,6 +387,7 @@ def cells(scores):
               "minus the first run" * any(row.get("difference") for row in scores))]
     for row in scores:
         show, compared = partial(written, metric=row["metric"]), ""
+        left_out = f", {row['left_out']:,} left out" if row.get("left_out") else ""
         if row.get("difference"):
             _, least, most = row["difference"]
             verdict = "may be chance" if least <= 0 <= most else "differs"
@@ -369,7 +395,7 @@ def cells(scores):
             compared = f"{gap}, {least} to {most}: {verdict}"
         lines.append((row["task"], row["metric"], row["run"], show(row["value"]),
                       f"{show(row['low'])} to {show(row['high'])}", show(row["chance"]),
-                      f"{row['n']:,} {row['unit']}", compared))
+                      f"{row['n']:,} {row['unit']}{left_out}", compared))
     return lines
 
 
@@ -403,32 +429,51 @@ def draw_scores(scores, path):
 
 # -----------------------------------------------------------------------------
 # Tasks: what they are made of is texts(split, max_tokens), the documents of the first run's shards.
-# questions: (config, texts) -> questions; score: as above; metrics: {name: what makes it of sums}
+# questions: (config, texts) -> questions; score: as above; metrics: {name: what makes it of sums};
+# options: those that act on it, "data" where it is made of texts
 
-Task = namedtuple("Task", "questions score metrics")
+Task = namedtuple("Task", "questions score metrics options", defaults=[()])
 TASKS = {
     "perplexity": Task(lambda config, texts: [dict(target=text) for text in texts()], score_text,
-                       {"perplexity": exp_ratio, "bits per byte": ratio}),
+                       {"perplexity": exp_ratio, "bits per byte": ratio},
+                       ("data", "max_tokens", "stride")),
     "continuation": Task(
         lambda config, texts: continuation_rows(texts(), config.n_questions or 200, config.seed),
-        score_choices, {"acc": ratio, "acc_norm": ratio}),
+        score_choices, {"acc": ratio, "acc_norm": ratio},
+        ("data", "max_tokens", "n_questions", "seed")),
     "rows": Task(lambda config, texts: read_rows(config.rows)[:config.n_questions], score_choices,
-                 {"acc": ratio, "acc_norm": ratio, "acc_bytes": ratio}),
+                 {"acc": ratio, "acc_norm": ratio, "acc_bytes": ratio}, ("n_questions",)),
 }
 DEFAULT = ["perplexity", "continuation"]
+VARIES = {"runs", "run", "tasks", "rows", "device", "scores"}  # while scores stay comparable
+
+
+def trained_on(folder):
+    """What a run's config.json says of its shards, {"path", "fingerprint", "sources"}, or {}."""
+    path = Path(folder, "config.json")
+    with reading(path):
+        return dict(read_json(path)["data"] if path.exists() else {})
 
 
 def held_out(folder, tokenizer, data=None, max_tokens=65_536, split="val"):
-    """-> (a folder of shards: data, or those that the run's config.json names; the first max_tokens
-    of a split of theirs). ValueError if they are another tokenizer's."""
-    config, own = Path(folder, "config.json"), Path(folder, "tokenizer.json")
-    with reading(config):
-        path = Path(data or read_json(config)["data"]["path"])
-    shards = read_split(path, split)
-    if check_shards(path, (split,)).tokenizer != tokenizer.hash():
+    """-> (a folder of shards: data, or those of the run; the first max_tokens of a split of
+    theirs). ValueError if they are another tokenizer's, or not those that the run was trained on.
+    """
+    own, trained = Path(folder, "tokenizer.json"), {} if data else trained_on(folder)
+    path = trained.get("path") if data is None else data
+    if not isinstance(path, str) or not path:
+        raise ValueError(f"{folder}/config.json names no shards: --data=FOLDER does")
+    shards, card = read_split(path, split), check_shards(path, (split,))
+    if trained.get("fingerprint", card.fingerprint) != card.fingerprint:
+        names, before = (" ".join(source["name"] for source in sources)
+                         for sources in (card.sources, trained.get("sources", ())))
+        raise ValueError(f"{path} holds {names:.99} ({card.fingerprint:.8}), {folder} was trained "
+                         f"on {before:.99} ({trained['fingerprint']!s:.8}): --data=FOLDER names "
+                         "shards to take, or train again")
+    if card.tokenizer != tokenizer.hash():
         raise ValueError(f"{path} was written with another tokenizer than {own}: python data.py "
                          f"SOURCE --tokenizer={own} --out=shards/NAME writes shards that fit")
-    return path, np.concatenate([shard[:max_tokens] for shard in shards])[:max_tokens].astype(int)
+    return Path(path), np.concatenate([shard[:max_tokens] for shard in shards])[:max_tokens].astype(int)
 
 
 def make_questions(config, tasks, default, folder):
@@ -440,11 +485,16 @@ def make_questions(config, tasks, default, folder):
         parts = np.split(tokens, np.flatnonzero(tokens == tokenizer.eot))
         return [tokenizer.decode(ids[ids != tokenizer.eot].tolist()) for ids in parts if len(ids)]
 
-    names = config.tasks.split(",") if config.tasks else ["rows"] if config.rows else default
+    names = ["rows"] if config.rows and config.tasks is None else default
+    names = names if config.tasks is None else config.tasks.split(",")
     for name in names:
         check_known(name, tasks, "task")
     if config.rows and len({*names} - {*default}) != 1 or "rows" in names and not config.rows:
         raise ValueError("--tasks=TASK and --rows=FILE.jsonl, the rows of that task, go together")
+    acting = {option for name in names for option in tasks[name].options}
+    idle = {option for task in tasks.values() for option in task.options} - acting
+    typed = {f.name for f in fields(config) if getattr(config, f.name) != f.default}
+    refuse_idle(typed, sorted(idle), f"beside --tasks={','.join(names)}")
     questions = {}
     for name in names:
         try:
@@ -453,6 +503,9 @@ def make_questions(config, tasks, default, folder):
             if names is not default or name == "perplexity":
                 raise
             print(f"{name} is left out: {error}")
+            continue
+        if len(questions[name]) < (config.n_questions or 0) and "n_questions" in tasks[name].options:
+            print(f"{name} has {len(questions[name]):,} questions, not {config.n_questions:,}")
     return questions
 
 
@@ -461,7 +514,9 @@ class EvaluateConfig:
     """What is scored, and how."""
     runs: list = option([], "run folders; without one the newest", positional=True)
     tasks: str | None = option(None, f"some of {','.join(TASKS)} (default {','.join(DEFAULT)})")
-    rows: str | None = option(None, "questions from this .jsonl file, multiple choice of your own")
+    rows: str | None = option(None, "questions from this .jsonl file, multiple choice of your own; what "
+                              'stands before a choice is a space, but none beside white space or '
+                              'between characters of scripts without spaces, or the row\'s "between"')
     n_questions: int | None = option(None, "of each task (default 200 if made, else all)", low=1)
     data: str | None = option(None, "shards whose validation split is held out (default the run's)")
     max_tokens: int = option(65_536, "score at most this many held-out tokens", low=1)
@@ -473,12 +528,13 @@ class EvaluateConfig:
 
     def __post_init__(self):
         check_options(self)
-        if not re.fullmatch("rolling|[0-9]{1,9}", self.stride or "rolling"):
+        if self.stride is not None and not re.fullmatch("rolling|[1-9][0-9]{0,8}", self.stride):
             raise ValueError(f"stride={self.stride} must be a number of tokens, or rolling")
 
 
 def score_run(checkpoint, questions, config, tasks):
-    """Score a checkpoint on {task: questions} -> its report, with the vectors of the scores."""
+    """Score a checkpoint on {task: questions} -> its report, with the vectors of the scores and,
+    for each task, which of the questions fit into the context: the others are left out."""
     folder, device = checkpoint.parent, pick_device(config.device)
     precision, dtype = pick_precision(config.precision, device)
     model, tokenizer = load_run(folder, checkpoint, device, dtype)
@@ -486,8 +542,16 @@ def score_run(checkpoint, questions, config, tasks):
         raise ValueError(f"{checkpoint} does not continue a text, as a causal language model does")
     print(f"{checkpoint} ({model.n_parameters() / 1e6:.1f}M parameters, {device}, {precision}): "
           f"{', '.join(questions)}", flush=True)
-    scores, vectors = [], {}
+    report = asdict(config) | dict(run=str(folder), checkpoint=checkpoint.name, device=device,
+                                   precision=precision, tasks=[], scores=[])
+    vectors, empty = {}, []
     for name, asked in questions.items():
+        vectors[name] = fitting = [fits(model, tokenizer, question) for question in asked]
+        if not any(fitting):
+            empty.append(f"{folder}: none of the {len(asked):,} questions of {name} fits into the "
+                         f"context of {model.config.block_size} tokens")
+            continue
+        asked = [*itertools.compress(asked, fitting)]
         outcomes, chance = tasks[name].score(model, tokenizer, asked, config)
         for metric in [metric for metric in tasks[name].metrics if metric in outcomes[0]]:
             vectors[name, metric] = array = np.array([outcome[metric] for outcome in outcomes])
@@ -495,29 +559,81 @@ def score_run(checkpoint, questions, config, tasks):
             n, unit = len(array), "questions"
             if name == "perplexity":
                 n, unit = int(array[:, -1].sum()), "bytes" if "byte" in metric else "tokens"
-            scores.append(dict(task=name, metric=metric, run=str(folder), value=value, low=low,
-                               high=high, chance=chance.get(metric), n=n, unit=unit))
+            report["scores"].append(dict(
+                task=name, metric=metric, run=str(folder), value=value, low=low, high=high,
+                chance=chance.get(metric), n=n, unit=unit, left_out=fitting.count(False)))
+        report["tasks"].append(name)
         write_json(folder / "scores" / f"{name}.json", outcomes)
-    report = asdict(config) | dict(run=str(folder), checkpoint=checkpoint.name, device=device,
-                                   precision=precision, tasks=list(questions), scores=scores)
-    write_json(folder / "scores.json", report)
+    if not report["scores"]:
+        raise ValueError("; ".join(empty))
+    for line in empty:
+        warn(line)
+    write_scores(report, checkpoint)
     return report | dict(vectors=vectors)
+
+
+def write_scores(report, checkpoint):
+    """Write scores.json. The scores it has of other tasks stay, if they are of the same weights and
+    settings."""
+    path, kept = checkpoint.with_name("scores.json"), {}
+    report = report | dict(weights=read_header(checkpoint)[1].get("sha256"))
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+        old = read_json(path)
+        if all(old[name] == report[name] for name in {"weights", *old} & {*report} - VARIES):
+            rows = [row for row in old["scores"] if row["task"] not in report["tasks"]]
+            names = dict.fromkeys([row["task"] for row in rows] + report["tasks"])
+            kept = old | dict(scores=rows + report["scores"], tasks=[*names])
+    write_json(path, report | kept)
+
+
+def pick_runs(runs, which):
+    """The checkpoints of runs, which may be runs/*: files are passed over, and folders without a
+    checkpoint where others have one."""
+    runs = [run for run in runs if not Path(run).is_file()] or runs or [newest_run()]
+    empty = [run for run in runs if Path(run).is_dir() and not checkpoints(run)]
+    for run in empty if len(empty) < len(runs) else ():
+        warn(f"{run} is left out: it has no checkpoint")
+        runs.remove(run)
+    return [pick_checkpoint(run, which) for run in runs]
+
+
+def compare(reports, tasks):
+    """Set the paired difference from the first report in the scores of the others, where both were
+    asked the same."""
+    first = reports[0]["vectors"]
+    for vectors, row in [(report["vectors"], row) for report in reports[1:]
+                         for row in report["scores"]]:
+        name, key = row["task"], (row["task"], row["metric"])
+        if key in first and vectors[name] == first[name]:
+            row["difference"] = difference(first[key], vectors[key], tasks[name].metrics[key[1]])
 
 
 def score_runs(config, tasks=TASKS, default=DEFAULT):
     """Score the runs of config and compare them with the first -> ({task: questions}, reports)."""
-    checkpoints = [pick_checkpoint(run, config.checkpoint) for run in config.runs or [newest_run()]]
-    folder = checkpoints[0].parent
+    chosen, reports = pick_runs(config.runs, config.checkpoint), []
+    folder = chosen[0].parent
     questions = make_questions(config, tasks, default, folder)
-    reports = [score_run(checkpoint, questions, config, tasks) for checkpoint in checkpoints]
-    for report in reports[1:]:
-        for row in report["scores"]:
-            a, b = (part["vectors"][row["task"], row["metric"]] for part in (reports[0], report))
-            row["difference"] = difference(a, b, tasks[row["task"]].metrics[row["metric"]])
-    scores = [row for rows in zip(*(report["scores"] for report in reports)) for row in rows]
+    read = [trained_on(checkpoint.parent).get("fingerprint") for checkpoint in chosen]
+    for checkpoint, fingerprint in zip(chosen, read):
+        if fingerprint not in (None, read[0]) and any("data" in tasks[n].options for n in questions):
+            print(f"{checkpoint.parent} was trained on another text than {folder}, which may have "
+                  "the questions in it")
+    for checkpoint in chosen:
+        try:
+            reports.append(score_run(checkpoint, questions, config, tasks))
+        except ValueError as error:
+            if len(chosen) == 1 or checkpoint is chosen[-1] and not reports:
+                raise
+            warn(f"{checkpoint.parent} is left out: {error}")
+    compare(reports, tasks)
+    order = [(name, metric) for name in questions for metric in tasks[name].metrics]
+    scores = sorted([row for report in reports for row in report["scores"]],
+                    key=lambda row: order.index((row["task"], row["metric"])))
     print(table(cells(scores)))
     place = folder / "scores" if len(reports) == 1 else folder.parent / "leaderboard"
     if len(reports) > 1:
+        print("differs: on such texts and questions; what other seeds of training would give, "
+              "python -m chapters.search --seeds=3 OPTIONS measures")
         write_json(f"{place}.json", scores)
     draw_scores(scores, f"{place}.png")
     print(f"scores: {place}.json, picture: {place}.png")

@@ -25,8 +25,8 @@ if __name__ == "__main__":  # `python chapters/box.py` works as well, from any f
 from tqdm import tqdm
 
 from chapters.probes import answers
-from model import option
-from tokenizer import parse_options, run_command
+from model import check_options, option
+from tokenizer import parse_options, reading, run_command
 
 STOP = ["\nclass", "\ndef", "\n#", "\nif", "\nprint"]  # what begins behind the end of a function
 
@@ -81,7 +81,7 @@ def pass_at_k(n, n_right, k):
 def score_programs(model, tokenizer, questions, config):
     """Whether the function that the model writes after a question passes its tests."""
     n, counts, temperature = config.n_samples, [], 0.8 if config.n_samples > 1 else 0
-    samples = [list(answers(model, tokenizer, questions, STOP, 1024, seed=config.seed + i,
+    samples = [list(answers(model, tokenizer, questions, STOP, seed=config.seed + i,
                             temperature=temperature)) for i in range(n)]
     for question, *texts in zip(tqdm(questions, "running code", disable=None, leave=False),
                                 *samples):
@@ -96,12 +96,17 @@ def score_programs(model, tokenizer, questions, config):
 class Command:
     """What is run."""
     path: str = option("program.py", "a Python program", positional=True)
-    seconds: int = option(5, "of computing that it may take")
+    seconds: int = option(5, "of computing that it may take", low=1, below=3601)
+
+    def __post_init__(self):
+        check_options(self)
 
 
 def main():
     command = Command(**parse_options(__doc__, Command)[0])
-    passed = run_program(Path(command.path).read_text("utf-8"), command.seconds)
+    with reading(command.path):
+        program = Path(command.path).read_text("utf-8-sig")
+    passed = run_program(program, command.seconds)
     print(f"{command.path} {'came to its end' if passed else 'failed, or was stopped'}")
 
 

@@ -8,7 +8,6 @@ The card takes its scores from the last evaluation (scores.json); python -m chap
 evaluates and writes it.
 """
 
-import json
 import math
 import sys
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from evaluate import cells, score_choices
 from model import load_model, option
 from sample import newest_run
 from tokenizer import parse_options, read_json, reading, replacing, run_command
+from train import read_log
 
 OVERLAP = 13  # tokens in a row that tell what was trained on
 
@@ -59,11 +59,14 @@ def overlaps(texts, shards):
 def contamination(folder, tokenizer, texts):
     """{task: how many of its texts are long enough, how many of them have a run of 13 tokens in
     common with the run's training shards, and the share of such runs}, of {task: texts}; empty
-    where the shards are gone or another tokenizer's."""
-    path, report = Path(config_of(folder).get("data", {}).get("path", "")), {}
+    where the shards are gone, or others by now."""
+    data, report = config_of(folder).get("data", {}), {}
+    path = Path(data.get("path", ""))
     if not Path(path, "card.json").exists():
         return {}
-    if check_shards(path, ("train",)).tokenizer != tokenizer.hash():
+    card = check_shards(path, ("train",))
+    if (card.tokenizer, card.fingerprint) != (
+            tokenizer.hash(), data.get("fingerprint", card.fingerprint)):
         return {}
     names = np.array([name for name, own in texts.items() for _ in own])
     ids = tokenizer.encode_batch([text for own in texts.values() for text in own])
@@ -157,6 +160,8 @@ def config_of(folder):
 
 def overlap_line(overlap):
     """What contamination found, in words."""
+    if not overlap:
+        return "what the training text has of them is not known"
     found = [f"{name} {part['with_overlap']} of {part['long_enough']}"
              for name, part in overlap.items() if part["long_enough"]]
     return f"{OVERLAP} tokens in a row are in the training text, too: {', '.join(found) or '-'}"
@@ -164,13 +169,13 @@ def overlap_line(overlap):
 
 def training_figures(folder, model):
     """The shape of a model and how its training went, as {name: value}."""
-    log, train = Path(folder, "log.jsonl"), config_of(folder).get("train", {})
-    steps = [json.loads(line) for line in log.read_bytes().splitlines()] if log.exists() else [{}]
+    train, steps = config_of(folder).get("train", {}), read_log(folder) or [{}]
     shape = {name: getattr(model.config, name) for name in (
         "n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "vocab_size")}
     return shape | {name: known[name] for known, names in (
         (train, ("optimizer", "learning_rate", "batch_size", "seed")),
-        (steps[-1], ("step", "loss", "val_loss", "elapsed"))) for name in names if name in known}
+        (steps[-1], ("step", "loss", "val_loss", "elapsed"))) for name in names
+        if known.get(name) is not None}
 
 
 def model_card(folder):

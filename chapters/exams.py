@@ -149,7 +149,8 @@ def with_examples(questions, examples, n_shots):
         before = question.get("head", "") + "".join(shots[question.get("topic")][:n_shots])
         context, several = question["context"], isinstance(question["context"], list)
         context = [before + text for text in context] if several else before + context
-        asked.append(question | dict(context=context, own=solved(question)))
+        asked.append(question | dict(context=context, whole=question["context"],
+                                     own=solved(question)))
     return asked
 
 
@@ -165,14 +166,21 @@ def exam_questions(name, config, texts):
     if not questions:
         raise ValueError(f"{config.rows} has {len(examples)} rows, and all are taken as examples: "
                          f"give more, or take less than --n_shots={n_shots}")
+    n_examples = Counter(example.get("topic") for example in examples)
+    fewest = min(n_examples[question.get("topic")] for question in questions)
+    if fewest < n_shots:
+        print(f"{name} has {fewest} solved examples for a question, not {n_shots}")
     n = min(config.n_questions or len(questions), len(questions))
     picked = sorted(random.Random(config.seed).sample(range(len(questions)), n))
     return with_examples([questions[i] for i in picked], examples, n_shots)
 
 
 TASKS = evaluate.TASKS | probes.TASKS | {
-    name: Task(partial(exam_questions, name), exam.score, exam.metrics)
+    name: Task(partial(exam_questions, name), exam.score, exam.metrics,
+               ("n_questions", "seed", "n_shots"))
     for name, exam in EXAMS.items()}
+TASKS["humaneval"] = TASKS["humaneval"]._replace(
+    options=("n_questions", "seed", "n_samples", "run_code"))
 TASKS["continuation"] = TASKS["continuation"]._replace(score=score_calibrated, metrics=ACC_NORM)
 SMALL = [name for name in evaluate.TASKS | probes.TASKS if name not in ("rows", "writing")]
 
@@ -188,14 +196,14 @@ class ExamConfig(EvaluateConfig):
                               "--tasks names, or multiple choice of your own")
     n_shots: int = option(0, "solved examples before each question")
     n_samples: int = option(1, "programs for each of humaneval's questions; above 1 at "
-                            "temperature 0.8", low=1)
+                            "temperature 0.8", low=1, below=1001)
     run_code: bool = option(False, "let humaneval run what the model writes; what protects the "
                             "machine, and what does not, stands in chapters/box.py")
     card: bool = option(False, "write model_card.md into the run folder")
 
     def __post_init__(self):
         super().__post_init__()
-        names = self.tasks.split(",") if self.tasks else ["rows"] if self.rows else SMALL
+        names = (["rows"] if self.rows else SMALL) if self.tasks is None else self.tasks.split(",")
         if "humaneval" in names and not self.run_code:
             raise ValueError("humaneval runs what the model writes, on this machine: --run_code "
                              "lets it; what protects the machine stands in chapters/box.py")
@@ -214,9 +222,11 @@ def main():
     for report in reports:
         folder = Path(report["run"])
         overlap = contamination(folder, Tokenizer.load(folder / "tokenizer.json"), texts)
-        print(f"{folder}: {overlap_line(overlap)}")
-        del report["vectors"]
-        write_json(folder / "scores.json", report | dict(overlap=overlap))
+        why = "" if overlap else ": its shards are gone, or hold another text"
+        print(f"{folder}: {overlap_line(overlap)}{why}")
+        saved = read_json(folder / "scores.json")
+        overlap = saved.get("overlap", {}) | overlap
+        write_json(folder / "scores.json", saved | dict(overlap=overlap))
         if config.card:
             print(f"card: {write_card(folder)}")
 

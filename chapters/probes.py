@@ -23,11 +23,14 @@ if __name__ == "__main__":  # `python chapters/probes.py` works as well, from an
 import numpy as np
 from tqdm import tqdm
 
+import evaluate
+from chapters.prompts import LETTERS, is_word, joined, words_of
 from evaluate import Task, ratio, score_choices, shuffled
 from sample import complete_batch
 from tokenizer import parse_options, run_command
 
 FACT_TOKENS = 400_000  # of the training text, in which facts are looked for
+MOST_MADE = 10_000  # questions by a rule, of which there is no end
 
 # -----------------------------------------------------------------------------
 # How alike two texts are. What belongs to a whole set of texts is counted for each, and summed.
@@ -54,7 +57,7 @@ def f1(text, target):
 def rouge_l(text, target):
     """The F1 of the longest series of words that two texts have in common, in order, 0 to 1: Lin,
     https://aclanthology.org/W04-1013."""
-    text, target = (re.findall(r"[a-z0-9]+", text.lower()) for text in (text, target))
+    text, target = (re.findall(r"[^\W_]+", text.lower()) for text in (text, target))
     row = [0] * (len(target) + 1)
     for word in text:  # row[j]: the longest of the words so far and the first j of target
         before, row = row, [0]
@@ -89,15 +92,15 @@ def bleu(texts, targets):
     return float(bleu_of_sums(sum(map(bleu_counts, texts, targets))))
 
 
-def answers(model, tokenizer, questions, stop=(), most=256, **options):
+def answers(model, tokenizer, questions, stop=(), **options):
     """Yield what the model writes after each question's context, greedily unless options, which are
     SampleConfig's, say more. Half of the model's context or more is kept for the question, whose
     beginning may be lost."""
-    most = min(most, model.config.block_size // 2)
+    most = min(questions[0]["answer_tokens"], model.config.block_size // 2)
     bar = iter(tqdm(questions, "answers", disable=None, leave=False))
     while batch := list(itertools.islice(bar, 16)):
         prompts = [tokenizer.encode(question["context"])[most - model.config.block_size:]
-                   for question in batch]
+                   or [tokenizer.eot] for question in batch]
         yield from complete_batch(model, tokenizer, prompts, max_new_tokens=most, stop=list(stop),
                                   **{"temperature": 0} | options)
 
@@ -105,8 +108,8 @@ def answers(model, tokenizer, questions, stop=(), most=256, **options):
 def score_writing(model, tokenizer, questions, config):
     """How much the model's text is like the one that really follows."""
     outcomes = []
-    for question, text in zip(questions, answers(model, tokenizer, questions, most=60)):
-        text, target = " ".join(text.split()[:20]), question["target"]
+    for question, text in zip(questions, answers(model, tokenizer, questions)):
+        text, target = (" ".join(words_of(text)[:20]) for text in (text, question["target"]))
         outcomes.append({"BLEU": bleu_counts(text, target).tolist(), "F1": [f1(text, target), 1],
                          "ROUGE-L": [rouge_l(text, target), 1], "shown": text})
     return outcomes, {}
@@ -119,30 +122,32 @@ def score_writing(model, tokenizer, questions, config):
 def cloze_rows(texts, n_rows=200, seed=0):
     """12 words, one of four words, and the 5 words behind it, which alone are scored: a word that
     fits makes them likely."""
-    rng, texts = random.Random(seed), [text.split() for text in texts]
+    rng, texts = random.Random(seed), [*map(words_of, texts)]
     starts = [(words, i) for words in texts for i in range(12, len(words) - 5)
-              if words[i].isalpha() and len(words[i]) > 3]
+              if is_word(words[i], 4)]
     others = sorted({words[i] for words, i in starts})
     if len(others) < 4:
-        raise ValueError("the held-out text is too short for cloze questions of 18 words: leave "
-                         "cloze out of --tasks")
+        raise ValueError(f"the held-out text has {len(others)} words of four letters and more with "
+                         "12 words before and 5 behind; cloze needs 4 that differ: leave cloze out "
+                         "of --tasks")
     rows = []
     for words, i in rng.sample(starts, min(n_rows, len(starts))):
         row = shuffled(rng, "", words[i], rng.sample(others, 4))
-        contexts = [" ".join([*words[i - 12:i], choice]) for choice in row["choices"]]
-        rows.append(row | dict(context=contexts, choices=[" ".join(words[i + 1:i + 6])] * 4))
+        contexts = [joined([*words[i - 12:i], choice]) for choice in row["choices"]]
+        rows.append(row | dict(context=contexts, choices=[joined(words[i + 1:i + 6])] * 4,
+                               between=None))
     return rows
 
 
 def writing_rows(texts, n_rows=200, seed=0):
     """40 words to continue, and the 20 that follow."""
-    rng, texts = random.Random(seed), [text.split() for text in texts]
+    rng, texts = random.Random(seed), [*map(words_of, texts)]
     starts = [(words, i) for words in texts for i in range(40, len(words) - 20, 20)]
     if not starts:
-        raise ValueError("the held-out text is too short to continue it after 40 words: leave "
-                         "writing out of --tasks")
-    return [dict(context=" ".join(words[i - 40:i]), target=" ".join(words[i:i + 20]))
-            for words, i in rng.sample(starts, min(n_rows, len(starts)))]
+        raise ValueError("no document of the held-out text has more than 60 words, 40 to go on "
+                         "from and 20 to compare with: leave writing out of --tasks")
+    return [dict(context=joined(words[i - 40:i]), target=joined(words[i:i + 20]),
+                 answer_tokens=60) for words, i in rng.sample(starts, min(n_rows, len(starts)))]
 
 
 def fact_rows(texts, n_rows=200, seed=0):
@@ -150,18 +155,18 @@ def fact_rows(texts, n_rows=200, seed=0):
     always follows. Each such word is the answer once."""
     rng, followers = random.Random(seed), defaultdict(Counter)
     for text in texts:
-        words = text.split()
+        words = words_of(text)
         for *pair, word in zip(words, words[1:], words[2:]):
-            followers[" ".join(pair)][word] += 1
+            followers[joined(pair)][word] += 1
     facts = {}  # the last of the pairs that a word always follows
     for pair, found in sorted(followers.items()):
         word = next(iter(found))
-        if len(found) == 1 and found.total() >= 4 and word.isalpha() and len(word) > 2:
+        if len(found) == 1 and found.total() >= 4 and is_word(word, 3):
             facts[word] = pair
     if len(facts) < 8:
-        raise ValueError("the training text repeats too few phrases for questions about its facts: "
-                         "leave facts out of --tasks")
-    return [shuffled(rng, facts[word], word, facts)
+        raise ValueError(f"of the training text {len(facts)} words follow the same two words four "
+                         "times and always; facts needs 8: leave facts out of --tasks")
+    return [shuffled(rng, facts[word], word, facts) | dict(between=None)
             for word in rng.sample(sorted(facts), min(n_rows, len(facts)))]
 
 
@@ -205,13 +210,15 @@ def arithmetic_row(rng, words):
 def by_rule(make_row, n_words):
     """(texts, n_rows, seed) -> questions by make_row(rng, words), of common words of the texts."""
     def make_rows(texts, n_rows=200, seed=0):
-        found = Counter(word for text in texts for word in re.findall(r"\b[a-z]{3,}\b", text))
+        found = Counter(word for text in texts for word in LETTERS.findall(text)
+                        if word == word.lower())
         words, rng = sorted(sorted(found), key=found.get)[-300:], random.Random(seed)
         if len(words) < n_words:
             name = make_row.__name__.removesuffix("_row")
-            raise ValueError(f"the held-out text has only {len(words)} words of three letters and "
-                             f"more, {name} needs {n_words}: leave {name} out of --tasks")
-        return [make_row(rng, words) for _ in range(n_rows)]
+            raise ValueError(f"the held-out text has {len(words)} different words of three small "
+                             f"letters and more, {name} needs {n_words}: leave {name} out of "
+                             "--tasks")
+        return [make_row(rng, words) for _ in range(min(n_rows, MOST_MADE))]
     return make_rows
 
 
@@ -223,14 +230,17 @@ ROWS = {"cloze": cloze_rows, "facts": fact_rows, "planted": by_rule(planted_row,
 def questions_of(name):
     """What a Task takes as its questions."""
     def questions(config, texts):
-        found = texts("train", FACT_TOKENS) if name == "facts" else texts()
+        found = (texts("train", FACT_TOKENS) if name == "facts" else
+                 [] if name == "arithmetic" else texts())
         return ROWS[name](found, config.n_questions or 200, config.seed)
     return questions
 
 
-TASKS = {name: Task(questions_of(name), score_choices, {"acc": ratio}) for name in ROWS}
-TASKS["writing"] = Task(questions_of("writing"), score_writing,
-                        {"BLEU": bleu_of_sums, "ROUGE-L": ratio, "F1": ratio})
+OPTIONS = {"facts": ("data", "n_questions", "seed"), "arithmetic": ("n_questions", "seed")}
+TASKS = {name: Task(questions_of(name), score_choices, {"acc": ratio},
+                    OPTIONS.get(name, evaluate.TASKS["continuation"].options)) for name in ROWS}
+TASKS["writing"] = TASKS["writing"]._replace(
+    score=score_writing, metrics={"BLEU": bleu_of_sums, "ROUGE-L": ratio, "F1": ratio})
 
 
 def main():

@@ -3,11 +3,43 @@ From the rows of the field's benchmarks, as Hugging Face gives them, to question
 lm-evaluation-harness: format_piqa({"goal": ..., "sol1": ..., "sol2": ..., "label": 0}).
 
 A question is {"context", "choices", "answer"}, where context may be one for each choice, or
-{"context", "target"}. head is said once, before the solved examples, which share its topic; labels
-say which choices are true; check is a program that tests an answer.
+{"context", "target", "answer_tokens"}, the most that an answer may have. head is said once, before
+the solved examples, which share its topic; labels say which choices are true; check is a program
+that tests an answer. Here, too, is what counts as a word in a text of any script.
 """
 
+import itertools
 import re
+
+import regex
+
+from evaluate import UNSPACED, WORD, space_between
+
+PAIR = rf"(?:(?={UNSPACED})\p{{L}}\p{{M}}*){{2}}"  # two letters of a script without spaces
+LETTERS = regex.compile(rf"\b(?:(?!{UNSPACED})[\p{{L}}\p{{M}}]){{3,}}\b|{PAIR}")
+
+# -----------------------------------------------------------------------------
+# Words of any script.
+
+
+def words_of(text):
+    """What stands between white space; of scripts without spaces, two characters each."""
+    return [word.rstrip() for word in WORD.findall(text)]
+
+
+def joined(words):
+    """Words as a text: joined(["a", "b"]) == "a b"."""
+    return "".join(space_between(a, b) + b for a, b in itertools.pairwise(["", *words]))
+
+
+def is_word(word, least):
+    """Whether a word has letters alone: least or more, or two of a script without spaces."""
+    return word.isalpha() and len(word) >= least or regex.fullmatch(PAIR, word) is not None
+
+
+# -----------------------------------------------------------------------------
+# The benchmarks' rows.
+
 
 def format_arc(row):
     texts, labels = row["choices"]["text"], row["choices"]["label"]
@@ -89,18 +121,19 @@ def format_boolq(row):
 
 
 def format_gsm8k(row):
-    return dict(context="Question: " + row["question"] + "\nAnswer:", target="" + row["answer"])
+    return dict(context="Question: " + row["question"] + "\nAnswer:", target="" + row["answer"],
+                answer_tokens=256)
 
 
 def format_humaneval(row):
     return dict(context="" + row["prompt"], target="" + row["canonical_solution"],
-                check=f"{row['test']}\ncheck({row['entry_point']})")
+                check=f"{row['test']}\ncheck({row['entry_point']})", answer_tokens=1024)
 
 
 def format_mosaic(row):
-    """Rows of MosaicML's benchmarks, which are questions already."""
+    """Rows of MosaicML's benchmarks, which are questions already. They double no space."""
     if "continuation" in row:
-        return dict(context=row["context"], choices=[row["continuation"]], answer=0)
+        return dict(context=row["context"], choices=[row["continuation"]], answer=0, between=None)
     query = row["query"].strip()
     query += "\nAnswer:" if query.startswith("Question:") and "Answer:" not in query else ""
-    return dict(context=query, choices=row["choices"], answer=row["gold"])
+    return dict(context=query, choices=row["choices"], answer=row["gold"], between=None)

@@ -11,7 +11,7 @@ import torch
 from conftest import keep, run, tiny
 
 import evaluate
-from data import read_split
+from data import read_card, read_split
 from evaluate import (bits_per_byte, bootstrap, cells, continuation_rows, difference, encode_pair,
                       exact_match, exp_ratio, interval, loglikelihood, multiple_choice, perplexity,
                       read_rows, score_choice, surprisal, table, wilson, windows)
@@ -36,7 +36,8 @@ def folder(tmp_path, model, shards, tokenizer):
     folder.mkdir(parents=True)
     tokenizer.save(folder / "tokenizer.json")
     keep(model, folder)
-    data = {"path": str(shards), "sources": [{"name": "words.txt"}]}
+    data = {"path": str(shards), "fingerprint": read_card(shards).fingerprint,
+            "sources": [{"name": "words.txt"}]}
     write_json(folder / "config.json", {"data": data})
     return folder
 
@@ -336,14 +337,15 @@ def test_the_command_prints_a_table_and_writes_a_file_and_a_picture(folder):
 def test_the_scores_written_are_those_of_the_held_out_tokens(command, folder, model, shards):
     tokenizer = Tokenizer.load(shards / "tokenizer.json")
     command("--tasks=perplexity", "--max_tokens=300")
-    ids = np.concatenate(read_split(shards, "val"))[:300].tolist()
+    text = tokenizer.decode(np.concatenate(read_split(shards, "val"))[:300].tolist())
+    text = text.replace("<|endoftext|>", "")  # there is one document
+    ids = tokenizer.encode(text)
     nats = surprisal(model, np.array([tokenizer.eot, *ids]))
     first, second = json.loads((folder / "scores.json").read_text("utf-8"))["scores"]
-    text = tokenizer.decode(ids).replace("<|endoftext|>", "")
     assert first["value"] == pytest.approx(perplexity(nats), rel=1e-6)
     assert second["value"] == pytest.approx(bits_per_byte(nats, len(text.encode())), rel=1e-6)
     assert all(row["low"] < row["value"] < row["high"] for row in (first, second))
-    assert (first["n"], first["chance"]) == (300, tokenizer.n_vocab)
+    assert (first["n"], first["chance"]) == (len(ids), tokenizer.n_vocab)
 
 
 def test_rows_of_a_file_need_no_held_out_text(command, folder, tmp_path):
@@ -372,7 +374,8 @@ def test_two_runs_are_asked_the_same_and_their_differences_are_paired(command, f
     a, b = (np.array([outcome["acc_norm"] for outcome in result]) for result in results)
     gap, low, high = rows[-1]["difference"]
     assert (gap, low, high) == difference(a, b)
-    assert ("may be chance" if low <= 0 <= high else "differs") in shown.splitlines()[-2]
+    assert ("may be chance" if low <= 0 <= high else "differs") in shown.splitlines()[-3]
+    assert "other seeds of training" in shown.splitlines()[-2]
     assert (folder.parent / "leaderboard.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -399,7 +402,7 @@ def test_a_model_that_does_not_continue_a_text_is_refused(command, folder, token
 
 
 @pytest.mark.parametrize("words, line", [
-    (["runs/none"], "there is no run folder runs/none with a checkpoint: python train.py --out="),
+    (["runs/none"], "there is no run folder runs/none with a checkpoint: python train.py "),
     (["--tasks=perplexity,continuaton"], "unknown task 'continuaton': did you mean continuation?"),
     (["--tasks=rows"], "--tasks=TASK and --rows=FILE.jsonl, the rows of that task, go together"),
     (["--rows=none.jsonl"], "No such file or directory: none.jsonl"),

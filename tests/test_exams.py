@@ -25,7 +25,7 @@ from chapters.exams import (EXAMS, TASKS, download_questions, find_number, forma
                             solved, split_examples, with_examples)
 from chapters.probes import ROWS as PROBES
 from chapters.probes import bleu, f1, rouge_l
-from data import read_split
+from data import read_card, read_split
 from evaluate import format_row, interval, pairs_of, read_rows
 from tokenizer import write_json
 
@@ -312,7 +312,8 @@ def command(tmp_path, model, shards, tokenizer, call, monkeypatch):
     folder = tmp_path / "runs" / "words"
     keep(model, folder)
     tokenizer.save(folder / "tokenizer.json")
-    data = {"path": str(shards), "sources": [{"name": "words.txt"}]}
+    data = {"path": str(shards), "fingerprint": read_card(shards).fingerprint,
+            "sources": [{"name": "words.txt"}]}
     write_json(folder / "config.json", {"data": data, "train": {"batch_size": 3}})
     (folder / "log.jsonl").write_text('{"step": 7, "loss": 2.5}\n', "utf-8")
     monkeypatch.chdir(tmp_path)
