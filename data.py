@@ -36,13 +36,14 @@ from urllib.request import Request, urlopen
 import numpy as np
 from tqdm import tqdm
 
-from tokenizer import (Parser, Tokenizer, check_fields, read_json, reading, replacing, run_command,
-                       write_json)
+from tokenizer import (SPECIAL_TOKENS, Parser, Tokenizer, check_fields, read_json, reading,
+                       refuse_idle, replacing, room_for_merges, run_command, write_json)
 
 SEPARATOR = "<|endoftext|>"  # between the documents of a .txt file
 LONG_TEXT = 1 << 21  # characters; a .txt file of a longer text is read as several documents
 GROUP_BYTES = 1 << 23  # text tokenized at a time: the ids of a large corpus must not fill memory
 LEARN_BYTES = 200_000_000  # a tokenizer learns from a sample of this size: more changes little
+PAGE_ENDINGS = ".html", ".htm", ".xhtml", ".xht", ".shtml"
 PAGES = "python -m chapters.curate PAGE --out=FOLDER makes .txt files of web pages"
 
 # Texts to download, each pinned to one revision: URL and sha256.
@@ -103,23 +104,29 @@ def ending(path):
     return Path(Path(path).name.lower().removesuffix(".gz")).suffix
 
 
-@contextlib.contextmanager
-def open_text(path):
-    """Open a text file, plain or .gz, line ends as they are; ValueError for any other file. A byte
-    that is not UTF-8 arrives as a lone surrogate, for clean() to count and replace."""
-    if ending(path) not in READERS:
-        raise ValueError(f"{path}: can read only {' '.join(READERS)}, each also as .gz; {PAGES}")
+def read_documents(path):
+    """Yield the documents of one file, plain or .gz, as they are; ValueError for any other file.
+    A byte that is not UTF-8 arrives as a lone surrogate, for clean() to count and replace."""
+    path, kind = Path(path), ending(path)
+    if kind not in READERS:
+        raise ValueError(f"{path}: can read only {' '.join(READERS)}, each also as .gz, not "
+                         f"{kind or 'a name without'}{f'; {PAGES}' * (kind in PAGE_ENDINGS)}")
+    if not path.is_file():  # to open a pipe may wait for ever
+        raise ValueError(f"{path}: no such file, or a pipe, a device")
     opened = gzip.open if path.suffix.lower() == ".gz" else open
     with reading(path), opened(path, "rb") as file:
         if b"\0" in file.peek(8192)[:8192]:
             raise ValueError(f"{path} is a binary file, not text (text must be UTF-8)")
-        yield io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
+        text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
+        yield from READERS[kind](text)
 
 
-def read_documents(path):
-    """Yield the documents of one file, as they are, one by one."""
-    with open_text(Path(path)) as file:
-        yield from READERS[ending(path)](file)
+# What steers a terminal (ECMA-48): colors and such, strings, short ones; none within another.
+ESCAPES = re.compile(r"(?:\x1b\[|\x9b)[0-?]*+[ -/]*+[@-~]?"
+                     r"|(?:\x1b[]PX^_k]|[\x90\x98\x9d-\x9f])[^\n\x07\x1b\x90\x98\x9c-\x9f]*+"
+                     r"(?:\x07|\x1b\\|\x9c)|\x1b[ -/]{0,2}+[0-~]?")
+OVERSTRUCK = re.compile(r"[^\n\x08]\x08+")  # man pages print N\bN for a bold N, _\bN underlined
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but \t and \n
 
 
 def clean(text, counts=None):
@@ -127,8 +134,10 @@ def clean(text, counts=None):
     characters, spaces at line ends, third blank lines in a row; counts gets what is lost."""
     counts = Counter() if counts is None else counts
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    text, n_removed = re.subn("[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text)  # but \t and \n
-    counts["control characters"] += n_removed
+    counts["control characters"] += len(text)
+    if CONTROLS.search(text):  # most texts have none
+        text = CONTROLS.sub("", OVERSTRUCK.sub("", ESCAPES.sub("", text)))
+    counts["control characters"] -= len(text)
     if not text.isascii():
         text, n_replaced = re.subn("[\ud800-\udfff]", "\ufffd", text)
         counts["replaced bytes"] += n_replaced
@@ -142,12 +151,6 @@ def text_hash(text):
     return hashlib.sha256(text.encode()).digest()
 
 
-def exact_duplicates(texts):
-    """The positions of texts that occurred before: exact_duplicates(["a", "b", "a"]) == [2]."""
-    first = {}
-    return [i for i, text in enumerate(texts) if first.setdefault(text_hash(text), i) != i]
-
-
 # -----------------------------------------------------------------------------
 # Sources: a name, a file, a folder or a URL becomes a list of files.
 
@@ -155,7 +158,7 @@ def exact_duplicates(texts):
 def folder_name(source):
     """What to call the shards of a source: folder_name("texts/My book.txt.gz") == "My-book"."""
     path = urlsplit(source).path if "://" in source else Path(source).absolute()
-    return re.sub(r"[^\w-]+", "-", Path(path).name.split(".")[0]).strip("-") or "text"
+    return re.sub(r"[^\w-]+", "-", Path(path).name.split(".")[0]).strip("-")[:80] or "text"
 
 
 def file_hash(path):
@@ -193,28 +196,24 @@ def download(url, path, sha256=None):
     return part.replace(path)
 
 
-def text_files(folder, counts, skip=()):
-    """The files with text below a folder, in a fixed order, without hidden and `skip` folders."""
-    files = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if name not in skip and name[0] != "."]
-        for path in [Path(parent, name) for name in names if name[0] != "."]:
-            counts["skipped files"] += 1
-            with contextlib.suppress(ValueError, OSError), open_text(path):
-                files.append(path)
-                counts["skipped files"] -= 1
-    return sorted(files)
+def walk(folder, skip=(), seen=None):
+    """Yield the files below a folder, in a fixed order, without hidden and `skip` ones. Links are
+    followed, but none to what was seen or to a folder around this one."""
+    seen = seen or {*map(str, [folder.resolve(), *folder.resolve().parents])}
+    for path in sorted(folder.iterdir()):
+        is_folder = os.path.isdir(path) and os.access(path, os.R_OK | os.X_OK)
+        real = os.path.realpath(path) + "/".join(path.suffixes[-2:]) * (not is_folder)
+        if path.name[0] != "." and path.name not in skip and real not in seen:
+            seen.add(real)
+            yield from walk(path, skip, seen) if is_folder else [path]
 
 
-def find_files(source, downloads, counts, n_shards=1):
+def find_files(source, downloads, n_shards=1):
     """The files of one source, in a fixed order. Raises ValueError where there is none."""
     if source == "stdlib":  # without encodings, whose tables teach a small model to write tables
         skip = "test tests idle_test site-packages dist-packages encodings".split()
-        files = text_files(Path(os.__file__).parent, Counter(), skip)
-        return [path for path in files if path.suffix == ".py"]
+        return [path for path in walk(Path(os.__file__).parent, skip) if path.suffix == ".py"]
     if source == "fineweb10B":
-        if not 1 <= n_shards <= 103:
-            raise ValueError(f"fineweb10B has 1 to 103 training shards, not {n_shards}")
         names = ["val_000000.bin"] + [f"train_{i:06d}.bin" for i in range(1, n_shards + 1)]
         return [download(FINEWEB + name, downloads / source / name) for name in names]
     if re.match("https?://", source):
@@ -230,9 +229,9 @@ def find_files(source, downloads, counts, n_shards=1):
                 articles = archive.read("wikitext-2-raw/wiki.train.raw")
                 file.write(re.sub(rb"(?m)^(?= = [^=\n][^\n]* = $)", SEPARATOR.encode(), articles))
         return [text]
-    if not Path(source).exists():
+    if not (path := Path(source)).exists():
         raise ValueError(f"{source}: no such file or folder, and not one of {', '.join(NAMES)}")
-    return text_files(source, counts) if Path(source).is_dir() else [Path(source)]
+    return [*walk(path)] if path.is_dir() else [path]
 
 
 # -----------------------------------------------------------------------------
@@ -339,16 +338,40 @@ class Documents:
         return self.file.read(self.ends[i] - self.starts[i]).decode()
 
 
-def gather(files, file, counts):
-    """Read and clean all files into one, and count what is lost -> Documents, each text once."""
-    texts = (clean(text, counts) for path in files for text in read_documents(path))
-    texts = tqdm(texts, "read", unit=" documents", disable=None, leave=False)
-    sizes = np.fromiter((file.write(text.encode()) for text in texts), np.int64)
-    documents = Documents(file, sizes.cumsum() - sizes, sizes.cumsum())
-    repeated = exact_duplicates(documents)
-    counts["empty documents"] += len(sizes) - len(documents)
-    counts["exact duplicates"] += len(repeated)
-    return Documents(file, *np.delete([documents.starts, documents.ends], repeated, axis=1))
+def gather(found, file, card):
+    """Read and clean all files into one -> Documents, each text once; the card says what is lost.
+    A file that cannot be read is left out, whole; where its source has no other, a ValueError."""
+    counts, sizes = card["counts"], {}  # {sha256 of a text: its bytes}
+    bar = tqdm(desc="read", unit=" documents", disable=None, leave=False)
+    for source, paths in zip(card["sources"], found.values()):
+        for path in paths:
+            start, new, lost, n_chars = file.tell(), {}, Counter(), 0
+            try:
+                for text in read_documents(path):
+                    text = clean(text, lost)
+                    n_chars += len(text)
+                    is_old = (key := text_hash(text)) in new or key in sizes
+                    if text and not is_old:
+                        new[key] = file.write(text.encode())
+                    lost["exact duplicates" if text else "empty documents"] += is_old or not text
+                    bar.update()
+                if lost["replaced bytes"] > n_chars / 100:
+                    raise ValueError(f"{path}: {lost['replaced bytes'] / n_chars:.0%} of its "
+                                     "characters are no UTF-8: convert it, if it is KOI8-R by "
+                                     f"iconv -f KOI8-R -t UTF-8 {path} > NEW.txt")
+                counts.update(lost)
+                sizes.update(new)
+            except (ValueError, PermissionError) as error:
+                if len(paths) == 1:
+                    raise
+                file.seek(start)
+                source["files"] -= 1
+                counts["skipped files"] += 1
+                line = "".join(char if char.isprintable() else " " for char in str(error))
+                source["skipped"] = [*source["skipped"], line[:200]][:100]
+    bar.close()
+    sizes = np.array([*sizes.values()], np.int64)
+    return Documents(file, sizes.cumsum() - sizes, sizes.cumsum())
 
 
 def split(documents, val_ratio=None):
@@ -370,12 +393,12 @@ def split(documents, val_ratio=None):
 
 
 def tokenize(documents, tokenizer):
-    """Yield the ids of documents, <|endoftext|> behind each, in large arrays, with every core."""
+    """Yield the ids of documents, each behind <|endoftext|>, in large arrays, with every core."""
     texts = tqdm(documents, "tokenize", unit=" documents", disable=None, leave=False)
     groups = (documents.ends - documents.starts).cumsum() // GROUP_BYTES
     for _, group in itertools.groupby(zip(groups, texts), lambda pair: pair[0]):
         encoded = tokenizer.encode_batch(text for _, text in group)
-        yield np.array([id for ids in encoded for id in (*ids, tokenizer.eot)])
+        yield np.array([id for ids in encoded for id in (tokenizer.eot, *ids)])
 
 
 def count_tokens(shards, tokenizer):
@@ -416,24 +439,53 @@ def load_tokenizer(tokenizer):
     elif isinstance(tokenizer, (str, Path)):
         tokenizer = Tokenizer.load(tokenizer)
     if tokenizer.eot is None:
-        raise ValueError(f"the tokenizer has no {SEPARATOR}, which must end every document")
+        raise ValueError(f"the tokenizer has no {SEPARATOR}, which begins every document")
     return tokenizer
 
 
-def build(out, found, tokenizer, card, say):
+def stored(folder):
+    """The fingerprint of the shards in a folder, "" if it is new or empty, None for anything else."""
+    with contextlib.suppress(OSError, ValueError):
+        return read_card(folder).fingerprint
+    return None if folder.is_file() or any(folder.glob("[!.]*")) else ""
+
+
+@contextlib.contextmanager
+def new_shards(folder):
+    """A hidden folder to write shards into: complete, it gets its name or, where that is an empty
+    folder or has damaged shards, its files go there. After an error it is gone."""
+    folder = folder.resolve()
+    part = folder.with_name(f".{folder.name}.part")
+    with locked(part):
+        try:
+            for path in part.glob("[!.]*"):  # of a process that was killed
+                path.unlink()
+            yield part
+            if stored(folder) not in ("", stored(part)):
+                raise ValueError(f"{folder} was made by another process meanwhile: start again")
+            if not folder.exists():
+                part.replace(folder)
+            for path in [*folder.glob("*.bin")] * part.exists():  # who has opened it reads on
+                path.unlink()
+            for path in sorted(part.glob("[!.]*"), reverse=True):  # card.json is the last
+                path.replace(folder / path.name)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def build(folder, found, tokenizer, card, say):
     """All stages: read, clean, split, train a tokenizer, write the shards and, last, the card."""
-    ours = [*out.glob("train_??????.bin*"), *out.glob("val_??????.bin*")]
-    if not ours and any(out.glob("[!.]*")):
-        raise ValueError(f"{out} holds other files: give a new or empty folder")
-    with locked(out), tempfile.TemporaryFile(dir=out.parent) as file:
+    with new_shards(folder) as out, tempfile.TemporaryFile(dir=out.parent) as file:
         if "fineweb10B" in found:
             val, *train = map(read_shard, found["fineweb10B"])
             card["split"], splits = "as published", dict(train=train, val=[val])
         else:
             counts, options = card["counts"], card["options"]
-            documents = gather(itertools.chain(*found.values()), file, counts)
+            documents = gather(found, file, card)
             lost = ", ".join(f"{n:,} {what}" for what, n in counts.items() if n) or "nothing"
             say(f"{len(documents):,} documents, {documents.n_bytes / 1e6:.1f} MB; lost: {lost}")
+            for line in [line for source in card["sources"] for line in source["skipped"][:3]]:
+                say(f"skipped: {line}")
             counts.update(documents=len(documents), bytes=documents.n_bytes)
             train, val, card["split"] = split(documents, options["val_ratio"])
             if tokenizer is None:
@@ -441,8 +493,6 @@ def build(out, found, tokenizer, card, say):
                 tokenizer = Tokenizer.train(sample, options["vocab_size"])
                 say(f"tokenizer: {tokenizer.n_vocab:,} of {options['vocab_size']:,} tokens")
             splits = dict(train=tokenize(train, tokenizer), val=tokenize(val, tokenizer))
-        for path in [out / "card.json", *ours]:
-            path.unlink(missing_ok=True)
         for name, arrays in splits.items():
             write_shards(arrays, out, name, tokenizer.n_vocab)
             counted = card[name] = count_tokens(read_split(out, name), tokenizer)
@@ -454,35 +504,52 @@ def build(out, found, tokenizer, card, say):
         write_json(out / "card.json", card)
 
 
-def prepare(sources, out, vocab_size=4096, tokenizer=None, val_ratio=None, n_shards=1, say=print):
-    """Turn sources (names, files, folders, URLs) into a folder of shards, if it is not that already
-    -> its Path. tokenizer: a file, "gpt2" or a Tokenizer; None trains one of vocab_size."""
+def prepare(sources, out=None, vocab_size=4096, tokenizer=None, val_ratio=None, n_shards=1,
+            say=print):
+    """Turn sources (names, files, folders, URLs) into a folder of shards, if there is none yet ->
+    its Path: `out`, or shards/NAME OF THE FIRST, where that holds other content with a part of the
+    fingerprint. tokenizer: a file, "gpt2" or a Tokenizer; None trains one of vocab_size."""
     sources = [sources] if isinstance(sources, (str, Path)) else sources
-    sources, out, counts = list(map(str, sources)), Path(out), Counter()
-    if "fineweb10B" in sources and len(sources) > 1:
-        raise ValueError(f"{' '.join(sources)}: ready shards do not mix with another source")
+    sources = list(map(str, sources))
+    if "" in sources or "fineweb10B" in sources[1:] + sources[:-1]:
+        raise ValueError(f"{sources}: none may be empty; ready shards do not mix with others")
+    if val_ratio is not None and not 0 < val_ratio < 1:
+        raise ValueError(f"val_ratio={val_ratio} must be above 0 and below 1")
+    if not 1 <= n_shards <= 103:
+        raise ValueError(f"fineweb10B has 1 to 103 training shards, not {n_shards}")
     if tokenizer is not None or "fineweb10B" in sources:
-        tokenizer, vocab_size = load_tokenizer(tokenizer or "gpt2"), None
-    found = {name: find_files(name, out.parent / "downloads", counts, n_shards) for name in sources}
+        tokenizer, vocab_size = load_tokenizer("gpt2" if tokenizer is None else tokenizer), None
+    else:
+        room_for_merges(vocab_size, SPECIAL_TOKENS)  # a ValueError before anything is read
+    named = Path("shards", folder_name(sources[0])) if out is None else Path(out)
+    found = {name: find_files(name, named.parent / "downloads", n_shards) for name in sources}
     options = dict(vocab_size=vocab_size, tokenizer=tokenizer and tokenizer.hash(),
-                   val_ratio=val_ratio, version=1)  # raised when the same gives other shards
-    contents = [[ending(path), file_hash(path)] for paths in found.values() for path in paths]
-    card = dict(fingerprint=text_hash(json.dumps([options, contents])).hex(),
-                sources=[dict(name=source, files=len(paths)) for source, paths in found.items()],
-                python=platform.python_version(), options=options, counts=counts)
+                   val_ratio=val_ratio, version=2)  # raised when the same gives other shards
+    contents = [[ending(path), file_hash(path)] for paths in found.values() for path in paths
+                if path.suffix == ".bin" or ending(path) in READERS and os.path.isfile(path)
+                and os.access(path, os.R_OK)]  # of what gather() will skip only the rest
+    fingerprint = text_hash(json.dumps([options, contents])).hex()
+    folder = named
+    if out is None and stored(folder) not in ("", fingerprint):
+        folder = Path(f"{named}-{fingerprint[:8]}")
+    if stored(folder) not in ("", fingerprint):
+        raise ValueError(f"{folder} holds other shards or files: choose another --out")
     with contextlib.suppress(OSError, ValueError):  # of a folder that is not there or not whole
-        if check_shards(out, ("train", "val", "token")).fingerprint == card["fingerprint"]:
-            say(f"{out}: used again, the content and the options are the same")
-            return out
-    build(out, found, tokenizer, card, say)
-    return out
+        if check_shards(folder, ("train", "val", "token")).fingerprint == fingerprint:
+            say(f"{folder}: used again, the content and the options are the same")
+            return folder
+    build(folder, found, tokenizer, dict(
+        fingerprint=fingerprint, python=platform.python_version(), options=options,
+        sources=[dict(name=source, files=len(paths), skipped=[])
+                 for source, paths in found.items()], counts=Counter({"skipped files": 0})), say)
+    return folder
 
 
 class TokenLoader(Iterator):
     """Endless batches (x, y) of a shard folder: int64 (batch_size, block_size), y one token on. A
     batch depends on (seed, position, rank, world_size) alone; position is the number of the next.
     The ranks share one global batch: 2 ranks of 4 sequences read what 1 rank of 8 reads. Each epoch
-    cuts the tokens at another offset and shuffles the blocks."""
+    reads all tokens, cut at another offset, in shuffled blocks."""
 
     def __init__(self, path, batch_size, block_size, rank=0, world_size=1, seed=0, position=0,
                  split="train"):
@@ -494,7 +561,8 @@ class TokenLoader(Iterator):
                              f"{block_size + 1:,}: give more text or a smaller block_size")
         self.batch_size, self.block_size, self.seed = batch_size, block_size, seed
         self.rank, self.world_size, self.position = rank, world_size, position
-        self.n_blocks = max(1, self.n_tokens // block_size - 1)  # they fit at any offset
+        # The first block begins at the first token, the last ends at the last one, at any offset.
+        self.n_blocks = 1 - (2 - self.n_tokens) // block_size
         self.epoch = None
 
     def __next__(self):
@@ -508,10 +576,10 @@ class TokenLoader(Iterator):
         epoch, i = divmod(number, self.n_blocks)
         if epoch != self.epoch:
             random = np.random.RandomState([self.seed, epoch])  # default_rng may change with numpy
-            spare = self.n_tokens - self.n_blocks * self.block_size
-            self.epoch, self.offset = epoch, random.randint(min(spare, self.block_size))
+            self.epoch, self.offset = epoch, random.randint(self.block_size)
             self.order = random.permutation(self.n_blocks)
-        start = self.offset + int(self.order[i]) * self.block_size
+        start = 1 + self.offset + (int(self.order[i]) - 1) * self.block_size
+        start = min(max(0, start), self.n_tokens - self.block_size - 1)
         stop = start + self.block_size + 1
         first, last = np.searchsorted(self.starts, [start, stop - 1], "right") - 1
         shards = zip(self.shards[first:last + 1], self.starts[first:])  # a block may lie in several
@@ -523,13 +591,18 @@ def main():
     add = parser.add_argument
     add("sources", nargs="*", default=["stdlib"], help=f"paths, URLs, or {', '.join(NAMES)}")
     add("--out", help="folder to write (default shards/NAME OF THE FIRST SOURCE)")
-    add("--vocab_size", type=int, default=4096, help="default %(default)s")
+    add("--vocab_size", type=int, help="default 4096")
     add("--tokenizer", help="use this tokenizer.json, or gpt2, and train none")
     add("--val_ratio", type=float, help="share to validate on (default 0.05; few documents: 0.1)")
-    add("--shards", type=int, default=1, dest="n_shards", help="of fineweb10B, 200 MB each")
-    args = parser.parse_intermixed_args()
-    args.out = args.out or Path("shards", folder_name(args.sources[0]))
-    print(f"next: python train.py --data={prepare(**vars(args))}")
+    add("--shards", type=int, help="of fineweb10B, 200 MB each (default 1)")
+    typed = {k: v for k, v in vars(parser.parse_intermixed_args()).items() if v is not None}
+    if "fineweb10B" in typed["sources"]:
+        refuse_idle(typed, ["vocab_size", "val_ratio"], "beside fineweb10B")
+    else:
+        refuse_idle(typed, ["shards"], "without fineweb10B")
+    refuse_idle(typed, ["vocab_size"] * ("tokenizer" in typed), "beside --tokenizer")
+    n_shards = typed.pop("shards", 1)
+    print(f"next: python train.py --data={prepare(**typed, n_shards=n_shards)}")
 
 
 if __name__ == "__main__":

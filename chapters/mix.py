@@ -17,8 +17,8 @@ from pathlib import Path
 if __name__ == "__main__":  # `python chapters/mix.py` works as well, from any folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data import (TokenLoader, check_shards, count_tokens, file_hash, locked, read_split, text_hash,
-                  write_shards)
+from data import (TokenLoader, check_shards, count_tokens, file_hash, new_shards, read_split, stored,
+                  text_hash, write_shards)
 from tokenizer import Parser, Tokenizer, run_command, write_json
 
 
@@ -51,37 +51,40 @@ def mixed_sequences(parts, block_size, seed=0):
         for i in turns:
             if n_read[0] == loaders[0].n_blocks and i == 0:
                 return
-            yield loaders[i].block(n_read[i])[:-1]
+            block = loaders[i].block(n_read[i])  # one token longer, which the next one begins with
+            is_last = loaders[i].order[n_read[i] % loaders[i].n_blocks] == loaders[i].n_blocks - 1
+            yield block[:block_size + is_last]
             n_read[i] += 1
 
 
 def mix(parts, out, block_size=256, seed=0):
     """Write the mixture of folders, {path: hundredths}, as a folder of shards -> its Path."""
     out, (first, *_) = Path(out), parts
-    if block_size < 1:
-        raise ValueError(f"block_size={block_size} must be at least 1")
+    for name, value, least in ("block_size", block_size, 1), ("seed", seed, 0):
+        if not least <= value < 2**31:
+            raise ValueError(f"{name}={value} must be at least {least} and below 2**31")
     cards = {folder: check_shards(folder) for folder in parts}
     for folder, card in cards.items():
         if card.tokenizer != cards[first].tokenizer:
             raise ValueError(f"{folder} has not the tokenizer of {first}: python data.py TEXT "
                              f"--tokenizer={first}/tokenizer.json makes shards that fit")
-    if any(out.glob("[!.]*")):
-        raise ValueError(f"{out} holds files: give a new or empty folder")
+    if stored(out) != "":
+        raise ValueError(f"{out} holds other shards or files: give a new or empty folder")
     for folder in parts:
         TokenLoader(folder, 1, block_size)  # a ValueError for a short text, before any file
     tokenizer, options = Tokenizer.load(first / "tokenizer.json"), dict(
         block_size=block_size, seed=seed, shares={str(path): n for path, n in parts.items()})
-    with locked(out):
-        write_shards(mixed_sequences(parts, block_size, seed), out, "train", tokenizer.n_vocab)
-        write_shards(read_split(first, "val"), out, "val", tokenizer.n_vocab)
-        tokenizer.save(out / "tokenizer.json")
+    with new_shards(out) as new:
+        write_shards(mixed_sequences(parts, block_size, seed), new, "train", tokenizer.n_vocab)
+        write_shards(read_split(first, "val"), new, "val", tokenizer.n_vocab)
+        tokenizer.save(new / "tokenizer.json")
         content = [options, [card.fingerprint for card in cards.values()]]
-        write_json(out / "card.json", vars(cards[first]) | dict(
+        write_json(new / "card.json", vars(cards[first]) | dict(
             fingerprint=text_hash(json.dumps(content)).hex(), options=options, counts={},
             sources=[source for card in cards.values() for source in card.sources],
-            split=f"as in {first}", train=count_tokens(read_split(out), tokenizer),
+            split=f"as in {first}", train=count_tokens(read_split(new), tokenizer),
             checksums={path.name: file_hash(path)
-                       for path in [*sorted(out.glob("*.bin")), out / "tokenizer.json"]}))
+                       for path in [*sorted(new.glob("*.bin")), new / "tokenizer.json"]}))
     return out
 
 

@@ -1,11 +1,14 @@
 """Facts about data.py: documents, shards, batches."""
 
+import contextlib
 import gzip
 import hashlib
 import io
 import json
 import os
+import re
 import shutil
+import socket
 import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -65,7 +68,6 @@ def prepared(tmp_path_factory):
 def test_the_examples_in_the_docstrings_are_true():
     assert clean("a\r\n  b \n") == "a\n  b"
     assert data.ending("notes.TXT.gz") == ".txt"
-    assert data.exact_duplicates(["a", "b", "a"]) == [2]
     assert data.folder_name("texts/My book.txt.gz") == "My-book"
 
 
@@ -74,6 +76,30 @@ def test_the_examples_in_the_docstrings_are_true():
     "a\u0300\x1b\u0301 \n", "\u00a0\n\u2028b", "Å \ufeff é", ""])
 def test_cleaning_twice_is_cleaning_once(text):
     assert clean(clean(text)) == clean(text)
+
+
+@pytest.mark.parametrize("text, left", [
+    ("\x1b[31mred\x1b[0m \x1b[1;38;5;12mblue\x1b[K", "red blue"), ("\x9b31mred\x9b0m", "red"),
+    ("\x1b[?25l\x1b[2Jx\x1b[10;20H\x1b[0 qy\x1b[!p", "xy"), ("a\x1b[31", "a"),
+    ("\x1b]8;;https://example.org/?a=1\x1b\\link\x1b]8;;\x1b\\", "link"),
+    ("\x1b]0;title é\x07text\x9d2;t\x9c.", "text."), ("\x1b]0;open\nnext\x07", "0;open\nnext"),
+    ("\x1bPq#0;2;0~~\x1b\\a\x1b_G1;AAAA\x1b\\b\x1b^p\x1b\\c\x1bXs\x1b\\d", "abcd"),
+    ("\x1bktitle\x1b\\a\x90q\x9cb\x98q\x9cc\x9ep\x9cd\x9fp\x9c", "abcd"),
+    ("\x1b(Ba\x1b)0b\x1b%Gc\x1b#8d\x1b7e\x1b8f\x1b=g\x1b>h\x1bMi\x1bcj\x1b F", "abcdefghij"),
+    ("\x1b\x1b[31mtwo\x1b", "two"), ("if x[0] > [31m: (B", "if x[0] > [31m: (B"),
+    ("N\bNA\bAM\bME\bE", "NAME"), ("_\bf_\bi_\bl_\be \x1b[1m_\bN\bN", "file N"),
+    ("漢\b\b漢\n\bx", "漢\nx"), ("\x1b[1mN\b\x1b[1mN", "N")])
+def test_terminal_sequences_and_overstrikes_go_as_a_whole(text, left):
+    counts = data.Counter()
+    assert clean(text, counts) == left == clean(left)
+    assert counts["control characters"] == len(text) - len(left)
+
+
+@pytest.mark.parametrize("part", ["\x1b]", "\x1b[", "\x1b", "\x9d", "\x9b0", "\x1bP", "\b", "N\b",
+                                  "\x1b]0;", "\x1b[0", "\x1b(", "\x90", "\x1b\\", "\x1b]\x9d"])
+def test_a_text_of_nothing_but_openings_comes_to_an_end(part):
+    for whole in part * 500_000, part + "0;" * 500_000, part + " " * 10**6, part * 9 + "x" * 10**6:
+        assert len(clean(whole)) <= len(whole)
 
 
 def test_cleaning_keeps_code_and_counts_what_is_lost():
@@ -122,9 +148,19 @@ def test_jsonl_gives_its_texts_and_names_the_line_without(tmp_path):
 
 
 def test_a_web_page_is_refused_with_the_command_that_reads_it(tmp_path):
-    (tmp_path / "a.html").write_text("<p>a")
-    with pytest.raises(ValueError, match="a.html: can read only .txt .* python -m chapters.curate"):
-        list(read_documents(tmp_path / "a.html"))
+    for name in "a.html", "a.htm.gz", "A.XHTML":
+        (tmp_path / name).write_text("<p>a")
+        with pytest.raises(ValueError, match=f"{name}: can.* python -m chapters.curate PAGE"):
+            list(read_documents(tmp_path / name))
+
+
+def test_a_file_of_another_kind_is_refused_with_its_ending_and_the_known_ones(tmp_path):
+    for name, kind in [("ls.1.gz", ".1"), ("a.pdf", ".pdf"), ("README", "a name without")]:
+        (tmp_path / name).write_bytes(b"x")
+        with pytest.raises(ValueError) as error:
+            list(read_documents(tmp_path / name))
+        assert str(error.value) == (f"{tmp_path / name}: can read only .txt .md .py .jsonl, each "
+                                    f"also as .gz, not {kind}")
 
 
 def test_a_damaged_gz_file_is_refused_by_name(tmp_path):
@@ -135,18 +171,133 @@ def test_a_damaged_gz_file_is_refused_by_name(tmp_path):
             list(read_documents(tmp_path / "a.txt.gz"))
 
 
+def skipped(out):
+    """{name: reason} of what was skipped of the first source, as its card says."""
+    [source] = card_of(out)["sources"]
+    lines = [line.removeprefix(source["name"] + os.sep) for line in source["skipped"]]
+    assert card_of(out)["counts"]["skipped files"] >= len(lines)
+    assert max(map(len, source["skipped"]), default=0) <= 200
+    return dict(line.split(": ", 1) if ": " in line else line.split(" ", 1) for line in lines)
+
+
+def texts_of(out):
+    """The documents in a folder of shards, sorted."""
+    ids = np.concatenate(read_split(out) + read_split(out, "val")).tolist()
+    return sorted(Tokenizer.load(out / "tokenizer.json").decode(ids).split("<|endoftext|>")[1:])
+
+
 def test_a_folder_is_read_in_order_and_skips_what_is_no_text(tmp_path):
-    folder = folder_of(tmp_path, ["b", "c"])
-    for name, content in {"a.md": b"a", "a.html": b"<p>", "z.txt": b"\x89PNG\0", "image.png": b"x",
-                          "empty.txt": b"", ".hidden.txt": b"x", "d.txt.gz": b"no gzip"}.items():
+    folder = folder_of(tmp_path, STORIES)
+    bad = {"a.html": b"<p>", "z.txt": b"\x89PNG\0", "image.png": b"x", "d.txt.gz": b"no gzip",
+           "ls.1.gz": gzip.compress(b"x"), "rows.jsonl": b'{"text": "whole"}\n{"id": 1}',
+           "cut.txt.gz": gzip.compress(os.urandom(99999))[:-9], "README": b"x"}
+    for name, content in {"a.md": b"A note.", "empty.txt": b"", ".hidden.txt": b"x", **bad}.items():
         (folder / name).write_bytes(content)
-    counts = data.Counter()
-    names = [path.name for path in data.find_files(str(folder), tmp_path, counts)]
-    assert names == ["000.txt", "001.txt", "a.md", "empty.txt"] and counts["skipped files"] == 4
+    names = [path.name for path in data.find_files(str(folder), tmp_path)]
+    assert names == sorted(names) and ".hidden.txt" not in names
+    lines = []
+    out = prepare(folder, tmp_path / "out", 300, say=lines.append)
+    reasons, [source] = skipped(out), card_of(out)["sources"]
+    assert {re.split(",| cannot", name)[0] for name in reasons} == {*bad} and source["files"] == 62
+    assert texts_of(out) == sorted([*map(clean, STORIES), "A note."])
+    assert "8 skipped files" in lines[0] and sum("skipped:" in line for line in lines) == 3
+    assert "KeyError('text')" in reasons["rows.jsonl, line 2 cannot be read"]
+    assert "chapters.curate" in reasons["a.html"] and reasons["ls.1.gz"].endswith("not .1")
+
+
+def test_a_file_that_is_named_itself_is_not_skipped(tmp_path):
+    folder = folder_of(tmp_path, STORIES)
+    (folder / "rows.jsonl").write_text('{"text": "one"}\n{"id": 1}')
+    for sources in [folder / "rows.jsonl"], [folder, folder / "rows.jsonl"]:
+        with pytest.raises(ValueError, match="rows.jsonl, line 2"):
+            prepare(sources, tmp_path / "out", 300, **quiet)
+
+
+def test_a_card_names_a_hundred_skipped_files_and_counts_all(tmp_path):
+    folder = folder_of(tmp_path, STORIES)
+    for i in range(150):
+        (folder / f"{i:03d}\x1b[2J\n{'long' * 40}.png").write_bytes(b"x")
+    out = prepare(folder, tmp_path / "out", 300, **quiet)
+    [source] = card_of(out)["sources"]
+    assert len(source["skipped"]) == 100 and card_of(out)["counts"]["skipped files"] == 150
+    assert all(line.isprintable() and len(line) <= 200 for line in source["skipped"])
+
+
+def test_linked_folders_are_read_once_and_without_loops(tmp_path):
+    folder, other = folder_of(tmp_path, STORIES[:30]), folder_of(tmp_path, STORIES[30:], "other")
+    (other / "deep").mkdir()
+    (other / "deep" / "a.txt").write_text("Deep down.")
+    for name, target in {"b": other, "a": other / "deep", "loop": folder, "up": tmp_path,
+                         "other/back": folder, "none.txt": tmp_path / "none.txt", "self.txt":
+                         folder / "self.txt", "z.txt": folder / "000.txt"}.items():
+        (folder / name if "/" not in name else tmp_path / name).symlink_to(target)
+    out = prepare(folder, tmp_path / "out", 300, **quiet)
+    assert texts_of(out) == sorted([*map(clean, STORIES), "Deep down."])
+    counts = card_of(out)["counts"]
+    assert "exact duplicates" not in counts or counts["exact duplicates"] == 0
+    assert skipped(out).keys() == {"none.txt", "self.txt"}
+    linked = tmp_path / "linked"
+    linked.symlink_to(folder)
+    assert texts_of(prepare(linked, tmp_path / "out2", 300, **quiet)) == texts_of(out)
+
+
+def test_a_link_hides_no_file_that_can_be_read(tmp_path):
+    folder = folder_of(tmp_path, STORIES)
+    (folder / "0-latest").symlink_to(folder / "007.txt")
+    out = prepare(folder, tmp_path / "out", 300, **quiet)
+    assert texts_of(out) == sorted(map(clean, STORIES)) and skipped(out).keys() == {"0-latest"}
+
+
+def test_pipes_and_sockets_are_not_waited_for(tmp_path):
+    folder = folder_of(tmp_path, STORIES)
+    os.mkfifo(folder / "pipe.txt")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.path.relpath(folder / "s.txt"))
+        out = prepare(folder, tmp_path / "out", 300, **quiet)
+    assert skipped(out).keys() == {"pipe.txt", "s.txt"}
+    with pytest.raises(ValueError, match="pipe.txt: no such file, or a pipe"):
+        prepare(folder / "pipe.txt", tmp_path / "out2", 300, **quiet)
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="who may read everything")
+def test_what_may_not_be_read_is_skipped(tmp_path):
+    folder = folder_of(tmp_path, STORIES)
+    (folder / "secret").mkdir(0)
+    (folder / "mine.txt").touch(0)
+    out = prepare(folder, tmp_path / "out", 300, **quiet)
+    assert skipped(out).keys() == {"secret", "mine.txt"}
+
+
+RUSSIAN = "Все счастливые семьи похожи друг на друга, каждая несчастлива по-своему. " * 40
+
+
+@pytest.mark.parametrize("encoding", ["koi8-r", "cp1251", "utf-16-be", "gbk", "shift_jis"])
+def test_a_text_that_is_not_utf_8_is_refused_with_the_way_out(tmp_path, encoding):
+    text = RUSSIAN if encoding in ("koi8-r", "cp1251") else "天地玄黃宇宙洪荒日月盈昃" * 99
+    path = tmp_path / "old.txt"
+    path.write_bytes(text.encode(encoding, "ignore"))
+    with pytest.raises(ValueError, match=r"old.txt: \d\d% of its .* iconv -f KOI8-R -t UTF-8 .*old"):
+        prepare(path, tmp_path / "shards" / "old", 300, **quiet)
+    assert not list(tmp_path.glob("shards/[!.]*")) and not list(tmp_path.glob("shards/.*"))
+    folder, lines = folder_of(tmp_path, STORIES), []
+    path.rename(folder / "030-old.txt")
+    (folder / "031.jsonl").write_text('{"text": "last"}')
+    out = prepare(folder, tmp_path / "out", 300, say=lines.append)
+    assert texts_of(out) == sorted([*map(clean, STORIES), "last"])
+    assert "UTF-8" in skipped(out)["030-old.txt"] and "030-old.txt" in lines[1]
+
+
+def test_up_to_a_hundredth_of_the_characters_may_be_replaced(tmp_path):
+    path = tmp_path / "a.txt"
+    for n_bad, refused in (10, False), (11, True):
+        path.write_bytes(b"\xff" * n_bad + b"x" * (1000 - n_bad))
+        with pytest.raises(ValueError, match="1% of its") if refused else contextlib.nullcontext():
+            out = prepare(path, tmp_path / f"{n_bad}", 300, **quiet)
+    assert card_of(out)["counts"]["replaced bytes"] == 10
 
 
 def test_the_standard_library_is_a_corpus_without_tests(tmp_path):
-    files = data.find_files("stdlib", tmp_path, data.Counter())
+    files = data.find_files("stdlib", tmp_path)
     names = {part for path in files for part in path.relative_to(files[0].parent).parts}
     assert "argparse.py" in names and "json" in names
     assert not names & {"test", "tests", "idle_test", "site-packages", "dist-packages"}
@@ -196,19 +347,20 @@ def test_shards_are_in_the_format_of_llm_c(tmp_path, n_vocab, size, magic, versi
     assert np.concatenate(read_split(tmp_path)).tolist() == ids.tolist()
 
 
-def test_shards_decode_to_the_clean_documents(prepared):
+def test_shards_decode_to_the_clean_documents_each_behind_endoftext(prepared):
     tokenizer = Tokenizer.load(prepared / "tokenizer.json")
-    both = np.concatenate(read_split(prepared) + read_split(prepared, "val"))
-    ends = np.flatnonzero(both == tokenizer.eot)
-    texts = [tokenizer.decode(ids[:-1].tolist()) for ids in np.split(both, ends + 1)]
-    assert sorted(texts) == sorted(["", *map(clean, STORIES)])
+    both = [np.concatenate(read_split(prepared, split)) for split in ("train", "val")]
+    assert [ids[0] for ids in both] == [tokenizer.eot] * 2
+    parts = [ids for split in both for ids in np.split(split, np.flatnonzero(split == tokenizer.eot))]
+    texts = [tokenizer.decode(ids[1:].tolist()) for ids in parts if len(ids)]
+    assert sorted(texts) == sorted(map(clean, STORIES))
 
 
 def test_texts_are_tokenized_in_groups(monkeypatch):
     tokenizer = Tokenizer.train("".join(STORIES), 400)
     monkeypatch.setattr(data, "GROUP_BYTES", 200)
     groups = list(data.tokenize(documents_of(STORIES), tokenizer))
-    ids = [id for text in STORIES for id in (*tokenizer.encode(text), tokenizer.eot)]
+    ids = [id for text in STORIES for id in (tokenizer.eot, *tokenizer.encode(text))]
     assert np.concatenate(groups).tolist() == ids and len(groups) > 10
 
 
@@ -268,49 +420,151 @@ def test_a_shard_that_changed_or_is_gone_is_named(tmp_path, prepared):
         data.check_shards(out)
 
 
-def test_the_same_content_is_used_again_and_another_byte_is_not(tmp_path):
+def written(folder):
+    """{file name: (content, when it was written)} of all files below a folder."""
+    return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns)
+            for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """The current folder, with two files of one name: a/input.txt and b/input.txt."""
+    monkeypatch.chdir(tmp_path)
+    for name, texts in ("a", STORIES), ("b", STORIES[::-2]):
+        folder_of(tmp_path, ["<|endoftext|>".join(texts)], name)
+        Path(name, "000.txt").rename(Path(name, "input.txt"))
+    return tmp_path
+
+
+def test_the_same_content_is_used_again_wherever_it_lies_and_another_byte_is_not(tmp_path):
     folder, out, lines = folder_of(tmp_path, STORIES), tmp_path / "out", []
     prepare(folder, out, 300, **quiet)
-    before = (out / "train_000000.bin").stat().st_mtime_ns
+    before = written(out)
     folder = folder.rename(tmp_path / "renamed")
-    prepare([folder], out, 300, say=lines.append)
-    assert (out / "train_000000.bin").stat().st_mtime_ns == before and "used again" in lines[0]
+    assert prepare([folder], out, 300, say=lines.append) == out
+    assert written(out) == before and "used again" in lines[0]
     (folder / "000.txt").write_text(STORIES[0] + "!")
-    prepare(folder, out, 300, **quiet)
-    assert (out / "train_000000.bin").stat().st_mtime_ns != before
+    with pytest.raises(ValueError, match="out holds other shards or files: choose another --out"):
+        prepare(folder, out, 300, **quiet)
+    assert written(out) == before
+
+
+def test_sources_of_one_name_have_folders_of_their_own(home):
+    first = prepare("a/input.txt", vocab_size=300, **quiet)
+    before = written(first)
+    second = prepare("b/input.txt", vocab_size=300, **quiet)
+    third = prepare("a/input.txt", vocab_size=301, **quiet)
+    assert first == Path("shards/input") and written(first) == before
+    assert [str(out) for out in (second, third)] == [
+        f"shards/input-{card_of(out)['fingerprint'][:8]}" for out in (second, third)]
+    assert texts_of(second) == sorted(map(clean, STORIES[::-2]))
+    before = written(home / "shards")
+    for source, size, out in ("a", 300, first), ("b", 300, second), ("a", 301, third):
+        lines = []
+        assert prepare(f"{source}/input.txt", None, size, say=lines.append) == out
+        assert lines == [f"{out}: used again, the content and the options are the same"]
+    assert written(home / "shards") == before
+
+
+def test_whoever_reads_shards_goes_on_reading_them_whatever_is_prepared(home):
+    out = prepare("a/input.txt", vocab_size=300, **quiet)
+    loader, undisturbed = TokenLoader(out, 2, 16), TokenLoader(shutil.copytree(out, "kept"), 2, 16)
+
+    def go_on():
+        for _ in range(2 * loader.n_blocks):
+            assert np.array_equal(next(loader), next(undisturbed))
+    prepare("b/input.txt", vocab_size=300, **quiet)
+    go_on()
+    prepare("a/input.txt", vocab_size=400, **quiet)
+    go_on()
+    (out / "val_000000.bin").write_bytes(b"damaged")
+    prepare("a/input.txt", vocab_size=300, **quiet)
+    go_on()
+    assert np.array_equal(np.concatenate(read_split(out)), np.concatenate(undisturbed.shards))
+
+
+@pytest.mark.parametrize("out", [None, "shards/new", "shards/input"])
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_what_fails_while_writing_leaves_no_folder_and_changes_none(home, monkeypatch, error, out):
+    prepare("a/input.txt", vocab_size=300, **quiet)
+    if out == "shards/input":  # the same content, damaged, to be built again
+        Path("shards/input/val_000000.bin").write_bytes(b"damaged")
+    before, encode, calls = written(home / "shards"), Tokenizer.encode_batch, []
+
+    def breaks(self, texts):
+        calls.append(1)
+        if len(calls) == 2:
+            raise error("in the middle")
+        return encode(self, texts)
+    monkeypatch.setattr(Tokenizer, "encode_batch", breaks)
+    with pytest.raises(error):
+        prepare("a/input.txt" if out == "shards/input" else "b/input.txt", out, 300, **quiet)
+    assert len(calls) == 2 and written(home / "shards") == before
+    assert os.listdir("shards") == ["input"]
+
+
+def test_of_two_that_write_one_folder_the_second_is_refused(home):
+    with data.new_shards(Path("shards/input")) as part, pytest.raises(ValueError, match="in use"):
+        prepare("a/input.txt", vocab_size=300, **quiet)
+        assert part.parent == home / "shards"
+    first = prepare("b/input.txt", "shards/other", 300, **quiet)
+    before = written(first)
+    with pytest.raises(ValueError, match="made by another process meanwhile"):
+        with data.new_shards(Path("shards/late")) as part:
+            shutil.copytree(first, "shards/late")
+            shutil.copytree(first, part, dirs_exist_ok=True)
+            data.write_json(part / "card.json", card_of(first) | dict(fingerprint="another"))
+    assert written(Path("shards/late")) == before
+
+
+def test_what_a_killed_process_left_is_not_in_the_shards(home):
+    Path("shards/.input.part").mkdir(parents=True)
+    Path("shards/.input.part/train_000007.bin").write_bytes(b"old")
+    out = prepare("a/input.txt", vocab_size=300, **quiet)
+    assert os.listdir("shards") == ["input"] and "train_000007.bin" not in os.listdir(out)
+
+
+@pytest.mark.parametrize("out", ["empty", ".", "link"])
+def test_an_empty_folder_takes_shards(home, monkeypatch, out):
+    Path("empty").mkdir()
+    Path("link").symlink_to("empty")
+    monkeypatch.chdir("empty" if out == "." else ".")
+    prepare(home / "a" / "input.txt", out, 300, **quiet)
+    assert data.check_shards(home / "empty").vocab_size == 300 and data.check_shards(out)
+    assert Path(home, "link").is_symlink()
+    assert prepare(home / "a" / "input.txt", out, 300, **quiet) == Path(out)
 
 
 @pytest.mark.parametrize("harm", [
-    lambda out: (out / "card.json").unlink(),
     lambda out: (out / "val_000000.bin").write_bytes(b"x"),
     lambda out: (out / "tokenizer.json").write_text("{}"),
     lambda out: (out / "train_000007.bin").write_bytes((out / "val_000000.bin").read_bytes())])
-def test_an_unfinished_or_damaged_folder_is_made_again(tmp_path, harm):
+def test_a_damaged_folder_is_made_again_and_what_a_user_put_there_stays(tmp_path, harm):
     folder, out = folder_of(tmp_path, STORIES), tmp_path / "out"
     before = card_of(prepare(folder, out, 300, **quiet))
+    (out / "my notes").write_text("precious")
     harm(out)
     assert card_of(prepare(folder, out, 300, **quiet)) == before
-    names = ["card.json", "tokenizer.json", "train_000000.bin", "val_000000.bin"]
+    names = ["card.json", "my notes", "tokenizer.json", "train_000000.bin", "val_000000.bin"]
     assert sorted(path.name for path in out.glob("[!.]*")) == names
 
 
-def test_a_failed_run_leaves_the_finished_folder_as_it_is(tmp_path):
-    folder, out = folder_of(tmp_path, STORIES), tmp_path / "out"
-    prepare(folder, out, 300, **quiet)
-    (folder / "bad.jsonl").write_text("{}")
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
-    with pytest.raises(ValueError, match="bad.jsonl, line 1"):
+@pytest.mark.parametrize("name, out", [
+    ("tokenizer.json", "mine"), ("train_000000.bin", "mine"), ("card.json", "mine"), ("", "a.txt")])
+def test_a_folder_of_somebody_else_is_not_touched(tmp_path, name, out):
+    folder, out = folder_of(tmp_path, STORIES), tmp_path / out
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / name).write_text("precious")
+    with pytest.raises(ValueError, match=f"{out} holds other shards or files: choose another"):
         prepare(folder, out, 300, **quiet)
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert (out / name).read_text() == "precious" and not list(tmp_path.glob(".*"))
 
 
-def test_a_folder_of_somebody_else_is_not_touched(tmp_path):
-    folder, out = folder_of(tmp_path, STORIES), tmp_path / "mine"
-    out.mkdir()
-    (out / "tokenizer.json").write_text("precious")
-    with pytest.raises(ValueError, match="holds other files"):
-        prepare(folder, out, 300, **quiet)
-    assert [path.read_text() for path in out.iterdir()] == ["precious"]
+def test_a_folder_without_its_card_is_left_and_the_next_name_is_taken(home):
+    out = prepare("a/input.txt", vocab_size=300, **quiet)
+    (out / "card.json").unlink()
+    before, again = written(out), prepare("a/input.txt", vocab_size=300, **quiet)
+    assert again.name.startswith("input-") and written(out) == before
 
 
 def test_a_given_tokenizer_is_used_as_it_is(tmp_path, prepared):
@@ -368,7 +622,7 @@ def test_a_text_is_downloaded_once(tmp_path, server):
 def test_a_url_that_gives_a_page_is_refused_with_the_command_that_reads_it(tmp_path, server):
     server.files["/a.txt"], server.type = b"<p>a", "text/html; charset=utf-8"
     with pytest.raises(ValueError, match="is a web page.* python -m chapters.curate"):
-        data.find_files(f"{server.url}/a.txt", tmp_path, data.Counter())
+        data.find_files(f"{server.url}/a.txt", tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -387,11 +641,11 @@ def test_a_download_with_another_checksum_is_removed(tmp_path, server, monkeypat
     row = f"{server.url}/a.txt", hashlib.sha256(b"right").hexdigest()
     monkeypatch.setitem(data.KNOWN, "shakespeare", row)
     server.files["/a.txt"] = b"right"
-    [path] = data.find_files("shakespeare", tmp_path / "right", data.Counter())
+    [path] = data.find_files("shakespeare", tmp_path / "right")
     assert path.read_bytes() == b"right"
     server.files["/a.txt"] = b"wrong"
     with pytest.raises(ValueError, match="has not the expected sha256"):
-        data.find_files("shakespeare", tmp_path / "wrong", data.Counter())
+        data.find_files("shakespeare", tmp_path / "wrong")
     assert not list((tmp_path / "wrong").iterdir())
 
 
@@ -410,7 +664,7 @@ def test_wikitext_is_cut_into_its_articles(tmp_path, server, monkeypatch):
         archive.writestr("wikitext-2-raw/wiki.train.raw", text)
     server.files["/w.zip"] = (tmp_path / "wiki.zip").read_bytes()
     monkeypatch.setitem(data.KNOWN, "wikitext", (f"{server.url}/w.zip", None))
-    [path] = data.find_files("wikitext", tmp_path / "downloads", data.Counter())
+    [path] = data.find_files("wikitext", tmp_path / "downloads")
     texts = list(map(clean, read_documents(path)))
     assert texts == ["", " = Cat =\n\n Purrs .\n = = Food = =\n Fish .", " = Dog =\n Barks ."]
 
@@ -439,11 +693,29 @@ def test_y_is_x_one_token_later(tmp_path):
         assert (y == x + 1).all() and (np.diff(x) == 1).all()
 
 
-def test_each_block_of_an_epoch_is_read_once(tmp_path):
-    loader = TokenLoader(shards_of(tmp_path, 1000), 1, 16, seed=3)
-    for _ in range(3):
-        starts = sorted(int(next(loader)[0][0, 0]) for _ in range(loader.n_blocks))
-        assert (np.diff(starts) == 16).all() and len(starts) >= 1000 // 16 - 1
+def test_the_blocks_of_an_epoch_follow_each_other_from_the_first_token_to_the_last(tmp_path):
+    loader, offsets = TokenLoader(shards_of(tmp_path, 1000), 1, 16, seed=3), set()
+    for _ in range(5):
+        first, *starts, last = sorted(int(next(loader)[0][0, 0]) for _ in range(loader.n_blocks))
+        assert first == 0 and last == 1000 - 16 - 1
+        inner = [start for start in starts if start < last]
+        assert (np.diff(inner) == 16).all() and 1 <= inner[0] <= 16 and last - inner[-1] <= 16
+        offsets.add(inner[0])
+    assert len(offsets) > 1
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 3, 4, 7])
+def test_every_epoch_reads_every_token_of_a_split_of_any_size(tmp_path, block_size):
+    for n_tokens in range(block_size + 1, 4 * block_size + 4):
+        folder = shards_of(tmp_path / str(n_tokens), n_tokens, shard_tokens=5)
+        loader, offsets = TokenLoader(folder, 1, block_size), set()
+        assert loader.n_blocks <= n_tokens // block_size + 2
+        for _ in range(12):
+            batches = [next(loader) for _ in range(loader.n_blocks)]
+            assert all((y == x + 1).all() for x, y in batches)
+            assert set(np.ravel(batches)) == set(range(n_tokens))
+            offsets.add(loader.offset)
+        assert offsets <= set(range(block_size)) and len(offsets) > 1 or block_size == 1
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -475,10 +747,11 @@ def test_seeds_and_epochs_differ_and_splits_are_apart(tmp_path, prepared):
     assert TokenLoader(prepared, 1, 8, split="val").n_tokens == card["val"]["tokens"]
 
 
-@pytest.mark.parametrize("n_tokens", [17, 18, 31, 32, 33, 48])
+@pytest.mark.parametrize("n_tokens", [17, 18, 19, 31, 32, 33, 48])
 def test_a_corpus_of_a_few_blocks_is_enough_and_a_shorter_one_is_refused(tmp_path, n_tokens):
     folder = shards_of(tmp_path, n_tokens)
     for (x, y), _ in zip(TokenLoader(folder, 2, 16), range(50)):
+        assert x.shape == (2, 16)
         assert (y == x + 1).all() and y.max() < n_tokens
     with pytest.raises(ValueError, match=f"has {n_tokens} tokens, a block needs 49"):
         TokenLoader(folder, 2, 48)
@@ -496,22 +769,50 @@ def test_the_command_prepares_and_names_the_next_one(tmp_path):
     assert "60 documents" in done.stdout and (tmp_path / "shards" / "texts" / "card.json").exists()
 
 
+def test_the_command_says_which_folder_it_made_or_used_again(home):
+    said = [run("data.py", f"{name}/input.txt", "--vocab_size=300", cwd=home).stdout
+            for name in ("a", "b", "b", "a")]
+    folders = [text.splitlines()[-1].partition("next: python train.py --data=")[2] for text in said]
+    assert folders == ["shards/input", folders[1], folders[1], "shards/input"]
+    assert re.fullmatch(r"shards/input-[0-9a-f]{8}", folders[1])
+    assert ["used again" in text for text in said] == [False, False, True, True]
+    done = run("data.py", "b/input.txt", "--vocab_size=300", "--out=shards/input", cwd=home)
+    assert done.returncode == 1 and done.stderr == (
+        "error: shards/input holds other shards or files: choose another --out\n")
+
+
 @pytest.mark.parametrize("words, code, message", [
     (["none.txt"], 1, "no such file"), (["shakespear"], 1, "not one of stdlib, shakespeare"),
     (["empty.txt"], 1, "0 bytes of text"), (["binary.txt"], 1, "is a binary file"),
     (["a.pdf"], 1, "a.pdf: can read only .txt"), (["empty"], 1, "0 bytes of text"),
     (["a.jsonl"], 1, "a.jsonl, line 2"), (["blank.txt"], 1, "0 bytes of text"),
-    (["a.txt", "--vocab_size=99"], 1, "vocab_size=99 is"), (["fineweb10B", "a.txt"], 1, "mix"),
-    (["a.txt", "--val_ratio=2"], 1, "4 bytes of text do not split at val_ratio=2.0"),
+    (["huge.txt", "--vocab_size=99"], 1, "vocab_size=99 must be from 262"),
+    (["huge.txt", "--vocab_size=" + "9" * 20], 1, "vocab_size=99999999999999999999 must be from"),
+    (["huge.txt", "--vocab_size=x"], 2, "invalid int value: 'x'"),
+    (["huge.txt", "--val_ratio=0"], 1, "val_ratio=0.0 must be above 0 and below 1"),
+    (["huge.txt", "--val_ratio=nan"], 1, "val_ratio=nan must be above 0 and below 1"),
+    (["huge.txt", "--val_ratio=-0.1"], 1, "val_ratio=-0.1 must"),
+    (["huge.txt", "--val_ratio=1"], 1, "val_ratio=1.0 must be above 0 and below 1"),
+    (["huge.txt", ""], 1, "none may be empty"), (["a.txt", "fineweb10B"], 1, "do not mix"),
+    (["fineweb10B", "a.txt"], 1, "do not mix"), (["fineweb10B", "--shards=0"], 1, "not 0"),
+    (["fineweb10B", "--shards=104"], 1, "1 to 103 training shards, not 104"),
+    (["huge.txt", "--shards=2"], 1, "--shards would not act without fineweb10B: leave it out"),
+    (["fineweb10B", "--vocab_size=300"], 1, "--vocab_size would not act beside fineweb10B"),
+    (["fineweb10B", "--val_ratio=0.1"], 1, "--val_ratio would not act beside fineweb10B"),
+    (["huge.txt", "--vocab_size=300", "--tokenizer=t.json"], 1, "would not act beside --tokenizer"),
+    (["a.txt", "--out=b.txt"], 1, "b.txt holds other shards or files"),
+    (["a.txt", "--out=folder"], 1, "folder holds other shards or files: choose another --out"),
     (["a.txt", "--tokenizer=none"], 1, "No such file"),
     (["a.txt", "--vocabsize=300"], 2, "did you mean --vocab_size?")])
 def test_a_wrong_input_ends_in_one_line(tmp_path, words, code, message):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "folder" / "a").mkdir(parents=True)
+    os.mkfifo(tmp_path / "huge.txt")  # to read it would take for ever
     contents = {"a.txt": b"text", "empty.txt": b"", "binary.txt": b"\0\1", "a.pdf": b"x",
-                "blank.txt": b" \n", "a.jsonl": b'{"text": ""}\n{}'}
+                "b.txt": b"mine", "blank.txt": b" \n", "a.jsonl": b'{"text": ""}\n{}'}
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
     done = run("data.py", *words, cwd=tmp_path)
     assert done.returncode == code
     assert done.stderr.count("\n") == 1 and message in done.stderr
-    assert not list(tmp_path.glob("shards/*/[!.]*"))
+    assert (tmp_path / "b.txt").read_bytes() == b"mine" and not list(tmp_path.glob("shards/*"))

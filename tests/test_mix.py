@@ -7,7 +7,7 @@ from test_train import configure
 
 from chapters import mix
 from chapters.mix import mixed_sequences, read_shares, take_turns
-from data import TokenLoader, check_shards, prepare, read_split
+from data import TokenLoader, check_shards, prepare, read_split, write_shards
 from train import train
 
 QUIET = dict(say=lambda text: None)
@@ -41,7 +41,15 @@ def test_each_folder_gives_its_own_sequences_in_the_loaders_order(shards, other)
     for i, loader in enumerate(TokenLoader(path, 1, 16) for path in (shards, other)):
         own = [ids for ids, turn in zip(mixed, turns) if turn == i]
         assert len(own) == loader.n_blocks if i == 0 else len(own) > loader.n_blocks
-        assert all((ids == next(loader)[0][0]).all() for ids in own)
+        assert all((ids[:16] == next(loader)[0][0]).all() for ids in own)
+
+
+@pytest.mark.parametrize("n_tokens", [17, 18, 31, 100, 333])
+def test_the_first_folder_is_read_to_its_last_token(tmp_path, n_tokens):
+    for name, first in ("a", 0), ("b", 1000):
+        write_shards([first + np.arange(n_tokens)], tmp_path / name, "train", 2000)
+    mixed = np.concatenate([*mixed_sequences({tmp_path / "a": 50, tmp_path / "b": 50}, 16)])
+    assert {*mixed.tolist()} >= {*range(n_tokens)}
 
 
 def test_the_mixture_is_a_folder_of_shards_to_train_on(shards, other, tmp_path, call):
@@ -67,7 +75,10 @@ def test_the_mixture_is_a_folder_of_shards_to_train_on(shards, other, tmp_path, 
     (["{a}=0.5", "{c}=0.5"], "has not the tokenizer of"),
     (["{a}=0.5", "{b}=0.5", "--block_size=0"], "block_size=0 must be at least 1"),
     (["{a}=0.5", "{b}=0.5", "--block_size=5000"], "a block needs 5,001"),
-    (["{a}=0.5", "{b}=0.5", "--out={a}"], "holds files: give a new or empty folder")])
+    (["{a}=0.5", "{b}=0.5", "--out={a}"], "holds other shards or files: give a new"),
+    (["{a}=0.5", "{b}=0.5", "--out={a}.txt"], "holds other shards or files: give a new"),
+    (["{a}=0.5", "{b}=0.5", "--block_size=9999999999"], "block_size=9999999999 must be at least 1"),
+    (["{a}=0.5", "{b}=0.5", "--seed=-1"], "seed=-1 must be at least 0 and below 2**31")])
 def test_what_cannot_be_mixed_is_refused_in_one_line(shards, other, tmp_path, monkeypatch, capsys,
                                                      words, problem):
     (tmp_path / "c.txt").write_text("some more words\n" * 200, "utf-8")
@@ -76,3 +87,12 @@ def test_what_cannot_be_mixed_is_refused_in_one_line(shards, other, tmp_path, mo
     out = tmp_path / "mixed"
     code, (line,) = mistake(mix.main, monkeypatch, capsys, f"--out={out}", *words)
     assert code == 1 and problem in line and not out.exists()
+
+
+def test_a_mixture_that_fails_leaves_no_folder(shards, other, tmp_path, monkeypatch):
+    monkeypatch.setattr(mix, "count_tokens", lambda *words: 1 / 0)
+    (tmp_path / "empty").mkdir()
+    for name in "new", "empty":
+        with pytest.raises(ZeroDivisionError):
+            mix.mix({shards: 50, other: 50}, tmp_path / name, 32)
+    assert [*tmp_path.rglob("*")] == [tmp_path / "empty"]
