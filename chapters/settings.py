@@ -14,10 +14,10 @@ from random import Random
 
 from model import GPTConfig
 from tokenizer import field_kind
-from train import TrainConfig
+from train import TrainConfig, check_model, complete_options, split_batch
 
-OWN = {"out", "max_steps", "seed", "config", "resume", "epochs", "tokens", "minutes", "eval_every"}
-ONE = {"data", "vocab_size", "device", "precision"}  # a path may have commas of its own
+OWN = {"out", "max_steps", "seed", "resume", "rewarm", "epochs", "tokens", "minutes", "eval_every"}
+ONE = {"data", "config", "vocab_size", "device", "precision"}  # a path may have commas of its own
 
 
 # -----------------------------------------------------------------------------
@@ -66,8 +66,23 @@ def all_values(options):
 
 def as_typed(options):
     """Options as they are typed: {"n_layer": 2, "bias": False} -> "--n_layer=2 --no-bias"."""
-    return " ".join(shlex.quote(f"--{name}={value}") if not isinstance(value, bool) else
-                    f"--{'' if value else 'no-'}{name}" for name, value in options.items())
+    words = []
+    for name, value in options.items():
+        words += ([f"--{name}", *value] if isinstance(value, list) else
+                  [f"--{name}={value}"] if not isinstance(value, bool) else
+                  [f"--{'' if value else 'no-'}{name}"])
+    return shlex.join(words)
+
+
+def complete_config(options):
+    """{name: value} of train.py's options -> (TrainConfig, GPTConfig); ValueError if they cannot
+    be trained with."""
+    of_class = [{f.name: options[f.name] for f in fields(config_class) if f.name in options}
+                for config_class in (TrainConfig, GPTConfig)]
+    config, shape = complete_options(*of_class)
+    check_model(shape, config)
+    split_batch(config, 1)
+    return config, shape
 
 
 # -----------------------------------------------------------------------------

@@ -20,19 +20,10 @@ from tqdm import tqdm
 from model import GPTConfig
 from tokenizer import parse_options, replacing, run_command
 from train import (TrainConfig, complete_options, find_shards, micro_batches, prepare_run,
-                   run_folder, set_rate, split_batch, take_step)
+                   run_folder, set_rate, smooth, split_batch, take_step)
 
 N_STEPS, LOWEST, HIGHEST = 60, 1e-4, 3.0  # of the sweep, and its rates
 TAKES_OFF = 1.3  # times the lowest mean loss
-
-
-def running_mean(values, n):
-    """Means that follow the values: over about n of them, at the beginning over a third."""
-    means = []
-    for i, value in enumerate(values):
-        last = means[-1] if means else value
-        means.append(last + (value - last) / min(1 + i // 3, n))
-    return means
 
 
 @contextlib.contextmanager
@@ -64,10 +55,10 @@ def sweep(config, shape):
             set_rate(run.optimizer, rates[-1])
             xs, ys = zip(*micro_batches(run.batches, n_passes, run.model))
             losses.append(take_step(run, run.model, xs, ys, config.grad_clip)[0].item())
-            means = running_mean(losses, 5)
-            if not means[-1] < TAKES_OFF * min(means):
+            means = smooth(losses, 5)[:-2]  # of the last two there is no mean of five yet
+            if means and not means[-1] < TAKES_OFF * min(means):
                 break
-    return rates, means
+    return rates[:len(means)], means
 
 
 def find_rate(config, shape):
@@ -77,7 +68,7 @@ def find_rate(config, shape):
     rates, means = sweep(replace(config, data=str(shards)), shape)
     rate, path = rates[means.index(min(means))] / 3, run_folder(config, shards) / "find_lr.png"
     with picture(path, title="Loss while the learning rate grows", xlabel="learning rate",
-                 xscale="log", ylabel="loss, running mean (nats per token)") as ax:
+                 xscale="log", ylabel="loss, mean of five steps (nats per token)") as ax:
         ax.plot(rates, means, color="#4477aa", linewidth=2)
         ax.axvline(rate, color="#cc6633", label=f"suggested: {rate:.1g}")
     print(f"loss {means[0]:.3f}, then {min(means):.3f}, then {means[-1]:.3f} at rates from "
