@@ -445,7 +445,7 @@ TASKS = {
                  {"acc": ratio, "acc_norm": ratio, "acc_bytes": ratio}, ("n_questions",)),
 }
 DEFAULT = ["perplexity", "continuation"]
-VARIES = {"runs", "run", "tasks", "rows", "device", "scores"}  # while scores stay comparable
+VARIES = {"runs", "run", "tasks", "rows", "device", "scores", "card", "run_code"}  # scores do not
 
 
 def trained_on(folder):

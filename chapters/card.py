@@ -182,8 +182,8 @@ def model_card(folder):
     """What a run's files say about it, as Markdown."""
     report, data = read_json(Path(folder, "scores.json")), config_of(folder).get("data", {})
     model, _ = load_model(Path(folder, report["checkpoint"]))
-    lines = [f"- {source['name']}: {source.get('bytes', 0):,} bytes in {source.get('files', 0):,} "
-             "files" for source in data.get("sources", ())]
+    lines = [f"- {source['name']}: {source.get('files', 0):,} files"
+             for source in data.get("sources", ())]
     lines += [f"- {name}: {n:,}" for name, n in (data.get("counts") or {}).items()]
     figures = [f"- {name}: {value:.4g}" if isinstance(value, float) else f"- {name}: {value}"
                for name, value in training_figures(folder, model).items()]

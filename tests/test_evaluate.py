@@ -13,8 +13,9 @@ from conftest import keep, run, tiny
 import evaluate
 from data import read_card, read_split
 from evaluate import (bits_per_byte, bootstrap, cells, continuation_rows, difference, encode_pair,
-                      exact_match, exp_ratio, interval, loglikelihood, multiple_choice, perplexity,
-                      read_rows, score_choice, surprisal, table, wilson, windows)
+                      exact_match, exp_ratio, format_row, interval, loglikelihood, multiple_choice,
+                      pairs_of, perplexity, read_rows, score_choice, surprisal, table, wilson,
+                      windows)
 from sample import complete
 from tokenizer import Tokenizer, write_json
 
@@ -253,6 +254,21 @@ def test_the_same_text_and_seed_give_the_same_questions():
     assert continuation_rows([text], 20, seed=1) != continuation_rows([text], 20, seed=2)
 
 
+@pytest.mark.parametrize("letters", ["春江潮水连海平，海上明月共生。", "กาบาดีมู่", "ひらがなカタカナ。"])
+def test_a_text_without_spaces_is_cut_into_pieces_of_characters(letters):
+    text = "".join(random.Random(0).choices(letters, k=9000))
+    rows = continuation_rows([text], n_rows=20)
+    assert len(rows) == 20
+    for row in rows:
+        assert row["context"] + row["choices"][row["answer"]] in text
+        assert all(16 <= len(choice) <= 100 for choice in row["choices"])
+
+
+def test_text_with_too_few_questions_says_what_it_lacks():
+    with pytest.raises(ValueError, match="8 of them within 100 characters: it has 0, 4 are needed"):
+        continuation_rows([" ".join(["long" * 9] * 1000)])
+
+
 def test_text_that_is_too_short_for_questions_is_refused():
     with pytest.raises(ValueError, match="too short for continuation questions of 48 words"):
         continuation_rows(["some words " * 10, "one " * 100])
@@ -266,8 +282,26 @@ def test_rows_are_read_from_lines_of_json(tmp_path):
     assert read_rows(tmp_path / "rows.jsonl") == rows
 
 
+@pytest.mark.parametrize("row, ends", [
+    (dict(context="2 + 2 =", choices=["3", " 4"]), [" 3", " 4"]),
+    (dict(context="2 + 2 = ", choices=["3", " 4"]), ["3", " 4"]),
+    (dict(context="so\n", choices=["a", "b"]), ["a", "b"]),
+    (dict(context="", choices=["a", "b"]), ["a", "b"]),
+    (dict(context=["a", "b "], choices=["c", "d"]), [" c", "d"]),
+    (dict(context="海上明月", choices=["共潮生", "a"]), ["共潮生", "a"]),
+    (dict(context="in Chinese:", choices=["水", "water"]), ["水", " water"]),
+    (dict(context="ฉันรัก", choices=["เธอ", "แมว"]), ["เธอ", "แมว"]),
+    (dict(context="나는", choices=["너를", "물을"]), [" 너를", " 물을"]),
+    (dict(context="я", choices=["ты", "мы"]), [" ты", " мы"]),
+    (dict(context="海", choices=["上", "a"], between=" "), [" 上", " a"]),
+    (dict(context="a", choices=["b", "c"], between=""), ["b", "c"]),
+    (dict(context="a", choices=["b", "c"], between=None), [" b", " c"])])
+def test_a_space_goes_before_a_choice_where_the_script_has_one(row, ends):
+    assert [end for _, end in pairs_of(format_row(row | dict(answer=0)))] == ends
+
+
 @pytest.mark.parametrize("line", [
-    b"{", b"[]", b"3", b"\xff", b'{"choices": ["a", "b"], "answer": 0}',
+    b"{", b"[]", b'{"context": "", "choices": ["a", "b"], "answer": 0, "between": 3}', b"3", b"\xff", b'{"choices": ["a", "b"], "answer": 0}',
     b'{"context": 1, "choices": ["a", "b"], "answer": 0}',
     b'{"context": "", "choices": ["a"], "answer": 0}',
     b'{"context": "", "choices": "ab", "answer": 0}',
@@ -389,6 +423,92 @@ def test_runs_with_different_tokenizers_are_compared_by_bits_per_byte_alone(
     assert [row.get("difference") is None for row in rows] == [True, True, True, False]
 
 
+def test_what_does_not_fit_the_context_is_left_out_and_counted(command, folder, tmp_path):
+    rows = [dict(context=f"{i} is", choices=["a cat", TEXT if i < 2 else "red"], answer=0)
+            for i in range(5)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    shown, notes = command("--rows=rows.jsonl")
+    scores = json.loads((folder / "scores.json").read_text("utf-8"))["scores"]
+    assert [(row["n"], row["left_out"]) for row in scores] == [(3, 2)] * 3 and notes == ""
+    assert shown.count("3 questions, 2 left out") == 3
+
+
+def test_a_task_of_which_nothing_fits_is_named_and_ends_no_other(command, tmp_path):
+    row = dict(context="", choices=["a", TEXT], answer=0)
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row), "utf-8")
+    shown, notes = command("--rows=rows.jsonl", "--tasks=rows,perplexity")
+    line = "runs/words: none of the 1 questions of rows fits into the context of 64 tokens"
+    assert notes == f"warning: {line}\n" and "perplexity  bits per byte" in shown
+    _, notes = command("--rows=rows.jsonl")
+    assert notes == f"error: {line}\n"
+
+
+def test_runs_are_compared_only_where_the_same_questions_fit(command, folder, second, tokenizer,
+                                                            tmp_path):
+    keep(tiny(vocab_size=tokenizer.n_vocab, block_size=8), second, step=2)
+    rows = [dict(context="", choices=["a", end], answer=0) for end in ("b", "a red dog " * 3)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    shown, _ = command(folder, second, "--rows=rows.jsonl", "--checkpoint=last")
+    assert "1 questions, 1 left out" in shown and "minus the first run" not in shown
+
+
+def test_shards_of_another_text_than_the_runs_own_are_refused(command, folder, shards):
+    data = {"path": str(shards), "fingerprint": "1" * 64, "sources": [{"name": "book.txt"}]}
+    write_json(folder / "config.json", {"data": data})
+    _, notes = command()
+    assert notes.startswith(f"error: {shards} holds ") and notes.count("\n") == 1
+    assert "runs/words was trained on book.txt (11111111): --data=FOLDER" in notes
+    shown, notes = command(f"--data={shards}", "--tasks=perplexity", "--max_tokens=300")
+    assert "perplexity  bits per byte" in shown and notes == ""
+
+
+def test_of_a_run_that_was_trained_on_another_text_it_is_said(command, folder, second):
+    write_json(second / "config.json", {"data": {"path": "x", "fingerprint": "0"}})
+    shown, _ = command(folder, second, "--max_tokens=300", "--tasks=perplexity")
+    assert f"{second} was trained on another text than {folder}, " in shown.splitlines()[0]
+
+
+def test_all_that_lies_beside_runs_may_be_named(command, folder, second):
+    (folder.parent / "leaderboard.json").write_text("[]")
+    (folder.parent / "empty").mkdir()
+    beside = sorted(folder.parent.iterdir(), reverse=True)
+    shown, notes = command(*beside, "--max_tokens=300", "--tasks=perplexity")
+    assert notes == f"warning: {folder.parent / 'empty'} is left out: it has no checkpoint\n"
+    assert str(second) in shown and (folder.parent / "leaderboard.png").exists()
+
+
+def test_a_run_that_cannot_be_scored_ends_no_other(command, folder, second, tokenizer):
+    keep(tiny("bert", vocab_size=tokenizer.n_vocab, block_size=64), second)
+    shown, notes = command(folder, second, "--max_tokens=300", "--tasks=perplexity")
+    assert "other is left out: " in notes and notes.count("\n") == 1 and "bits per byte" in shown
+
+
+def test_scores_of_other_tasks_stay_while_weights_and_settings_do(command, folder, tokenizer):
+    def tasks(*words):
+        command(*words)
+        return json.loads((folder / "scores.json").read_text("utf-8"))["tasks"]
+
+    few, more = "--max_tokens=2000", "--max_tokens=2500"
+    assert tasks(few, "--tasks=perplexity") == ["perplexity"]
+    assert tasks(few, "--tasks=continuation") == ["perplexity", "continuation"]
+    assert tasks(few, "--tasks=perplexity") == ["continuation", "perplexity"]
+    assert tasks(more, "--tasks=continuation") == ["continuation"]
+    assert tasks(more, "--tasks=perplexity") == ["continuation", "perplexity"]
+    keep(tiny(vocab_size=tokenizer.n_vocab, block_size=64, seed=5), folder)  # of the same name
+    assert tasks(more, "--tasks=continuation") == ["continuation"]
+    (folder / "scores.json").write_text("[")
+    assert tasks(more, "--tasks=perplexity") == ["perplexity"]
+
+
+@pytest.mark.parametrize("words, idle", [
+    (["--tasks=perplexity", "--n_questions=9", "--seed=1"], "--n_questions --seed"),
+    (["--tasks=continuation", "--stride=9"], "--stride"),
+    (["--rows=r.jsonl", "--max_tokens=9", "--data=x"], "--data --max_tokens")])
+def test_options_that_would_not_act_are_refused(command, words, idle):
+    _, notes = command(*words)
+    assert notes.startswith(f"error: {idle} would not act beside --tasks=")
+
+
 def test_a_task_that_the_text_is_too_short_for_is_left_out_unless_asked_for(command):
     shown, _ = command("--max_tokens=30")
     assert "continuation is left out: the held-out text is too short" in shown
@@ -410,6 +530,8 @@ def test_a_model_that_does_not_continue_a_text_is_refused(command, folder, token
     (["--max_tokens=0"], "max_tokens=0 must be at least 1"),
     (["--stride=65"], "stride=65 must be 1 to block_size=64"),
     (["--stride=half"], "stride=half must be a number of tokens, or rolling"),
+    (["--stride=0"], "stride=0 must be a number of tokens, or rolling"),
+    (["--tasks="], "unknown task '': choose from perplexity, "),
     (["--data=nothing"], "nothing: no val shards"),
     (["--tasks=continuation", "--max_tokens=20"], "the held-out text is too short for ")])
 def test_a_wrong_input_ends_in_one_line(command, words, line):

@@ -231,6 +231,27 @@ def test_facts_are_followed_by_one_word_wherever_they_stand():
         assert row["choices"][row["answer"]] in after
 
 
+@pytest.mark.parametrize("letters", ["春江潮水连海平上明月共生", "กขคงจฉชซฌญฎฏ"])
+@pytest.mark.parametrize("name", sorted({*PROBES} - {"writing"}))
+def test_small_tasks_are_made_of_a_text_without_spaces(name, letters):
+    lines = ["".join(Random(i % 9).choices(letters, k=40)) for i in range(90)]
+    rows = PROBES[name](["\n".join(lines)], 20, 0)
+    assert all(format_row(row) and len({*row["choices"]} | {*row["context"]}) > 3 for row in rows)
+    assert name in ("planted", "copying", "arithmetic") or not any(
+        " " in end for row in rows for _, end in pairs_of(row))
+
+
+@pytest.mark.parametrize("text", [
+    "кот видит пса, старая птица поёт, красные деревья растут, холмы зелёные", "αυτό είναι ένα "
+    "μικρό κείμενο που έχει δέκα λέξεις και λίγες ακόμα", "नमस्ते संसार यहाँ बहुत सारे शब्द लिखे हुए मिलते हैं"])
+def test_letters_of_every_script_make_words(text):
+    assert len(PROBES["copying"]([text], 5, 0)) == 5
+
+
+def test_questions_by_a_rule_come_to_an_end():
+    assert len(PROBES["arithmetic"]([], 10**9, 0)) == 10_000
+
+
 @pytest.mark.parametrize("name", sorted({*PROBES} - {"arithmetic"}))
 def test_a_text_that_is_too_short_for_a_small_task_is_refused_by_name(name):
     with pytest.raises(ValueError, match=f"leave {name} out of --tasks"):
@@ -251,6 +272,10 @@ def test_rouge_l_by_hand_and_as_its_library_has_it():
     scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
     for text, target in ("The cat, sat on it", "on it the cat sat"), ("x1 y", "X1-y z"), ("", "a"):
         assert rouge_l(text, target) == pytest.approx(scorer.score(target, text)["rougeL"].fmeasure)
+
+
+def test_rouge_l_counts_words_of_every_script():
+    assert rouge_l("кот видит пса", "кот видит дом") == pytest.approx(2 / 3)
 
 
 def test_bleu_by_hand():
@@ -336,6 +361,49 @@ def test_what_was_in_the_training_text_is_said(command, shards, tokenizer, tmp_p
     assert "13 tokens in a row are in the training text, too: rows 1 of 2\n" in shown
 
 
+def test_of_a_text_that_is_gone_or_changed_no_overlap_is_claimed(command, tmp_path):
+    path = tmp_path / "runs" / "words" / "config.json"
+    for part in ({"fingerprint": "0"}, {"path": "nowhere"}):
+        config = json.loads(path.read_text("utf-8"))
+        write_json(path, config | {"data": config["data"] | part})
+        shown, notes = command("--tasks=arithmetic", "--n_questions=5")
+        assert "what the training text has of them is not known: its shards are gone" in shown
+
+
+@pytest.mark.parametrize("log, said", [
+    ('{"step": 7, "loss": 2.5}\n{"step": 8, "lo', "step: 7"), ("", "seed"), ("\n[]\n", "seed"),
+    ('{"step": 9, "loss": null}', "step: 9")])
+def test_a_card_is_written_whatever_is_left_of_the_log(command, tmp_path, log, said):
+    folder = tmp_path / "runs" / "words"
+    (folder / "log.jsonl").write_text(log, "utf-8")
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    write_json(folder / "config.json", config | {"train": {"seed": 3}})
+    _, notes = command("--tasks=arithmetic", "--n_questions=5", "--card")
+    card = (folder / "model_card.md").read_text("utf-8")
+    assert notes == "" and said in card and "None" not in card.split("## How it scores")[0]
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "humaneval"])
+def test_a_question_to_answer_that_does_not_fit_is_left_out(command, tmp_path, name):
+    part, text = dict(gsm8k=("question", "2?"), humaneval=("prompt", "def one():\n"))[name]
+    rows = [ROWS[name] | {part: text}, ROWS[name] | {part: text + "# and" * 99}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    code = ["--run_code"] * (name == "humaneval")
+    shown, notes = command(f"--tasks={name}", "--rows=rows.jsonl", *code)
+    assert "1 questions, 1 left out" in shown and notes == ""
+    (tmp_path / "rows.jsonl").write_text(json.dumps(rows[1]), "utf-8")
+    shown, notes = command(f"--tasks={name}", "--rows=rows.jsonl", *code)
+    assert notes.startswith(f"error: runs/words: none of the 1 questions of {name} fits")
+
+
+def test_scores_and_overlaps_of_earlier_tasks_stay_on_the_card(command, tmp_path):
+    command("--tasks=planted", "--n_questions=9", "--max_tokens=900")
+    command("--tasks=copying", "--n_questions=9", "--max_tokens=900", "--card")
+    card = (tmp_path / "runs" / "words" / "model_card.md").read_text("utf-8")
+    assert "| planted | acc |" in card and "| copying | acc |" in card
+    assert "planted 0 of 9, copying " in card
+
+
 def test_a_model_card_says_what_went_in_and_what_came_out(command, tmp_path):
     command("--tasks=copying", "--n_questions=9", "--card")
     folder = tmp_path / "runs" / "words"
@@ -349,6 +417,10 @@ def test_a_model_card_says_what_went_in_and_what_came_out(command, tmp_path):
 @pytest.mark.parametrize("words, line", [
     (["--n_shots=-1"], "n_shots=-1 must be at least 0"),
     (["--n_shots=1"], "perplexity has no solved examples: leave out --n_shots, or the task"),
+    (["--n_samples=2000", "--tasks=humaneval"], "n_samples=2000 must be at least 1 and below 1001"),
+    (["--tasks=arithmetic", "--max_tokens=9"], "--max_tokens would not act beside --tasks=arith"),
+    (["--tasks=copying", "--n_samples=2"], "--n_samples would not act beside --tasks=copying"),
+    (["--tasks=copying", "--run_code"], "--run_code would not act beside --tasks=copying"),
     (["--tasks=humaneval"], "humaneval runs what the model writes, on this machine: --run_code"),
     (["--tasks=piqa,boolq", "--rows=x"], "--tasks=TASK and --rows=FILE.jsonl, the rows of that ")])
 def test_a_wrong_input_ends_in_one_line(command, words, line):
