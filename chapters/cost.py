@@ -7,14 +7,19 @@ What FLOPs cost on a GPU, and what known models took.
 """
 
 import json
+import sys
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
+if __name__ == "__main__":  # `python chapters/cost.py` works as well, from any folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import torch
 
-from model import GPT, GPTConfig, check_known
-from tokenizer import Parser, run_command
+from model import GPT, GPTConfig, check_known, check_options, option
+from tokenizer import parse_options, run_command
 
 # FLOP/s of dense products in bf16 (T4, V100: fp16) summed in float32, watts of the board, bytes of
 # memory: the makers' data sheets.
@@ -27,8 +32,12 @@ GPUS = {
 
 def outline(config):
     """The model of a GPTConfig without its numbers: no size takes memory or time."""
-    with torch.device("meta"):
-        return GPT(config)
+    try:
+        with torch.device("meta"):
+            return GPT(config)
+    except RuntimeError:
+        raise ValueError(f"a model of n_embd={config.n_embd}, vocab_size={config.vocab_size} has "
+                         "more numbers than can be counted: take smaller ones") from None
 
 
 def gpu_cost(flops, gpu="H100", price=2.5, mfu=0.4, carbon=480):
@@ -68,6 +77,11 @@ def short(n):
     return f"{n:.0f}"
 
 
+def plain(x):
+    """A number as people write it: plain(0.0123) == "0.0123", plain(12345.6) == "12,346"."""
+    return f"{x:,.0f}" if x >= 100 or x == 0 else f"{x:.3g}" if x >= 0.001 else "less than 0.001"
+
+
 def join_parts(parts):
     return ", ".join(f"{name} {short(n)}" for name, n in parts.items() if n)
 
@@ -77,11 +91,22 @@ def duration(seconds):
     for unit, name in ((31557600, "years"), (86400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= 1.5 * unit:
             return f"{seconds / unit:,.1f} {name}"
-    return f"{seconds:.0f} seconds"
+    return f"{seconds:.0f} seconds" if seconds >= 1 else "less than a second"
 
 
 def gigabytes(n):
     return f"{n / 1e9:,.2f} GB" if n < 1e11 else f"{n / 1e9:,.0f} GB"
+
+
+def verdict(totals, has, where):
+    """Whether a run fits into `has` bytes somewhere, in words, by its totals, {options: bytes}, the
+    first of them without any."""
+    for options, total in totals.items():
+        if total < has:
+            return f"fits{options and ' with ' + options} into the {gigabytes(has)} {where}"
+    return (f"does NOT fit into the {gigabytes(has)} {where}: it takes "
+            f"{gigabytes(min(totals.values()))} or more; less with a smaller --size, "
+            "--micro_batch_size or --block_size")
 
 
 def show_published(mfu):
@@ -98,11 +123,16 @@ def show_published(mfu):
     print(f"~ our blocks lack some of its weights, and FLOPs count those; hours at mfu {mfu:g}")
 
 
+@dataclass(frozen=True)
+class CostConfig:
+    """What the table reckons with."""
+    mfu: float = option(0.4, "share of a GPU's peak that a run reaches", low=0.001, below=1)
+
+    __post_init__ = check_options
+
+
 def main():
-    parser = Parser(__doc__)
-    parser.add_argument("--mfu", type=float, default=0.4, help="share of a GPU's peak that a run "
-                        "reaches (default %(default)s)")
-    show_published(parser.parse_args().mfu)
+    show_published(CostConfig(**parse_options(__doc__, CostConfig)[0]).mfu)
 
 
 if __name__ == "__main__":

@@ -12,22 +12,26 @@ on random tokens. That of a GPU follows from its peak, of which a run reaches th
 
 import math
 import os
+import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 
+if __name__ == "__main__":  # `python chapters/plan.py` works as well, from any folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import torch
 
-from chapters.cost import (GPUS, duration, gigabytes, gpu_cost, join_parts, outline, short,
-                           show_published)
+from chapters.cost import (GPUS, duration, gigabytes, gpu_cost, join_parts, outline, plain, short,
+                           show_published, verdict)
 from chapters.kernels import keep_freed_memory
 from chapters.memory import free_memory, parameters_by_part, process_memory, training_memory
 from data import folder_name, read_card
 from model import GPT, GPTConfig, check_known, check_options, option
 from sample import pick_device, pick_precision
-from tokenizer import parse_options, run_command
+from tokenizer import parse_options, refuse_idle, run_command
 from train import (LENGTHS, TrainConfig, check_model, complete_options, gradients, last_step,
                    matmul_rate, model_shape, new_run, peak_memory, split_batch, update)
 
@@ -63,7 +67,7 @@ def seconds_of_step(shape, config, device, dtype):
     ids = torch.randint(shape.vocab_size, (micro, shape.block_size), device=device)
     for _ in range(2):
         start = time.perf_counter()
-        gradients(run, model, [ids], [ids], config.grad_clip)[0].item()
+        gradients(run, model, [(ids, ids)], 1, config.grad_clip)[0].item()
         middle = time.perf_counter()
         update(run)
         model.lm_head.weight[0, 0].item()  # a GPU has then finished
@@ -107,7 +111,8 @@ def measured_seconds(shape, config, device, dtype, patience=5.0):
 
 def find_card(config):
     """The Card of the shards that train.py would take, None if it has to make them first."""
-    given, made = Path(config.data), Path("shards") / folder_name(config.data)
+    source = config.data if isinstance(config.data, str) else config.data[0]
+    given, made = Path(source), Path("shards") / folder_name(source)
     for folder in (given, made):
         if (folder / "card.json").exists():
             card = read_card(folder)
@@ -163,30 +168,30 @@ def make_plan(config, shape=None, has_length=True, measure=True):
 
 def token_lines(plan):
     share = plan.tokens / plan.model.n_parameters()
-    yield f"{short(plan.tokens)}, {share:.3g} per parameter, in {plan.steps:,} steps"
+    yield f"{short(plan.tokens)}, {plain(share)} per parameter, in {plan.steps:,} steps"
+    data = plan.config.data if isinstance(plan.config.data, str) else " ".join(plan.config.data)
     if not plan.n_tokens:
-        yield (f"{plan.config.data} is not prepared yet: python data.py {plan.config.data} counts "
-               "its tokens")
+        yield f"{data} is not prepared yet: python data.py {data} counts its tokens"
         return
     epochs = plan.tokens / plan.n_tokens
     odd = (": less than half of it" if epochs < 0.5 else
            ": after about 4 times it teaches less, after 8 little" if epochs > 8 else "")
-    yield f"{plan.config.data} has {short(plan.n_tokens)}: {epochs:.2g} epochs{odd}"  # 2305.16264
+    yield f"{data} has {short(plan.n_tokens)}: {plain(epochs)} epochs{odd}"  # arXiv:2305.16264
 
 
 def memory_lines(plan):
     """With and without recompute; on a CPU with the process around the tensors."""
-    micro = split_batch(plan.config, 1)[0]
+    micro, totals = split_batch(plan.config, 1)[0], {}
     yield f"{micro} sequences at a time, {plan.precision}, {plan.kernels} kernels"
     for recompute, parts in plan.memory.items():
-        total, options = sum(parts.values()), "--recompute" if recompute else "as it is"
+        total, options = sum(parts.values()), "--recompute" * recompute
         if plan.device == "cpu" and plan.base:
             total = process_memory(parts, plan.base, recompute or plan.config.low_memory)
             options += " --low_memory" * recompute
-        fits = "" if not plan.free else ", fits" if total < plan.free else ", does NOT fit"
-        yield f"{options}: {gigabytes(total)}{fits}; bytes of {join_parts(parts)}"
+        totals[options] = total
+        yield f"{options or 'as it is'}: {gigabytes(total)}; bytes of {join_parts(parts)}"
     if plan.free:
-        yield f"{gigabytes(plan.free)} are free here ({plan.device})"
+        yield verdict(totals, plan.free, f"that are free here ({plan.device})")
 
 
 def time_lines(plan):
@@ -194,28 +199,24 @@ def time_lines(plan):
         least = duration(plan.flops / plan.matmul_rate)
         yield f"too large to try; at the rate of large matrix products at least {least}"
         return
-    rate = plan.flops / plan.steps / plan.seconds
-    yield (f"{duration(plan.steps * plan.seconds)}, measured: {plan.seconds:.3g} s a step, "
+    mfu = plan.flops / plan.steps / plan.seconds / plan.matmul_rate
+    yield (f"{duration(plan.steps * plan.seconds)}, measured: {plain(plan.seconds)} s a step, "
            f"{short(plan.tokens / plan.steps / plan.seconds)} tokens/s, "
-           f"mfu {rate / plan.matmul_rate:.0%}")
+           + (f"mfu {mfu:.0%}" if mfu <= 1 else "mfu unknown, as something else runs here, too"))
 
 
 def gpu_lines(plan, options):
     """Time, cost and memory on the GPUs of a PlanConfig."""
     cost = gpu_cost(plan.flops, options.gpu, options.price, options.mfu, options.carbon)
     yield (f"{duration(3600 * cost['hours'] / options.gpus)} on {options.gpus} at mfu "
-           f"{options.mfu:g}: {cost['hours']:,.3g} GPU hours, {cost['money']:,.2f} at "
-           f"{options.price:g} an hour, {cost['kwh']:,.3g} kWh, {cost['co2']:,.3g} kg CO2 at "
+           f"{options.mfu:g}: {plain(cost['hours'])} GPU hours, {cost['money']:,.2f} at "
+           f"{options.price:g} an hour, {plain(cost['kwh'])} kWh, {plain(cost['co2'])} kg CO2 at "
            f"{options.carbon:g} g a kWh")
-    micro, has = split_batch(plan.config, options.gpus)[0], GPUS[options.gpu][2]
-    for recompute in (False, True):
-        total = sum(training_memory(plan.model, micro, plan.config.optimizer, "cuda",
-                                    torch.bfloat16, recompute, "cuda").values())
-        words = f"bf16 takes {gigabytes(total)}" + ", with --recompute" * recompute
-        if total < has:
-            yield f"{words}, of its {gigabytes(has)}"
-            return
-    yield f"{words}: more than its {gigabytes(has)}, and train.py keeps all weights on each GPU"
+    micro = split_batch(plan.config, options.gpus)[0]
+    totals = {"--recompute" * recompute: sum(training_memory(
+        plan.model, micro, plan.config.optimizer, "cuda", torch.bfloat16, recompute,
+        "cuda").values()) for recompute in (False, True)}
+    yield verdict(totals, GPUS[options.gpu][2], f"of each {options.gpu}")
 
 
 def show_plan(plan, options):
@@ -236,6 +237,8 @@ def main():
     own, typed, typed_model = parse_options(__doc__, PlanConfig, TrainConfig, GPTConfig)
     options = PlanConfig(**own)
     if options.published:
+        idle = [name for name in own | typed | typed_model if name not in ("published", "mfu")]
+        refuse_idle(dict.fromkeys(idle), idle, "beside --published")
         return show_published(options.mfu)
     config, shape = complete_options(typed, typed_model)
     split_batch(config, options.gpus)  # says so if the batch cannot be shared out

@@ -1,6 +1,7 @@
 """What a model costs: FLOPs in model.py, bytes in chapters/memory.py, the sums of the plan."""
 
 import json
+import re
 import subprocess
 import sys
 from itertools import accumulate
@@ -257,14 +258,19 @@ def test_a_plan_of_175_billion_parameters_costs_nothing(call, tmp_path, monkeypa
              "--tokens=3e11", "--block_size=2048", "--vocab_size=50257", "--gpus=64",
              "--batch_size=64")
     out, _ = call(plan, *words)
-    assert "174,604,259,328" in out and "does NOT fit" in out and "too large to try" in out
+    assert "174,604,259,328" in out and "too large to try" in out
+    assert out.count("does NOT fit into the ") == 2 and "80.00 GB of each H100: it takes" in out
+    assert "e+0" not in out.partition("time here")[2]
     assert "H100" in out and "kWh" in out and not list(tmp_path.iterdir())
 
 
 def test_a_plan_says_whether_its_data_is_prepared(call, shards):
     small = ("--n_layer=1", "--n_head=1", "--n_embd=16", "--block_size=16", "--batch_size=2")
     out, _ = call(plan, f"--data={shards}", *small, "--tokens=1000")
-    assert "less than half" in out and "not prepared" not in out
+    assert "less than half" in out and "not prepared" not in out and " fits into the " in out
+    assert "fits into the 80.00 GB of each H100" in out and "NOT" not in out
+    many, _ = call(plan, f"--data={shards}", *small, "--tokens=3e6")
+    assert re.search(r" 2\d\d epochs: after about 4 times", many)
     out, _ = call(plan, "--data=book.txt", *small, "--tokens=1000")
     assert "python data.py book.txt" in out
 
@@ -272,6 +278,31 @@ def test_a_plan_says_whether_its_data_is_prepared(call, shards):
 def test_the_table_of_known_models_has_all(call):
     out, _ = call(plan, "--published")
     assert all(name in out for name in cost.published_models())
+
+
+@pytest.mark.parametrize("x, text", [(0, "0"), (0.01234, "0.0123"), (2.2, "2.2"), (99.96, "100"),
+                                     (220, "220"), (12345.6, "12,346"), (1e-7, "less than 0.001")])
+def test_numbers_are_as_people_write_them(x, text):
+    assert cost.plain(x) == text
+
+
+@pytest.mark.parametrize("mfu", ["0", "nan", "1", "-1"])
+def test_a_share_of_a_gpu_that_is_none_is_refused(call, mfu):
+    shown, error = call(cost, f"--mfu={mfu}")
+    assert "must be at least 0.001 and below 1" in error and not shown
+
+
+def test_a_plan_has_no_mfu_above_one(monkeypatch, shards):
+    made = planned(data=str(shards), tokens=1e5)
+    made.seconds = made.flops / made.steps / made.matmul_rate / 1.59
+    line, = plan.time_lines(made)
+    assert line.endswith("mfu unknown, as something else runs here, too")
+
+
+def test_a_run_fits_as_it_is_or_with_options_or_not_at_all():
+    totals = {"": 9e9, "--recompute": 7e9}
+    assert [cost.verdict(totals, n, "here").partition(" GB")[0] for n in (10e9, 8e9, 6e9)] == [
+        "fits into the 10.00", "fits with --recompute into the 8.00", "does NOT fit into the 6.00"]
 
 
 @pytest.mark.parametrize("words, error", [
@@ -282,6 +313,9 @@ def test_the_table_of_known_models_has_all(call):
     (["--carbon=inf"], "carbon=inf must be at least 0"),
     (["--gpus=0"], "gpus=0 must be at least 1"),
     (["--gpus=3"], "batch_size=16 is no multiple of 15"),
+    ([f"--gpus={10**19}"], "must be at least 1 and below 2^31"),
+    (["--published", "--gpus=3"], "--gpus would not act beside --published: leave it out"),
+    (["--n_embd=1073741824", "--n_head=1"], "more numbers than can be counted"),
     (["--size=smal"], "unknown size 'smal': did you mean small?"),
     (["--architecture=bert"], "architecture=bert does not predict the next token"),
     (["--n_embd=100", "--n_head=3"], "n_embd=100 is no multiple of n_head=3"),
