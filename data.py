@@ -512,7 +512,7 @@ def prepare(sources, out=None, vocab_size=4096, tokenizer=None, val_ratio=None, 
     sources = [sources] if isinstance(sources, (str, Path)) else sources
     sources = list(map(str, sources))
     if "" in sources or "fineweb10B" in sources[1:] + sources[:-1]:
-        raise ValueError(f"{sources}: none may be empty; ready shards do not mix with others")
+        raise ValueError(f"{sources}: each must have a name; ready shards do not mix with others")
     if val_ratio is not None and not 0 < val_ratio < 1:
         raise ValueError(f"val_ratio={val_ratio} must be above 0 and below 1")
     if not 1 <= n_shards <= 103:

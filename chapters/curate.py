@@ -4,8 +4,8 @@ Web pages to plain text that data.py reads.
     python -m chapters.curate page.html saved/ https://example.org/ --out=texts
     python data.py texts
 
-A page is a file (.html .htm .xhtml, each also as .gz), a folder of them, or a URL. One .txt file is
-written for each, under the name that the page has in its folder.
+A page is a file (.html .htm .xhtml .xht .shtml, each also as .gz), a folder of them, or a URL. One
+.txt file is written for each, under the name that the page has in its folder.
 """
 
 import gzip
@@ -14,22 +14,21 @@ import re
 import sys
 import tempfile
 import zlib
+from collections import Counter
 from pathlib import Path
 
 if __name__ == "__main__":  # `python chapters/curate.py` works as well, from any folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data import download, folder_name
+from data import PAGE_ENDINGS, download, ending, folder_name, walk
 from tokenizer import Parser, reading, replacing, run_command
-
-ENDINGS = ".html", ".htm", ".xhtml"
 
 # -----------------------------------------------------------------------------
 # From a page to its text.
 
-HIDDEN = re.compile(r"(?is)<!--.*?-->|<(script|style|template)\b.*?</\1\s*>")
-PRE = re.compile(r"(?is)<pre\b[^>]*>(.*?)</pre\s*>")  # the one place where white space counts
-TAG = re.compile(r"""</?([a-zA-Z!?][^\s/>]*)(?:"[^"]*"|'[^']*'|[^<>"'])*>""")
+HIDDEN = re.compile(r"(?is)<!--.*?(?:-->|\Z)|<(script|style|template)\b.*?(?:</\1\s*>|\Z)")
+PRE = re.compile(r"(?is)<pre\b[^<>]*>(.*?)(?:</pre\s*>|\Z)")  # the one place for white space
+TAG = re.compile(r"""</?([a-zA-Z!?][^\s/<>]*)(?:"[^"]*"|'[^']*'|[^<>"'])*>""")
 INLINE = "a abbr b cite code em font i img kbd mark q s small span strong sub sup tt u var".split()
 
 
@@ -53,11 +52,13 @@ def html_to_text(page):
 def stem(path):
     """The name of a page without its ending, None for another file: stem("b/A.htm.gz") == "A"."""
     name = path.name[:-3] if path.suffix.lower() == ".gz" else path.name
-    return Path(name).stem if Path(name).suffix.lower() in ENDINGS else None
+    return Path(name).stem if ending(path) in PAGE_ENDINGS else None
 
 
 def read_page(path):
     """The bytes of a page; ValueError for a damaged or binary file."""
+    if not path.is_file():  # to open a pipe may wait for ever
+        raise ValueError(f"{path}: no such file, or a pipe, a device")
     with reading(path):
         page = path.read_bytes()
         try:
@@ -75,33 +76,49 @@ def find_pages(source, folder):
     if re.match("https?://", source):
         name = f"{folder_name(source)}-{zlib.crc32(source.encode()):08x}"
         yield download(source, Path(folder, f"{name}.html")), name
-    elif path.is_dir():
-        pages = [page for page in sorted(path.rglob("*")) if page.is_file() and stem(page)]
+    elif source and path.is_dir():
+        pages = [page for page in walk(path) if stem(page)]
         if not pages:
-            raise ValueError(f"{source}: no pages ({' '.join(ENDINGS)}) in it")
+            raise ValueError(f"{source}: no pages ({' '.join(PAGE_ENDINGS)}) in it")
         for page in pages:
             yield page, str(page.relative_to(path).with_name(stem(page)))
-    elif not path.exists():
-        raise ValueError(f"{source}: no such file or folder")
+    elif not source or not path.exists():
+        raise ValueError(f"{source or 'an empty name'}: no such file or folder")
     elif stem(path) is None:
-        raise ValueError(f"{source}: not a page, which ends in {' '.join(ENDINGS)}")
+        raise ValueError(f"{source}: not a page, which ends in {' '.join(PAGE_ENDINGS)}")
     else:
         yield path, stem(path)
 
 
-def curate(sources, out):
-    """Write the text of each page to a .txt file below `out`; return their paths."""
-    paths = []
+def readable_pages(source, folder, say):
+    """The (path, name) of the pages of a source that can be read; ValueError if it has one page."""
+    pages, readable = [*find_pages(source, folder)], []
+    for page, name in pages:
+        try:
+            read_page(page)
+            readable.append((page, name))
+        except (ValueError, PermissionError) as error:
+            if len(pages) == 1:
+                raise
+            say("".join(char if char.isprintable() else " " for char in f"skipped: {error}"))
+    return readable
+
+
+def curate(sources, out, say=print):
+    """Write the text of each page to a .txt file below `out` -> their paths. It begins when all
+    sources are found; of several pages in a folder those that cannot be read are left out."""
+    paths, counts = set(), Counter()
     with tempfile.TemporaryDirectory() as folder:
-        for source in sources:
-            for page, name in find_pages(source, folder):
-                text, n, path = html_to_text(read_page(page)), 1, Path(out, f"{name}.txt")
-                while path in paths:  # two pages of one name
-                    n, path = n + 1, Path(out, f"{name}-{n + 1}.txt")
-                with replacing(path) as file:
-                    file.write(text.encode("utf-8", "surrogateescape"))
-                paths.append(path)
-    return paths
+        for page, name in [page for source in sources
+                           for page in readable_pages(source, folder, say)]:
+            path = Path(out, f"{name}.txt")
+            while path in paths:  # two pages of one name
+                counts[name] += 1
+                path = Path(out, f"{name}-{counts[name] + 1}.txt")
+            with replacing(path) as file:
+                file.write(html_to_text(read_page(page)).encode("utf-8", "surrogateescape"))
+            paths.add(path)
+    return sorted(paths)
 
 
 def main():

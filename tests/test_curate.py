@@ -1,6 +1,8 @@
 """Facts about chapters/curate.py: pages become text."""
 
 import gzip
+import os
+from pathlib import Path
 
 import pytest
 from conftest import mistake
@@ -34,6 +36,42 @@ def test_the_command_writes_one_text_for_each_page(tmp_path, call):
              for path in (tmp_path / "out").rglob("*.txt")}
     assert texts == {"a.txt": "a.html", "deep/a.txt": "deep/a.htm", "a-2.txt": "packed \ufffd"}
     assert out.splitlines()[-1] == f"next: python data.py {tmp_path / 'out'}"
+
+
+def test_a_folder_is_read_through_its_links_and_without_what_cannot_be_read(tmp_path, call):
+    site, other = tmp_path / "site", tmp_path / "other"
+    for folder in site, other:
+        folder.mkdir()
+    for path in site / "a.HTM", site / "b.xht", other / "c.shtml", site / ".hidden.html":
+        path.write_text(f"<p>{path.stem}")
+    for name, content in ("bad.html.gz", b"no gzip"), ("binary.html", b"\0"), ("x.pdf", b"x"):
+        (site / name).write_bytes(content)
+    os.mkfifo(site / "pipe.html")
+    for name, target in ("more", other), ("loop", site), ("none.html", site / "none"):
+        (site / name).symlink_to(target)
+    out, _ = call(curate, site, f"--out={tmp_path / 'out'}")
+    texts = {str(path.relative_to(tmp_path / "out")): path.read_text()
+             for path in (tmp_path / "out").rglob("*.*")}
+    assert texts == {"a.txt": "a", "b.txt": "b", "more/c.txt": "c"}
+    assert [Path(line.split()[1].strip(":")).name for line in out.splitlines()[:4]] == [
+        "bad.html.gz", "binary.html", "none.html", "pipe.html"]
+
+
+def test_no_text_is_written_when_a_later_source_is_refused(tmp_path, call):
+    (tmp_path / "a.html").write_text("<p>a")
+    for bad in "none.html", "":
+        _, notes = call(curate, tmp_path / "a.html", bad and tmp_path / bad, f"--out={tmp_path}/out")
+        assert "no such file" in notes and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("part", ["<!--", "<script>", "<pre>", "<pre", "\"<a", "<a '", "</script ", "<a \"'"])
+def test_a_page_of_nothing_but_openings_comes_to_an_end(part):
+    assert len(html_to_text(part.encode() * 50_000)) <= len(part) * 50_000
+
+
+def test_what_is_opened_and_not_closed_goes_to_the_end():
+    assert html_to_text(b"<p>a<!-- b <p>c") == html_to_text(b"<p>a<script>b</p>c") == "a"
+    assert html_to_text(b"a<pre>  b\n  c") == "a\n  b\n  c"
 
 
 def test_a_url_is_fetched_as_a_page(tmp_path, monkeypatch):

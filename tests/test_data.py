@@ -793,7 +793,7 @@ def test_the_command_says_which_folder_it_made_or_used_again(home):
     (["huge.txt", "--val_ratio=nan"], 1, "val_ratio=nan must be above 0 and below 1"),
     (["huge.txt", "--val_ratio=-0.1"], 1, "val_ratio=-0.1 must"),
     (["huge.txt", "--val_ratio=1"], 1, "val_ratio=1.0 must be above 0 and below 1"),
-    (["huge.txt", ""], 1, "none may be empty"), (["a.txt", "fineweb10B"], 1, "do not mix"),
+    (["huge.txt", ""], 1, "each must have a name"), (["a.txt", "fineweb10B"], 1, "do not mix"),
     (["fineweb10B", "a.txt"], 1, "do not mix"), (["fineweb10B", "--shards=0"], 1, "not 0"),
     (["fineweb10B", "--shards=104"], 1, "1 to 103 training shards, not 104"),
     (["huge.txt", "--shards=2"], 1, "--shards would not act without fineweb10B: leave it out"),
