@@ -36,8 +36,8 @@ from data import find_files, prepare, read_documents
 from model import (GPT, KERNELS, SIZES, GPTConfig, Linear, accelerator, fused_attention, option,
                    plain_attention, rotary_table, torch_attention)
 from sample import generate, pick_device, pick_precision
-from tokenizer import (GPT2_SPLIT, SPECIAL_TOKENS, Tokenizer, parse_options, run_command,
-                       train_fast)
+from tokenizer import (GPT2_SPLIT, SPECIAL_TOKENS, Tokenizer, nearest, parse_options, refuse_idle,
+                       run_command, train_fast)
 from train import (TrainConfig, gradients, matmul_rate, model_shape, new_run,
                    peak_memory, read_log, save_run, snapshot, take_step, train, update)
 
@@ -441,16 +441,23 @@ class Options:
 def main():
     if sys.argv[1:2] == ["--contest"]:
         return contest(sys.argv[2])
-    options = Options(**parse_options(__doc__, Options)[0])
+    typed, = parse_options(__doc__, Options)
+    options = Options(**typed)
     parts = options.parts or (["nanogpt"] if options.nanogpt else [*PARTS][:6])
     for part in parts:
         if part not in PARTS:
-            raise ValueError(f"unknown part {part!r}: the parts are {' '.join(PARTS)}")
-    if {"nanogpt", "learning"} & {*parts} and not options.nanogpt:
-        raise ValueError("nanogpt and learning need --nanogpt=DIR, a checkout of nanoGPT")
+            raise ValueError(f"unknown part {part!r}{nearest(part, PARTS)}; the parts are "
+                             f"{' '.join(PARTS)}")
+    beside, folder = {"nanogpt", "learning"} & {*parts}, Path(options.nanogpt).resolve()
+    refuse_idle(typed, () if beside else ["nanogpt"], "without the part nanogpt or learning")
+    refuse_idle(typed, () if "learning" in parts else ["text"], "without the part learning")
+    if beside and not (options.nanogpt and (folder / "model.py").exists()):
+        raise ValueError(f"{' and '.join(sorted(beside))} need --nanogpt=DIR, a checkout of nanoGPT"
+                         + f"; {folder} has no model.py" * bool(options.nanogpt))
+    if options.text and not Path(options.text).is_file():
+        raise ValueError(f"there is no file --text={options.text}")
     print(machine(), flush=True)
     accelerator().keep_freed_memory()
-    folder = Path(options.nanogpt).resolve()
     arguments = dict(nanogpt=[folder], learning=[folder, options.text])
     for part in parts:
         PARTS[part](*arguments.get(part, []))
