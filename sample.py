@@ -18,8 +18,8 @@ import sys
 import time
 from collections import namedtuple
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from itertools import groupby
+from dataclasses import dataclass, fields, make_dataclass, replace
+from itertools import groupby, islice
 from pathlib import Path
 
 import torch
@@ -27,39 +27,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from model import (TINY, KVCache, check_known, check_options, has_bf16_units, load_model, option,
                    read_progress, read_safetensors)
-from tokenizer import Tokenizer, parse_options, reading, run_command
+from tokenizer import Tokenizer, parse_options, reading, refuse_idle, run_command
 
 DEVICES = ("cuda", "mps", "cpu")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COLD = 1e-6  # temperatures below are 0: a division by them would overflow
-
-
-@dataclass(frozen=True)
-class SampleConfig:
-    """How a text is written: how each token is chosen, and where the text ends."""
-    max_new_tokens: int = option(200, "longest continuation, in tokens", low=1)
-    temperature: float = option(0.8, "0 always takes the likeliest token, above 1 is wild")
-    top_k: int | None = option(None, "keep only this many of the likeliest tokens", low=1)
-    top_p: float | None = option(None, "keep the likeliest that sum to this", TINY, 1 + TINY)
-    min_p: float | None = option(None, "keep tokens this likely beside the likeliest", 0, 1 + TINY)
-    typical_p: float | None = option(None, "keep the most typical up to this", TINY, 1 + TINY)
-    repetition_penalty: float = option(1.0, "above 1 makes earlier tokens less likely", TINY)
-    frequency_penalty: float = option(0.0, "taken off per time that a token was written", -2**31)
-    presence_penalty: float = option(0.0, "taken off once a token was written", -2**31)
-    no_repeat_ngram: int | None = option(None, "never repeat a run of this many tokens", low=1)
-    stop: list | tuple = option([], r"end before this text (\n: a new line); may be repeated")
-    ban: list | tuple = option([], "never write this text (Python: or ids); may be repeated")
-    logit_bias: list | tuple = option([], "TEXT=NUMBER, added to one token; may be repeated")
-    seed: int | None = option(None, "same seed, same text; sample i: seed + i", -2**63, 2**63)
-    overflow: str = option("stop", "stop | slide: end, or forget half, where the context is full")
-    cache: bool = option(True, "remember keys and values; without, the same text, slower")
-
-    def __post_init__(self):
-        check_options(self)
-        check_known(self.overflow, ("stop", "slide"), "overflow")
-        if not all((*self.stop, *self.ban)):
-            raise ValueError("a text in stop or ban is empty: leave it out, or give it characters")
-
+ROWS = 64  # texts that are written at a time: each takes memory
 
 # -----------------------------------------------------------------------------
 # Machines and runs: where to compute; from a run folder to a model and its tokenizer.
@@ -124,12 +97,13 @@ def first_whole(paths, by_loss=False):
 def pick_checkpoint(folder, which="best"):
     """best (lowest validation loss) | last | a step -> the path of a checkpoint that is whole.
     Instead of a damaged one, which is named, the next best or newest is taken."""
-    which, found, near = str(which), checkpoints(folder), Path("runs", folder)
+    which, found = str(which), checkpoints(folder)
     if not found:
         for path in Path(folder).glob("step_*.pt"):
             read_progress(path)  # raises ValueError: an older version wrote it
-        hint = (f"did you mean {near}?" if checkpoints(near)
-                else f"python train.py --out={folder} makes one")
+        places = Path("runs", folder), Path(folder).parent, Path("runs", folder).parent
+        near = next(filter(checkpoints, places), None)
+        hint = f"did you mean {near}?" if near else "python train.py makes one"
         raise ValueError(f"there is no run folder {folder} with a checkpoint: {hint}")
     check_known(which, ("best", "last", *map(str, found)), "checkpoint")
     paths = [found[int(which)]] if which.isdecimal() else reversed(found.values())
@@ -144,6 +118,8 @@ def pick_checkpoint(folder, which="best"):
 def load_run(folder, which="best", device="cpu", dtype=None):
     """-> (model, tokenizer) of a run. which: as for pick_checkpoint, or the path that it gave."""
     path = which if isinstance(which, Path) else pick_checkpoint(folder, which)
+    if not Path(folder, "tokenizer.json").exists():
+        raise ValueError(f"{folder} lacks its tokenizer.json: copy it from where it was trained")
     tokenizer, (model, _) = Tokenizer.load(Path(folder, "tokenizer.json")), load_model(path, device)
     if tokenizer.n_vocab != model.config.vocab_size:
         raise ValueError(f"{folder}: tokenizer.json has {tokenizer.n_vocab} tokens, the model "
@@ -196,7 +172,21 @@ def ban_sequences(logits, seen, sequences, bias=-torch.inf):
     return logits
 
 
-def keep_top_k(logits, top_k):
+FILTERS, FIELDS = {}, []  # {name: function} in the order of use; their fields in SampleConfig
+
+
+def sampling_filter(help, low=TINY, below=1 + TINY):
+    """Makes a function of logits (B, V) and one more argument an option of the command and a step
+    of process_logits; its name and type are those of that argument."""
+    def register(function):
+        (name, kind), = function.__annotations__.items()
+        FIELDS.append((name, kind | None, option(None, help, low, below)))
+        return FILTERS.setdefault(name, function)
+    return register
+
+
+@sampling_filter("keep only this many of the likeliest tokens", low=1, below=2**31)
+def keep_top_k(logits, top_k: int):
     """Keep the top_k likeliest; the others become -inf. arXiv:1805.04833"""
     best, ids = logits.topk(min(top_k, logits.size(-1)))
     return torch.full_like(logits, -torch.inf).scatter(-1, ids, best)
@@ -211,22 +201,48 @@ def keep_first(logits, ids, p):
     return logits.scatter(-1, ids, logits.gather(-1, ids).masked_fill(before >= p, -torch.inf))
 
 
-def keep_top_p(logits, top_p):
+@sampling_filter("keep the likeliest that sum to this")
+def keep_top_p(logits, top_p: float):
     """Keep the fewest likeliest whose probabilities sum to top_p or more. arXiv:1904.09751"""
     return keep_first(logits, logits.argsort(dim=-1, descending=True), top_p)
 
 
-def keep_min_p(logits, min_p):
+@sampling_filter("keep tokens this likely beside the likeliest", low=0)
+def keep_min_p(logits, min_p: float):
     """Keep those at least min_p times as likely as the likeliest. arXiv:2407.01082"""
     p = logits.softmax(dim=-1)
     return logits.masked_fill(p < min_p * p.amax(dim=-1, keepdim=True), -torch.inf)
 
 
-def keep_typical(logits, typical_p):
+@sampling_filter("keep the most typical up to this")
+def keep_typical(logits, typical_p: float):
     """Keep those whose surprise is nearest to its mean, typical_p in sum. arXiv:2202.00666"""
     surprise = -logits.log_softmax(dim=-1)
     entropy = torch.special.entr((-surprise).exp()).sum(dim=-1, keepdim=True)
     return keep_first(logits, (surprise - entropy).abs().argsort(dim=-1), typical_p)
+
+
+@dataclass(frozen=True)
+class SampleConfig(make_dataclass("FilterOptions", FIELDS, frozen=True)):
+    """How a text is written: how each token is chosen, and where the text ends."""
+    temperature: float = option(0.8, "0 always takes the likeliest token, above 1 is wild")
+    repetition_penalty: float = option(1.0, "above 1 makes earlier tokens less likely", TINY)
+    frequency_penalty: float = option(0.0, "taken off per time that a token was written", -2**31)
+    presence_penalty: float = option(0.0, "taken off once a token was written", -2**31)
+    no_repeat_ngram: int | None = option(None, "never repeat a run of this many tokens", low=1)
+    ban: list | tuple = option([], "never write this text (Python: or ids); may be repeated")
+    logit_bias: list | tuple = option([], "TEXT=NUMBER, added to one token; may be repeated")
+    seed: int | None = option(None, "same seed, same text; sample i: seed + i", -2**63, 2**63)
+    max_new_tokens: int = option(200, "longest continuation, in tokens", low=1)
+    stop: list | tuple = option([], r"end before this text (\n: a new line); may be repeated")
+    overflow: str = option("stop", "stop | slide: end, or forget half, where the context is full")
+    cache: bool = option(True, "remember keys and values; without, the same text, slower")
+
+    def __post_init__(self):
+        check_options(self)
+        check_known(self.overflow, ("stop", "slide"), "overflow")
+        if not all((*self.stop, *self.ban)):
+            raise ValueError("a text in stop or ban is empty: leave it out, or give it characters")
 
 
 def process_logits(logits, config, seen=None, n_prompt=0):
@@ -249,9 +265,9 @@ def process_logits(logits, config, seen=None, n_prompt=0):
     if c.temperature < COLD:
         return logits
     logits = logits / c.temperature
-    for keep, limit in ((keep_top_k, c.top_k), (keep_top_p, c.top_p), (keep_min_p, c.min_p),
-                        (keep_typical, c.typical_p)):
-        logits = logits if limit is None else keep(logits, limit)
+    for name, keep in FILTERS.items():
+        if (limit := getattr(c, name)) is not None:
+            logits = keep(logits, limit)
     return logits
 
 
@@ -267,7 +283,7 @@ def sample_from(probabilities, generator=None):
 
 def distribution(logits, config=SampleConfig(temperature=1.0), seen=None, n_prompt=0, **options):
     """The probabilities (B, V) that pick samples from, with the same arguments."""
-    config = replace(config, **options)
+    config = replace(config, **options) if options else config
     logits = process_logits(logits, config, seen, n_prompt)
     return (keep_top_k(logits, 1) if config.temperature < COLD else logits).softmax(dim=-1)
 
@@ -276,11 +292,7 @@ def pick(logits, config=SampleConfig(temperature=1.0), generator=None, seen=None
          **options):
     """An id for each row of logits (B, V) -> (B,), sampled from their distribution. Options are
     fields of config; generator as for sample_from, seen and n_prompt as for process_logits."""
-    config = replace(config, **options) if options else config
-    logits = process_logits(logits, config, seen, n_prompt)
-    if config.temperature < COLD:
-        return logits.argmax(dim=-1)
-    return sample_from(logits.softmax(dim=-1), generator)
+    return sample_from(distribution(logits, config, seen, n_prompt, **options), generator)
 
 
 # -----------------------------------------------------------------------------
@@ -403,7 +415,7 @@ def with_ids(config, tokenizer):
         if isinstance(entry, str):
             text, _, number = entry.rpartition("=")
             ids = tokenizer.encode(text)
-            if len(ids) != 1 or not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", number):
+            if len(ids) != 1 or not re.fullmatch(r"[+-]?(\d{1,9}(\.\d*)?|\.\d+)", number):
                 raise ValueError(f"logit_bias={entry} must be one token and a number, such as "
                                  f"' the=-2'; {text!r:.40} makes {len(ids)} tokens")
             entry = ids[0], float(number)
@@ -438,12 +450,13 @@ class Continuation:
 
 
 def write(model, tokenizer, prompts, config=SampleConfig(), **options):
-    """Yield (i, Piece) for each token after prompts, texts or lists of ids, all together, each as
+    """Yield (i, Piece) for each token after prompts, texts or lists of ids, ROWS at a time, each as
     it is alone with seed + i; after an empty one, of a new document. Options: fields of config."""
     config, device = with_ids(replace(config, **options), tokenizer), model.device
-    rows = [Continuation(model, tokenizer, prompt, config, i) for i, prompt in enumerate(prompts)]
+    numbered, rows = enumerate(prompts), []
     no_space = torch.tensor([not token.startswith(b" ") for token in tokenizer.token_bytes()])
-    while rows:  # once, unless short prompts leave space for more tokens than the longest
+    while rows := rows or [Continuation(model, tokenizer, prompt, config, i)
+                           for i, prompt in islice(numbered, ROWS)]:
         ids = pad_sequence([torch.tensor(row.ids) for row in rows], True, -1, "left")  # (B, T)
         n_prompt = ids.size(1) - torch.tensor([[len(row.ids) - row.n_prompt] for row in rows])
         first_ban = torch.tensor([[row.heals] for row in rows]) & no_space             # (B, V)
@@ -457,11 +470,11 @@ def write(model, tokenizer, prompts, config=SampleConfig(), **options):
                     yield row.number, row.take(token, logprob)
             if not any(row.n_left for row in rows):
                 break
-        rows = [row for row in rows if row.n_left]
+        rows = [row for row in rows if row.n_left]  # short prompts leave space for more tokens
 
 
 def complete_batch(model, tokenizer, prompts, config=SampleConfig(), **options):
-    """The text that follows each prompt, all written together; options as for write."""
+    """The text that follows each prompt of a list; options as for write."""
     texts = [""] * len(prompts)
     for i, piece in write(model, tokenizer, prompts, config, **options):
         texts[i] += piece.text
@@ -480,10 +493,10 @@ class Command:
     prompt: str = option("", "text to continue; without one a document begins")
     file: str | None = option(None, "a file with the prompt; - reads what is typed or piped in")
     prompts: str | None = option(None, "a file with a prompt a line, all written together, or -")
-    n_samples: int = option(1, "how many continuations of each prompt", low=1)
+    n_samples: int = option(1, "how many continuations of each prompt", 1, 10_001)
     show: str = option("text", "text | logprobs: each token with its log-probability")
-    beams: int | None = option(None, "no sampling: the likeliest text by so many beams", low=1)
-    length_penalty: float = option(1.0, "of beams: 0 prefers short texts, 1 the best mean a token")
+    beams: int | None = option(None, "no sampling: the likeliest text by so many beams", 1, 65)
+    length_penalty: float = option(1.0, "0 prefers short texts, 1 the best mean a token", below=11)
     checkpoint: str = option("best", "best | last | a step")
     device: str = option("auto", "auto | cuda | mps | cpu")
     precision: str = option("fp32", "auto | fp32 | bf16 | fp16")
@@ -494,9 +507,23 @@ class Command:
 
 
 def read_text(path):
-    """The text of a file, or of what is typed or piped in if the path is "-"."""
-    with reading(path):
-        return sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+    """The text of a file, or of what is typed or piped in if the path is "-", without a BOM."""
+    with reading("standard input" if path == "-" else path):
+        if path == "-" and sys.stdin is None:
+            raise ValueError("standard input is closed: give a file, or pipe the text in")
+        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+        return text.removeprefix("\ufeff").replace("\r\n", "\n")
+
+
+def fitting(model, tokenizer, prompts, config):
+    """The prompts that fit the model's context, whose others a warning names, or all if none do."""
+    limit = math.inf if config.overflow == "slide" else model.config.block_size
+    lengths = [len(tokenizer.encode(prompt.removesuffix(" "))) for prompt in prompts]
+    fit = [prompt for prompt, T in zip(prompts, lengths) if T < limit]
+    for line, T in enumerate(lengths, 1):
+        if fit and T >= limit:
+            warn(f"line {line} is left out: its {T} tokens are more than {limit - 1}, which fit")
+    return fit or prompts
 
 
 def show_piece(tokenizer, piece, show):
@@ -506,17 +533,19 @@ def show_piece(tokenizer, piece, show):
     print(f"{piece.logprob:8.3f}  {tokenizer.decode([piece.token])!r}", flush=True)
 
 
-def show_texts(model, tokenizer, prompts, show, config):
+def show_texts(model, tokenizer, prompts, n_samples, show, config):
     """Print each prompt and what follows it, a single one as it comes; -> how many tokens."""
-    pieces, n_tokens = write(model, tokenizer, prompts, config), 0
-    pieces = pieces if len(prompts) == 1 else sorted(pieces, key=lambda pair: pair[0])
-    for i, own in groupby(pieces, key=lambda pair: pair[0]):
-        heading = f"--- {i + 1} of {len(prompts)}\n" if len(prompts) > 1 else ""
-        print(heading + prompts[i], end="" if show == "text" else "\n")
-        for n_tokens, (_, piece) in enumerate(own, n_tokens + 1):
-            show_piece(tokenizer, piece, show)
-        print(flush=True)
-    if len(prompts) == 1 and n_tokens < config.max_new_tokens and not (
+    n_texts, n_tokens = len(prompts) * n_samples, 0
+    pieces = write(model, tokenizer, (p for p in prompts for _ in range(n_samples)), config)
+    for _, together in groupby(pieces, key=lambda pair: pair[0] // ROWS):
+        together = together if n_texts == 1 else sorted(together, key=lambda pair: pair[0])
+        for i, own in groupby(together, key=lambda pair: pair[0]):
+            heading = f"--- {i + 1} of {n_texts}\n" if n_texts > 1 else ""
+            print(heading + prompts[i // n_samples], end="" if show == "text" else "\n")
+            for n_tokens, (_, piece) in enumerate(own, n_tokens + 1):
+                show_piece(tokenizer, piece, show)
+            print(flush=True)
+    if n_texts == 1 and n_tokens < config.max_new_tokens and not (
             config.stop or piece.token in end_ids(tokenizer)):
         warn(f"the context of {model.config.block_size} tokens is full; --overflow=slide goes on")
     return n_tokens
@@ -532,21 +561,38 @@ def show_beams(model, tokenizer, prompt, command, config):
     return len(text)
 
 
+def sampling_config(typed):
+    """The SampleConfig of options that were typed, with a seed; ValueError for idle ones."""
+    config = SampleConfig(**dict(seed=random.randrange(10**6)) | typed)
+    if config.temperature < COLD:
+        refuse_idle(typed, [*FILTERS, "seed"], "beside --temperature=0")
+    return replace(config, stop=[text.replace(r"\n", "\n") for text in config.stop])
+
+
+def check_idle(typed):
+    """ValueError for options that were typed and would not act beside the others."""
+    sampling = {f.name for f in fields(SampleConfig)} - {"max_new_tokens", "cache"}
+    for name, idle in (("prompts", ["file", "prompt"]), ("file", ["prompt"]),
+                       ("beams", ["n_samples", "show", *sorted(sampling)])):
+        refuse_idle(typed, idle if name in typed else (), f"beside --{name}")
+    refuse_idle(typed, () if "beams" in typed else ["length_penalty"], "without --beams")
+
+
 def main():
     typed, sampling = parse_options(__doc__, Command, SampleConfig)
-    sampling.setdefault("seed", random.randrange(10**6))
-    sampling["stop"] = [text.replace(r"\n", "\n") for text in sampling.get("stop", [])]
-    command, config = Command(**typed), SampleConfig(**sampling)
-    folder, device = command.run or newest_run(), pick_device(command.device)
+    check_idle(typed | sampling)
+    command, config = Command(**typed), sampling_config(sampling)
+    folder = newest_run() if command.run is None else command.run
+    device = pick_device(command.device)
     precision, dtype = pick_precision(command.precision, device)
-    prompts = (read_text(command.prompts).splitlines() if command.prompts
-               else [read_text(command.file) if command.file else command.prompt])
-    prompts = [prompt for prompt in prompts for _ in range(command.n_samples)]
+    prompts = [command.prompt if command.file is None else read_text(command.file)]
+    if command.prompts is not None:
+        prompts = read_text(command.prompts).splitlines()
     path = pick_checkpoint(folder, command.checkpoint)
     model, tokenizer = load_run(folder, path, device, dtype)
-    start = time.perf_counter()
+    prompts, start = fitting(model, tokenizer, prompts, config), time.perf_counter()
     if command.beams is None:
-        n_tokens = show_texts(model, tokenizer, prompts, command.show, config)
+        n_tokens = show_texts(model, tokenizer, prompts, command.n_samples, command.show, config)
     else:
         n_tokens = sum(show_beams(model, tokenizer, prompt, command, config) for prompt in prompts)
     rate = n_tokens / (time.perf_counter() - start)

@@ -3,10 +3,15 @@
 import io
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import types
+from functools import partial
 
 import pytest
 import torch
-from conftest import keep, run, tiny
+from conftest import ROOT, keep, run, tiny
 
 import sample
 from sample import (SampleConfig, beam_search, checkpoints, complete, complete_batch, distribution,
@@ -180,6 +185,30 @@ def test_texts_to_ban_are_refused_where_no_tokenizer_knows_their_ids():
     assert chosen.item() == 3
 
 
+NEW_FILTER = '''
+
+@sampling_filter("keep those above this chance, and the likeliest")
+def keep_above(logits, epsilon: float):
+    """Keep tokens more likely than epsilon, or the likeliest. arXiv:2210.15191"""
+    p = logits.softmax(dim=-1)
+    return logits.masked_fill((p <= epsilon) & (p < p.amax(dim=-1, keepdim=True)), -torch.inf)
+'''
+
+
+def test_a_new_filter_is_added_in_one_place(folder, call, monkeypatch):
+    source = (ROOT / "sample.py").read_text(encoding="utf-8")
+    head, end, tail = source.partition("\n\n@dataclass(frozen=True)\nclass SampleConfig")
+    module = types.ModuleType("sample_with_it")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(head + NEW_FILTER + end + tail, module.__dict__)
+    chances = module.distribution(torch.tensor([[0.5, 0.3, 0.2]]).log(), epsilon=0.25)
+    torch.testing.assert_close(chances, torch.tensor([[0.625, 0.375, 0.0]]))
+    words = folder, "--prompt=the", "--max_new_tokens=8"
+    assert call(module, *words, "--epsilon=1")[0] == call(module, *words, "--temperature=0")[0]
+    assert "epsilon=2.0 must be above 0 and at most 1" in call(module, *words, "--epsilon=2")[1]
+    assert "--epsilon" in call(module, "--help")[0]
+
+
 # -----------------------------------------------------------------------------
 # Token after token.
 
@@ -262,6 +291,16 @@ def test_a_beam_as_wide_as_all_texts_finds_the_likeliest(cache):
     best = sums.topk(3)
     assert [text for text, _ in found[:3]] == texts[best.indices].tolist()
     torch.testing.assert_close(torch.tensor([score for _, score in found[:3]]), best.values)
+
+
+def test_beams_over_an_encoder_decoder_read_its_source():
+    model = tiny("transformer", vocab_size=6)
+    source, ids = torch.tensor([[3, 1, 4, 1, 5]]), torch.tensor([[1, 2]])
+    model.forward = partial(model.forward, memory=model.encode(source))
+    texts, sums = by_hand(model, ids, 3)
+    for cache in True, False:
+        found = beam_search(model, ids, 36, 3, 0.0, cache=cache)
+        assert [text for text, _ in found[:3]] == texts[sums.topk(3).indices].tolist()
 
 
 def test_one_beam_is_greedy_and_more_beams_are_no_worse():
@@ -357,6 +396,23 @@ def test_many_prompts_together_get_the_texts_that_they_get_alone(model, tokenize
         assert complete_batch(model, tokenizer, prompts, seed=5, **options) == alone
 
 
+def test_texts_written_in_groups_are_those_written_alone(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(sample, "ROWS", 3)
+    prompts, options = ["the cat", "", "a ", "birds"] * 2, dict(seed=5, max_new_tokens=8)
+    numbers = [i for i, _ in write(model, tokenizer, iter(prompts), **options)]
+    assert [i // 3 for i in numbers] == sorted(i // 3 for i in numbers)
+    alone = [complete(model, tokenizer, prompt, **options | dict(seed=5 + i))
+             for i, prompt in enumerate(prompts)]
+    assert complete_batch(model, tokenizer, prompts, **options) == alone
+
+
+def test_the_first_of_a_million_prompts_is_written_before_the_last_is_read(model, tokenizer):
+    read = []
+    prompts = (read.append(i) or "the" for i in range(10**6))
+    next(write(model, tokenizer, prompts, max_new_tokens=2))
+    assert len(read) == sample.ROWS
+
+
 def test_the_log_probability_of_a_piece_is_the_models_own(model, tokenizer):
     ids = tokenizer.encode("the")
     for piece in pieces_of(model, tokenizer, "the", seed=0, temperature=2.0, max_new_tokens=9):
@@ -405,6 +461,12 @@ def test_a_model_whose_training_diverged_is_refused(folder, tokenizer):
         load_run(folder)
 
 
+def test_a_run_without_its_tokenizer_says_what_to_copy(folder):
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="words lacks its tokenizer.json: copy it from where"):
+        load_run(folder)
+
+
 def test_a_device_that_is_there_is_taken_and_others_are_named():
     assert pick_device("cpu") == "cpu" and pick_device() in ("cuda", "mps", "cpu")
     with pytest.raises(ValueError, match="unknown device 'cdua': did you mean cuda"):
@@ -438,6 +500,17 @@ def test_n_samples_differ_and_each_can_be_had_again(command):
     assert both == f"--- 1 of 2\n{alone[0]}--- 2 of 2\n{alone[1]}" and alone[0] != alone[1]
 
 
+@pytest.mark.slow
+def test_n_samples_appear_group_by_group_and_a_signal_ends_them(folder):
+    words = [sys.executable, ROOT / "sample.py", folder, "--n_samples=10000"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               encoding="utf-8")
+    assert process.stdout.readline() == "--- 1 of 10000\n"
+    process.send_signal(signal.SIGINT)
+    _, notes = process.communicate(timeout=60)
+    assert process.returncode == 130 and notes == "interrupted\n"
+
+
 def test_a_full_context_is_said(command):
     _, notes = command("--max_new_tokens=100", "--temperature=0", "--prompt=the cat")
     assert notes.startswith("warning: the context of 64 tokens is full; --overflow=slide goes on\n")
@@ -451,11 +524,17 @@ def test_help_names_each_option_with_its_default():
 
 @pytest.mark.parametrize("words, line", [
     (["runs/none"], "error: there is no run folder runs/none with a checkpoint: "
-     "python train.py --out=runs/none makes one"),
+     "python train.py makes one"),
     (["words"], "error: there is no run folder words with a checkpoint: "
      "did you mean runs/words?"),
+    (["words/"], "error: there is no run folder words/ with a checkpoint: "
+     "did you mean runs/words?"),
+    (["runs/words/step_000010.safetensors"], "error: there is no run folder "
+     "runs/words/step_000010.safetensors with a checkpoint: did you mean runs/words?"),
+    (["words/tokenizer.json"], "error: there is no run folder words/tokenizer.json with a "
+     "checkpoint: did you mean runs/words?"),
     (["runs"], "error: there is no run folder runs with a checkpoint: "
-     "python train.py --out=runs makes one"),
+     "python train.py makes one"),
     (["--checkpoint=7"], "error: unknown checkpoint '7': choose from best, last, 10, 20, 30"),
     (["--checkpoint=lst"], "error: unknown checkpoint 'lst': did you mean last?"),
     (["--prompt=" + "#" * 99], "error: the prompt has 99 tokens, this model takes 1 to 63, as one "
@@ -465,16 +544,46 @@ def test_help_names_each_option_with_its_default():
     (["--top_p=3"], "error: top_p=3.0 must be above 0 and at most 1"),
     (["--overflow=slid"], "error: unknown overflow 'slid': did you mean slide?"),
     (["--show=logprob"], "error: unknown show 'logprob': did you mean logprobs?"),
-    (["--beams=0"], "error: beams=0 must be at least 1 and below 2^31, a whole number"),
+    (["--beams=0"], "error: beams=0 must be at least 1 and below 65, a whole number"),
+    (["--beams=2", "--length_penalty=1e9"],
+     "error: length_penalty=1000000000.0 must be at least 0 and below 11"),
+    (["--prompt=a", "--prompts=b", "--file=c"],
+     "error: --file --prompt would not act beside --prompts: leave it out"),
+    (["--prompt=a", "--file=b"], "error: --prompt would not act beside --file: leave it out"),
+    (["--temperature=1e-7", "--top_p=0.9", "--seed=1"],
+     "error: --top_p --seed would not act beside --temperature=0: leave it out"),
+    (["--length_penalty=2"], "error: --length_penalty would not act without --beams: leave it out"),
+    (["--logit_bias=a=" + "9" * 400], "error: logit_bias=a=" + "9" * 400 + " must be one token and "
+     "a number, such as ' the=-2'; 'a' makes 1 tokens"),
     (["--ban="], "error: a text in stop or ban is empty: leave it out, or give it characters"),
     (["--logit_bias=the"], "error: logit_bias=the must be one token and a number, such as "
      "' the=-2'; '' makes 0 tokens"),
     (["--file=none.txt"], "error: No such file or directory: none.txt"),
-    (["--n_samples=0"], "error: n_samples=0 must be at least 1 and below 2^31, a whole number"),
+    (["--n_samples=0"], "error: n_samples=0 must be at least 1 and below 10001, a whole number"),
+    (["--n_samples=1000000"],
+     "error: n_samples=1000000 must be at least 1 and below 10001, a whole number"),
     (["--device=tpu"], "error: unknown device 'tpu': did you mean cpu?")])
 def test_a_wrong_input_ends_in_one_line(command, words, line):
     text, notes = command(*words)
     assert (text, notes.replace("\\", "/")) == ("", line + "\n")
+
+
+@pytest.mark.parametrize("option", ["n_samples=2", "show=logprobs", "temperature=0.5", "top_p=0.9",
+                                    "seed=1", "stop=x", "ban=x", "overflow=slide",
+                                    "frequency_penalty=1", "logit_bias=a=1"])
+def test_what_only_sampling_uses_is_refused_beside_beams(command, option):
+    name = option.partition("=")[0]
+    assert command("--beams=2", f"--{option}") == (
+        "", f"error: --{name} would not act beside --beams: leave it out\n")
+
+
+@pytest.mark.parametrize("name", [*SampleConfig.__dataclass_fields__, "n_samples", "beams"])
+@pytest.mark.parametrize("value", ["9" * 20, "-" + "9" * 20, "nan", "inf"])
+def test_a_number_that_no_option_takes_ends_in_one_line(command, name, value):
+    if name in ("cache", "stop", "ban"):
+        return
+    text, notes = command(f"--{name}={value}")
+    assert text == "" and notes.count("\n") <= 2 and name in notes and "Traceback" not in notes
 
 
 def test_a_token_is_shown_with_its_log_probability(command):
@@ -496,6 +605,46 @@ def test_prompts_come_from_a_line_a_file_or_the_keyboard(command, tmp_path, monk
     (tmp_path / "prompts").write_text("")
     text, notes = command(f"--prompts={tmp_path / 'prompts'}", *options)
     assert text == "" and "error" not in notes
+
+
+@pytest.mark.parametrize("option", ["file", "prompts"])
+def test_a_byte_order_mark_and_the_ends_of_windows_lines_enter_no_prompt(command, tmp_path, option,
+                                                                         monkeypatch):
+    texts, path = [], tmp_path / "prompt"
+    for data in b"the cat\nthe dog\n", b"\xef\xbb\xbfthe cat\r\nthe dog\r\n":
+        path.write_bytes(data)
+        texts.append(command(f"--{option}={path}", "--seed=3", "--max_new_tokens=6")[0])
+        typed = io.TextIOWrapper(io.BytesIO(data), "utf-8", newline="\n")
+        monkeypatch.setattr("sys.stdin", typed)
+        texts.append(command(f"--{option}=-", "--seed=3", "--max_new_tokens=6")[0])
+    assert texts == texts[:1] * 4 and "\ufeff" not in texts[0]
+
+
+@pytest.mark.parametrize("option", ["file", "prompts"])
+def test_a_closed_standard_input_ends_in_one_line(command, monkeypatch, option):
+    monkeypatch.setattr("sys.stdin", None)
+    assert command(f"--{option}=-") == (
+        "", "error: standard input is closed: give a file, or pipe the text in\n")
+
+
+def test_a_prompt_that_does_not_fit_is_left_out_of_a_batch(command, tmp_path):
+    path, options = tmp_path / "prompts", ("--seed=3", "--max_new_tokens=6")
+    path.write_text("the cat\n" + "#" * 64 + "\nthe dog\n" + "#" * 63)
+    text, notes = command(f"--prompts={path}", *options)
+    assert notes.splitlines()[0] == (
+        "warning: line 2 is left out: its 64 tokens are more than 63, which fit")
+    assert [line for line in text.splitlines() if line.startswith("---")] == [
+        f"--- {i} of 3" for i in (1, 2, 3)]
+    path.write_text("the cat\nthe dog\n" + "#" * 63)
+    assert command(f"--prompts={path}", *options)[0] == text
+    assert "is left out" not in command(f"--prompts={path}", "--overflow=slide", *options)[1]
+    path.write_text("#" * 64 + "\n" + "#" * 70)
+    assert command(f"--prompts={path}") == (
+        "", "error: the prompt has 64 tokens, this model takes 1 to 63, as one must follow: "
+        "shorten it, or let it slide out with overflow=slide\n")
+    path.write_text("the cat\n" + "#" * 64)
+    text, notes = command(f"--prompts={path}", "--beams=2", "--max_new_tokens=6")
+    assert text.startswith("the cat") and "line 2 is left out" in notes
 
 
 def test_the_likeliest_text_is_found_by_beams(command):
