@@ -13,6 +13,7 @@ from conftest import keep, tiny
 from chapters import client, talk
 from chapters.client import Server, parse_keys
 from chapters.talk import AnswerConfig, Chat, LocalModel, converse, open_model, pick_template
+from tokenizer import Tokenizer
 
 
 @pytest.fixture
@@ -123,8 +124,61 @@ def test_the_command_answers_line_by_line(folder, call, monkeypatch):
     assert text.count("\n") >= 2 and "this message makes" in notes and "error" not in notes
 
 
+@pytest.mark.parametrize("template, warned", [("auto", True), ("chat", True), ("question", False),
+                                              ("text", False)])
+def test_a_base_model_is_said_not_to_have_learned_conversations(folder, call, monkeypatch,
+                                                                template, warned):
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    _, notes = call(talk, folder, f"--template={template}")
+    assert ("this model never learned to hold a conversation" in notes) == warned
+    monkeypatch.setattr(talk, "END_LIKELY", 0.0)  # as low as if it had learned
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert "never learned" not in call(talk, folder, f"--template={template}")[1]
+
+
+@pytest.mark.slow
+def test_twenty_steps_on_text_teach_no_chats_and_twenty_on_chats_do(tokenizer):
+    def train(model, texts):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        for step in range(20):
+            ids = torch.tensor([texts[step % len(texts)]])
+            model(ids[:, :-1], ids[:, 1:])[1].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model = tiny(vocab_size=tokenizer.n_vocab, block_size=64)
+    train(model, [tokenizer.encode("the cat sees a big dog. " * 8)[:60]])
+    assert pick_template(model, tokenizer) == "question"
+    train(model, [tokenizer.render_chat([dict(role="user", content=text),
+                                         dict(role="assistant", content=text + ".")])[0]
+                  for text in ("the cat", "a dog", "the bird runs")])
+    assert pick_template(model, tokenizer) == "chat"
+
+
+def test_a_tokenizer_without_the_tokens_of_chats_is_refused_before_the_first_message():
+    bare = Tokenizer([], ["<|endoftext|>"])
+    with pytest.raises(ValueError, match="this tokenizer lacks .*<|end|> for chats"):
+        Chat(tiny(vocab_size=bare.n_vocab), bare)
+    assert pick_template(tiny(vocab_size=bare.n_vocab), bare) == "question"
+
+
+def test_a_byte_order_mark_is_no_part_of_a_message(folder, call, monkeypatch):
+    texts = []
+    for start in "", "\ufeff":
+        monkeypatch.setattr("sys.stdin", io.StringIO(start + "the cat\n"))
+        texts.append(call(talk, folder, "--max_new_tokens=9", "--seed=1")[0])
+    assert texts[0] == texts[1]
+
+
+def test_a_closed_standard_input_ends_in_one_line(folder, call, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    assert call(talk, folder) == (
+        "", "error: standard input is closed: type your messages, or pipe them in\n")
+
+
 @pytest.mark.parametrize("words, message", [
-    (["--template=text", "--system=x"], "takes no --system"),
+    (["--template=text", "--system=x"], "--system would not act beside --template=text"),
+    (["--temperature=0", "--seed=1"], "--seed would not act beside --temperature=0"),
     (["--template=x"], "unknown template"),
     (["--temprature=1"], "did you mean --temperature?"), (["--top_p=2"], "top_p=2")])
 def test_a_mistake_ends_in_one_line(folder, call, words, message):
