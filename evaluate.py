@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from data import check_shards, read_split
 from model import cap_logits, check_known, check_options, option, read_header
-from sample import (checkpoints, load_run, new_cache, newest_run, pick_checkpoint, pick_device,
+from sample import (load_run, new_cache, newest_run, pick_checkpoint, pick_device,
                     pick_precision, warn)
 from tokenizer import (Tokenizer, parse_options, read_json, reading, refuse_idle, replacing,
                        run_command, write_json)
@@ -334,7 +334,7 @@ def score_choice(question, scored):
     acc by the log-likelihood, acc_norm by that per character, acc_bytes by that per byte."""
     sums, choices, answer = [n for n, _ in scored], question["choices"], question["answer"]
     sizes = dict(acc=1, acc_norm=[len(choice) for choice in choices],
-                 acc_bytes=[len(choice.encode()) for choice in choices])
+                 acc_bytes=[len(choice.encode(errors="replace")) for choice in choices])
     with np.errstate(divide="ignore"):  # a choice without characters is never taken
         right = {name: np.divide(sums, size).argmax() == answer for name, size in sizes.items()}
     shown = dict(scores=sums, answer=answer, greedy=scored[answer][1])
@@ -451,8 +451,8 @@ VARIES = {"runs", "run", "tasks", "rows", "device", "scores", "card", "run_code"
 def trained_on(folder):
     """What a run's config.json says of its shards, {"path", "fingerprint", "sources"}, or {}."""
     path = Path(folder, "config.json")
-    with reading(path):
-        return dict(read_json(path)["data"] if path.exists() else {})
+    config = read_json(path) if path.exists() else {}
+    return config["data"] if isinstance(config, dict) and isinstance(config.get("data"), dict) else {}
 
 
 def held_out(folder, tokenizer, data=None, max_tokens=65_536, split="val"):
@@ -462,7 +462,7 @@ def held_out(folder, tokenizer, data=None, max_tokens=65_536, split="val"):
     own, trained = Path(folder, "tokenizer.json"), {} if data else trained_on(folder)
     path = trained.get("path") if data is None else data
     if not isinstance(path, str) or not path:
-        raise ValueError(f"{folder}/config.json names no shards: --data=FOLDER does")
+        raise ValueError(f"no shards are named by {folder}/config.json or --data=FOLDER")
     shards, card = read_split(path, split), check_shards(path, (split,))
     if trained.get("fingerprint", card.fingerprint) != card.fingerprint:
         names, before = (" ".join(source["name"] for source in sources)
@@ -485,11 +485,12 @@ def make_questions(config, tasks, default, folder):
         parts = np.split(tokens, np.flatnonzero(tokens == tokenizer.eot))
         return [tokenizer.decode(ids[ids != tokenizer.eot].tolist()) for ids in parts if len(ids)]
 
-    names = ["rows"] if config.rows and config.tasks is None else default
+    names = ["rows"] if config.rows is not None else default
     names = names if config.tasks is None else config.tasks.split(",")
     for name in names:
         check_known(name, tasks, "task")
-    if config.rows and len({*names} - {*default}) != 1 or "rows" in names and not config.rows:
+    if config.rows is not None and len({*names} - {*default}) != 1 or (
+            "rows" in names and config.rows is None):
         raise ValueError("--tasks=TASK and --rows=FILE.jsonl, the rows of that task, go together")
     acting = {option for name in names for option in tasks[name].options}
     idle = {option for task in tasks.values() for option in task.options} - acting
@@ -586,15 +587,20 @@ def write_scores(report, checkpoint):
     write_json(path, report | kept)
 
 
-def pick_runs(runs, which):
-    """The checkpoints of runs, which may be runs/*: files are passed over, and folders without a
-    checkpoint where others have one."""
-    runs = [run for run in runs if not Path(run).is_file()] or runs or [newest_run()]
-    empty = [run for run in runs if Path(run).is_dir() and not checkpoints(run)]
-    for run in empty if len(empty) < len(runs) else ():
-        warn(f"{run} is left out: it has no checkpoint")
-        runs.remove(run)
-    return [pick_checkpoint(run, which) for run in runs]
+def all_that_work(function, items):
+    """[function(item)] of those items for which it raises no ValueError: what is wrong with others
+    is a warning, and an error if none is left."""
+    results, wrong = [], {}
+    for item in items:
+        try:
+            results.append(function(item))
+        except ValueError as error:
+            wrong[str(error)] = item
+    if not results:
+        raise ValueError("; ".join(wrong))
+    for line in wrong:
+        warn(f"left out: {line}")
+    return results
 
 
 def compare(reports, tasks):
@@ -610,7 +616,9 @@ def compare(reports, tasks):
 
 def score_runs(config, tasks=TASKS, default=DEFAULT):
     """Score the runs of config and compare them with the first -> ({task: questions}, reports)."""
-    chosen, reports = pick_runs(config.runs, config.checkpoint), []
+    runs = [run for run in config.runs if not Path(run).is_file()]  # runs/* has files, too
+    chosen = all_that_work(partial(pick_checkpoint, which=config.checkpoint),
+                           runs or config.runs or [newest_run()])
     folder = chosen[0].parent
     questions = make_questions(config, tasks, default, folder)
     read = [trained_on(checkpoint.parent).get("fingerprint") for checkpoint in chosen]
@@ -618,13 +626,8 @@ def score_runs(config, tasks=TASKS, default=DEFAULT):
         if fingerprint not in (None, read[0]) and any("data" in tasks[n].options for n in questions):
             print(f"{checkpoint.parent} was trained on another text than {folder}, which may have "
                   "the questions in it")
-    for checkpoint in chosen:
-        try:
-            reports.append(score_run(checkpoint, questions, config, tasks))
-        except ValueError as error:
-            if len(chosen) == 1 or checkpoint is chosen[-1] and not reports:
-                raise
-            warn(f"{checkpoint.parent} is left out: {error}")
+    reports = all_that_work(
+        lambda checkpoint: score_run(checkpoint, questions, config, tasks), chosen)
     compare(reports, tasks)
     order = [(name, metric) for name in questions for metric in tasks[name].metrics]
     scores = sorted([row for report in reports for row in report["scores"]],

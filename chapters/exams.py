@@ -204,6 +204,8 @@ class ExamConfig(EvaluateConfig):
     def __post_init__(self):
         super().__post_init__()
         names = (["rows"] if self.rows else SMALL) if self.tasks is None else self.tasks.split(",")
+        if self.tasks == "small" and self.rows is not None:
+            raise ValueError("--tasks=small reads no rows: leave out one of --tasks and --rows")
         if "humaneval" in names and not self.run_code:
             raise ValueError("humaneval runs what the model writes, on this machine: --run_code "
                              "lets it; what protects the machine stands in chapters/box.py")

@@ -417,6 +417,7 @@ def test_a_model_card_says_what_went_in_and_what_came_out(command, tmp_path):
 @pytest.mark.parametrize("words, line", [
     (["--n_shots=-1"], "n_shots=-1 must be at least 0"),
     (["--n_shots=1"], "perplexity has no solved examples: leave out --n_shots, or the task"),
+    (["--tasks=small", "--rows=x"], "--tasks=small reads no rows: leave out one of --tasks and"),
     (["--n_samples=2000", "--tasks=humaneval"], "n_samples=2000 must be at least 1 and below 1001"),
     (["--tasks=arithmetic", "--max_tokens=9"], "--max_tokens would not act beside --tasks=arith"),
     (["--tasks=copying", "--n_samples=2"], "--n_samples would not act beside --tasks=copying"),
