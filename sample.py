@@ -3,7 +3,7 @@ Text from a trained model: a run folder goes in, the continuation of a prompt co
 
     python sample.py                      # the newest run, from the beginning of a document
     python sample.py runs/stdlib --prompt="def " --temperature=0.7 --top_p=0.95 --n_samples=3
-    python sample.py --prompts=questions.txt             # a prompt a line, all in one batch
+    python sample.py --prompts=questions.txt             # a prompt a line, 64 at a time
     python sample.py --prompt="import " --show=logprobs  # how likely each token was
     python -m chapters.talk runs/chat                    # a conversation, with a model taught to
 
@@ -31,6 +31,7 @@ from tokenizer import Tokenizer, parse_options, reading, refuse_idle, run_comman
 
 DEVICES = ("cuda", "mps", "cpu")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SHOWN = ("text", "logprobs")
 COLD = 1e-6  # temperatures below are 0: a division by them would overflow
 ROWS = 64  # texts that are written at a time: each takes memory
 
@@ -235,12 +236,12 @@ class SampleConfig(make_dataclass("FilterOptions", FIELDS, frozen=True)):
     seed: int | None = option(None, "same seed, same text; sample i: seed + i", -2**63, 2**63)
     max_new_tokens: int = option(200, "longest continuation, in tokens", low=1)
     stop: list | tuple = option([], r"end before this text (\n: a new line); may be repeated")
-    overflow: str = option("stop", "stop | slide: end, or forget half, where the context is full")
+    overflow: str = option("stop", "where the context is full end, or forget its older half",
+                           known=lambda: ("stop", "slide"))
     cache: bool = option(True, "remember keys and values; without, the same text, slower")
 
     def __post_init__(self):
         check_options(self)
-        check_known(self.overflow, ("stop", "slide"), "overflow")
         if not all((*self.stop, *self.ban)):
             raise ValueError("a text in stop or ban is empty: leave it out, or give it characters")
 
@@ -492,18 +493,16 @@ class Command:
     run: str | None = option(None, "run folder; else the newest under runs/", positional=True)
     prompt: str = option("", "text to continue; without one a document begins")
     file: str | None = option(None, "a file with the prompt; - reads what is typed or piped in")
-    prompts: str | None = option(None, "a file with a prompt a line, all written together, or -")
+    prompts: str | None = option(None, "a file with a prompt a line, or -")
     n_samples: int = option(1, "how many continuations of each prompt", 1, 10_001)
-    show: str = option("text", "text | logprobs: each token with its log-probability")
+    show: str = option("text", "a text, or its tokens' log-probabilities", known=lambda: SHOWN)
     beams: int | None = option(None, "no sampling: the likeliest text by so many beams", 1, 65)
     length_penalty: float = option(1.0, "0 prefers short texts, 1 the best mean a token", below=11)
     checkpoint: str = option("best", "best | last | a step")
     device: str = option("auto", "auto | cuda | mps | cpu")
-    precision: str = option("fp32", "auto | fp32 | bf16 | fp16")
+    precision: str = option("fp32", known=lambda: ("auto", *PRECISIONS))
 
-    def __post_init__(self):
-        check_options(self)
-        check_known(self.show, ("text", "logprobs"), "show")
+    __post_init__ = check_options
 
 
 def read_text(path):
@@ -551,16 +550,6 @@ def show_texts(model, tokenizer, prompts, n_samples, show, config):
     return n_tokens
 
 
-def show_beams(model, tokenizer, prompt, command, config):
-    """Print the text with the best score; -> how many tokens it has."""
-    ids = torch.tensor([tokenizer.encode(prompt) or [tokenizer.eot]], device=model.device)
-    (text, score), *_ = beam_search(model, ids, command.beams, config.max_new_tokens,
-                                    command.length_penalty, end_ids(tokenizer), config.cache)
-    print(prompt + tokenizer.decode([id for id in text if id not in end_ids(tokenizer)]))
-    print(f"score {score:.3f} by {command.beams} beams", file=sys.stderr)
-    return len(text)
-
-
 def sampling_config(typed):
     """The SampleConfig of options that were typed, with a seed; ValueError for idle ones."""
     config = SampleConfig(**dict(seed=random.randrange(10**6)) | typed)
@@ -591,10 +580,15 @@ def main():
     path = pick_checkpoint(folder, command.checkpoint)
     model, tokenizer = load_run(folder, path, device, dtype)
     prompts, start = fitting(model, tokenizer, prompts, config), time.perf_counter()
-    if command.beams is None:
-        n_tokens = show_texts(model, tokenizer, prompts, command.n_samples, command.show, config)
-    else:
-        n_tokens = sum(show_beams(model, tokenizer, prompt, command, config) for prompt in prompts)
+    n_tokens = 0 if command.beams else show_texts(model, tokenizer, prompts, command.n_samples,
+                                                  command.show, config)
+    for prompt in prompts if command.beams else ():
+        ids = torch.tensor([tokenizer.encode(prompt) or [tokenizer.eot]], device=device)
+        (text, score), *_ = beam_search(model, ids, command.beams, config.max_new_tokens,
+                                        command.length_penalty, end_ids(tokenizer), config.cache)
+        print(prompt + tokenizer.decode([id for id in text if id not in end_ids(tokenizer)]))
+        print(f"score {score:.3f} by {command.beams} beams", file=sys.stderr)
+        n_tokens += len(text)
     rate = n_tokens / (time.perf_counter() - start)
     print(f"{path}: {n_tokens} tokens, {rate:,.0f} tokens/s on {device} in {precision}, "
           f"seed {config.seed}", file=sys.stderr)

@@ -21,12 +21,12 @@ if __name__ == "__main__":  # `python chapters/talk.py` works as well, from any 
 from chapters.client import Server, parse_keys
 from evaluate import score_ends
 from model import TINY, check_known, check_options, option
-from sample import (SampleConfig, load_run, newest_run, pick_checkpoint, pick_device,
-                    pick_precision, sampling_config, show_piece, warn, write)
+from sample import (PRECISIONS, SHOWN, SampleConfig, load_run, newest_run, pick_checkpoint,
+                    pick_device, pick_precision, sampling_config, show_piece, warn, write)
 from tokenizer import parse_options, refuse_idle, run_command
 
 TEMPLATES = ("chat", "question", "text")
-TEMPLATE_HELP = "auto | chat | question | text: how runs are asked; auto: as a chat if they know it"
+TEMPLATE_HELP = "how runs are asked; auto: as a chat if they know it"
 END_LIKELY = 0.01  # chance of <|end|> after an answer: 20 steps on texts 0.0001, on chats 0.02
 
 # -----------------------------------------------------------------------------
@@ -153,7 +153,7 @@ class LocalModel:
 class AnswerConfig:
     """How the models are asked."""
     key: list = option([], "HOST=VARIABLE: the environment variable with the key for a host")
-    template: str = option("auto", TEMPLATE_HELP)
+    template: str = option("auto", TEMPLATE_HELP, known=lambda: ("auto", *TEMPLATES))
     max_tokens: int = option(200, "longest answer", low=1)
     temperature: float = option(0.7, "of the answers")
     seed: int = option(0, "of the answers")
@@ -199,15 +199,13 @@ class TalkConfig:
     """Who talks."""
     run: str | None = option(None, "run folder; without one the newest", positional=True)
     system: str = option("", "what the assistant is told first")
-    template: str = option("auto", TEMPLATE_HELP)
-    show: str = option("text", "text | logprobs: each token with its log-probability")
+    template: str = option("auto", TEMPLATE_HELP, known=lambda: ("auto", *TEMPLATES))
+    show: str = option("text", "a text, or its tokens' log-probabilities", known=lambda: SHOWN)
     checkpoint: str = option("best", "best | last | a step")
     device: str = option("auto", "auto | cuda | mps | cpu")
-    precision: str = option("fp32", "auto | fp32 | bf16 | fp16")
+    precision: str = option("fp32", known=lambda: ("auto", *PRECISIONS))
 
-    def __post_init__(self):
-        check_known(self.show, ("text", "logprobs"), "show")
-        check_known(self.template, ("auto", *TEMPLATES), "template")
+    __post_init__ = check_options
 
 
 def talk(chat, show):
