@@ -15,7 +15,6 @@ import ast
 import contextlib
 import gzip
 import hashlib
-import io
 import itertools
 import json
 import os
@@ -36,7 +35,7 @@ from urllib.request import Request, urlopen
 import numpy as np
 from tqdm import tqdm
 
-from tokenizer import (SPECIAL_TOKENS, Parser, Tokenizer, check_fields, read_json, reading,
+from tokenizer import (QUIET, SPECIAL_TOKENS, Parser, Tokenizer, check_fields, read_json, reading,
                        refuse_idle, replacing, room_for_merges, run_command, write_json)
 
 SEPARATOR = "<|endoftext|>"  # between the documents of a .txt file
@@ -114,11 +113,11 @@ def read_documents(path):
     if not path.is_file():  # to open a pipe may wait for ever
         raise ValueError(f"{path}: no such file, or a pipe, a device")
     opened = gzip.open if path.suffix.lower() == ".gz" else open
-    with reading(path), opened(path, "rb") as file:
-        if b"\0" in file.peek(8192)[:8192]:
+    how = dict(encoding="utf-8-sig", errors="surrogateescape", newline="")
+    with reading(path), opened(path, "rt", **how) as file:
+        if b"\0" in file.buffer.peek(8192)[:8192]:
             raise ValueError(f"{path} is a binary file, not text (text must be UTF-8)")
-        text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
-        yield from READERS[kind](text)
+        yield from READERS[kind](file)
 
 
 # What steers a terminal (ECMA-48): colors and such, strings, short ones; none within another.
@@ -342,19 +341,17 @@ def gather(found, file, card):
     """Read and clean all files into one -> Documents, each text once; the card says what is lost.
     A file that cannot be read is left out, whole; where its source has no other, a ValueError."""
     counts, sizes = card["counts"], {}  # {sha256 of a text: its bytes}
-    bar = tqdm(desc="read", unit=" documents", disable=None, leave=False)
     for source, paths in zip(card["sources"], found.values()):
-        for path in paths:
+        for path in tqdm(paths, "read", unit=" files", **QUIET):
             start, new, lost, n_chars = file.tell(), {}, Counter(), 0
             try:
-                for text in read_documents(path):
+                for text in tqdm(read_documents(path), path.name, unit=" documents", **QUIET):
                     text = clean(text, lost)
                     n_chars += len(text)
                     is_old = (key := text_hash(text)) in new or key in sizes
                     if text and not is_old:
                         new[key] = file.write(text.encode())
                     lost["exact duplicates" if text else "empty documents"] += is_old or not text
-                    bar.update()
                 if lost["replaced bytes"] > n_chars / 100:
                     raise ValueError(f"{path}: {lost['replaced bytes'] / n_chars:.0%} of its "
                                      "characters are no UTF-8: convert it, if it is KOI8-R by "
@@ -369,7 +366,6 @@ def gather(found, file, card):
                 counts["skipped files"] += 1
                 line = "".join(char if char.isprintable() else " " for char in str(error))
                 source["skipped"] = [*source["skipped"], line[:200]][:100]
-    bar.close()
     sizes = np.array([*sizes.values()], np.int64)
     return Documents(file, sizes.cumsum() - sizes, sizes.cumsum())
 
@@ -394,7 +390,7 @@ def split(documents, val_ratio=None):
 
 def tokenize(documents, tokenizer):
     """Yield the ids of documents, each behind <|endoftext|>, in large arrays, with every core."""
-    texts = tqdm(documents, "tokenize", unit=" documents", disable=None, leave=False)
+    texts = tqdm(documents, "tokenize", unit=" documents", **QUIET)
     groups = (documents.ends - documents.starts).cumsum() // GROUP_BYTES
     for _, group in itertools.groupby(zip(groups, texts), lambda pair: pair[0]):
         encoded = tokenizer.encode_batch(text for _, text in group)
@@ -444,38 +440,40 @@ def load_tokenizer(tokenizer):
 
 
 def stored(folder):
-    """The fingerprint of the shards in a folder, "" if it is new or empty, None for anything else."""
+    """The fingerprint of the shards in a folder, "" if it is new or empty, None for other files."""
     with contextlib.suppress(OSError, ValueError):
         return read_card(folder).fingerprint
     return None if folder.is_file() or any(folder.glob("[!.]*")) else ""
 
 
 @contextlib.contextmanager
-def new_shards(folder):
+def new_shards(folder, fingerprint):
     """A hidden folder to write shards into: complete, it gets its name or, where that is an empty
-    folder or has damaged shards, its files go there. After an error it is gone."""
-    folder = folder.resolve()
-    part = folder.with_name(f".{folder.name}.part")
+    folder or one of these shards, damaged, its files go there. After an error it is gone."""
+    real = folder.resolve()
+    part = real.with_name(f".{real.name}.part")
     with locked(part):
         try:
+            if stored(folder) not in ("", fingerprint):
+                raise ValueError(f"{folder} holds other shards or files: choose another --out")
             for path in part.glob("[!.]*"):  # of a process that was killed
                 path.unlink()
             yield part
-            if stored(folder) not in ("", stored(part)):
-                raise ValueError(f"{folder} was made by another process meanwhile: start again")
-            if not folder.exists():
-                part.replace(folder)
-            for path in [*folder.glob("*.bin")] * part.exists():  # who has opened it reads on
-                path.unlink()
-            for path in sorted(part.glob("[!.]*"), reverse=True):  # card.json is the last
-                path.replace(folder / path.name)
+            if not real.exists():
+                part.replace(real)
+            else:
+                for path in real.glob("*.bin"):  # whoever has opened it reads on
+                    path.unlink()
+                for path in sorted(part.glob("[!.]*"), reverse=True):  # card.json is the last
+                    path.replace(real / path.name)
         finally:
             shutil.rmtree(part, ignore_errors=True)
 
 
 def build(folder, found, tokenizer, card, say):
     """All stages: read, clean, split, train a tokenizer, write the shards and, last, the card."""
-    with new_shards(folder) as out, tempfile.TemporaryFile(dir=out.parent) as file:
+    with (new_shards(folder, card["fingerprint"]) as out,
+          tempfile.TemporaryFile(dir=out.parent) as file):
         if "fineweb10B" in found:
             val, *train = map(read_shard, found["fineweb10B"])
             card["split"], splits = "as published", dict(train=train, val=[val])
@@ -509,8 +507,7 @@ def prepare(sources, out=None, vocab_size=4096, tokenizer=None, val_ratio=None, 
     """Turn sources (names, files, folders, URLs) into a folder of shards, if there is none yet ->
     its Path: `out`, or shards/NAME OF THE FIRST, where that holds other content with a part of the
     fingerprint. tokenizer: a file, "gpt2" or a Tokenizer; None trains one of vocab_size."""
-    sources = [sources] if isinstance(sources, (str, Path)) else sources
-    sources = list(map(str, sources))
+    sources = [*map(str, [sources] if isinstance(sources, (str, Path)) else sources)]
     if "" in sources or "fineweb10B" in sources[1:] + sources[:-1]:
         raise ValueError(f"{sources}: each must have a name; ready shards do not mix with others")
     if val_ratio is not None and not 0 < val_ratio < 1:
@@ -526,14 +523,12 @@ def prepare(sources, out=None, vocab_size=4096, tokenizer=None, val_ratio=None, 
     options = dict(vocab_size=vocab_size, tokenizer=tokenizer and tokenizer.hash(),
                    val_ratio=val_ratio, version=2)  # raised when the same gives other shards
     contents = [[ending(path), file_hash(path)] for paths in found.values() for path in paths
-                if path.suffix == ".bin" or ending(path) in READERS and os.path.isfile(path)
-                and os.access(path, os.R_OK)]  # of what gather() will skip only the rest
+                if "fineweb10B" in found or ending(path) in READERS and os.path.isfile(path)
+                and os.access(path, os.R_OK)]  # the others are skipped
     fingerprint = text_hash(json.dumps([options, contents])).hex()
     folder = named
     if out is None and stored(folder) not in ("", fingerprint):
         folder = Path(f"{named}-{fingerprint[:8]}")
-    if stored(folder) not in ("", fingerprint):
-        raise ValueError(f"{folder} holds other shards or files: choose another --out")
     with contextlib.suppress(OSError, ValueError):  # of a folder that is not there or not whole
         if check_shards(folder, ("train", "val", "token")).fingerprint == fingerprint:
             say(f"{folder}: used again, the content and the options are the same")
@@ -576,9 +571,9 @@ class TokenLoader(Iterator):
         epoch, i = divmod(number, self.n_blocks)
         if epoch != self.epoch:
             random = np.random.RandomState([self.seed, epoch])  # default_rng may change with numpy
-            self.epoch, self.offset = epoch, random.randint(self.block_size)
+            self.epoch, self.offset = epoch, random.randint(1 - self.block_size, 1)
             self.order = random.permutation(self.n_blocks)
-        start = 1 + self.offset + (int(self.order[i]) - 1) * self.block_size
+        start = self.offset + int(self.order[i]) * self.block_size
         start = min(max(0, start), self.n_tokens - self.block_size - 1)
         stop = start + self.block_size + 1
         first, last = np.searchsorted(self.starts, [start, stop - 1], "right") - 1

@@ -17,7 +17,7 @@ from pathlib import Path
 if __name__ == "__main__":  # `python chapters/mix.py` works as well, from any folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data import (TokenLoader, check_shards, count_tokens, file_hash, new_shards, read_split, stored,
+from data import (TokenLoader, check_shards, count_tokens, file_hash, new_shards, read_split,
                   text_hash, write_shards)
 from tokenizer import Parser, Tokenizer, run_command, write_json
 
@@ -68,13 +68,11 @@ def mix(parts, out, block_size=256, seed=0):
         if card.tokenizer != cards[first].tokenizer:
             raise ValueError(f"{folder} has not the tokenizer of {first}: python data.py TEXT "
                              f"--tokenizer={first}/tokenizer.json makes shards that fit")
-    if stored(out) != "":
-        raise ValueError(f"{out} holds other shards or files: give a new or empty folder")
     for folder in parts:
         TokenLoader(folder, 1, block_size)  # a ValueError for a short text, before any file
     tokenizer, options = Tokenizer.load(first / "tokenizer.json"), dict(
         block_size=block_size, seed=seed, shares={str(path): n for path, n in parts.items()})
-    with new_shards(out) as new:
+    with new_shards(out, "") as new:
         write_shards(mixed_sequences(parts, block_size, seed), new, "train", tokenizer.n_vocab)
         write_shards(read_split(first, "val"), new, "val", tokenizer.n_vocab)
         tokenizer.save(new / "tokenizer.json")

@@ -98,7 +98,7 @@ def test_terminal_sequences_and_overstrikes_go_as_a_whole(text, left):
 @pytest.mark.parametrize("part", ["\x1b]", "\x1b[", "\x1b", "\x9d", "\x9b0", "\x1bP", "\b", "N\b",
                                   "\x1b]0;", "\x1b[0", "\x1b(", "\x90", "\x1b\\", "\x1b]\x9d"])
 def test_a_text_of_nothing_but_openings_comes_to_an_end(part):
-    for whole in part * 500_000, part + "0;" * 500_000, part + " " * 10**6, part * 9 + "x" * 10**6:
+    for whole in part * 200_000, part + "0;" * 200_000, part + " " * 10**6, part * 9 + "x" * 10**6:
         assert len(clean(whole)) <= len(whole)
 
 
@@ -276,7 +276,7 @@ def test_a_text_that_is_not_utf_8_is_refused_with_the_way_out(tmp_path, encoding
     text = RUSSIAN if encoding in ("koi8-r", "cp1251") else "天地玄黃宇宙洪荒日月盈昃" * 99
     path = tmp_path / "old.txt"
     path.write_bytes(text.encode(encoding, "ignore"))
-    with pytest.raises(ValueError, match=r"old.txt: \d\d% of its .* iconv -f KOI8-R -t UTF-8 .*old"):
+    with pytest.raises(ValueError, match=r"old.txt: \d\d% of .* iconv -f KOI8-R -t UTF-8 .*old"):
         prepare(path, tmp_path / "shards" / "old", 300, **quiet)
     assert not list(tmp_path.glob("shards/[!.]*")) and not list(tmp_path.glob("shards/.*"))
     folder, lines = folder_of(tmp_path, STORIES), []
@@ -351,7 +351,8 @@ def test_shards_decode_to_the_clean_documents_each_behind_endoftext(prepared):
     tokenizer = Tokenizer.load(prepared / "tokenizer.json")
     both = [np.concatenate(read_split(prepared, split)) for split in ("train", "val")]
     assert [ids[0] for ids in both] == [tokenizer.eot] * 2
-    parts = [ids for split in both for ids in np.split(split, np.flatnonzero(split == tokenizer.eot))]
+    starts = [np.flatnonzero(ids == tokenizer.eot) for ids in both]
+    parts = [part for ids, at in zip(both, starts) for part in np.split(ids, at)]
     texts = [tokenizer.decode(ids[1:].tolist()) for ids in parts if len(ids)]
     assert sorted(texts) == sorted(map(clean, STORIES))
 
@@ -504,17 +505,10 @@ def test_what_fails_while_writing_leaves_no_folder_and_changes_none(home, monkey
 
 
 def test_of_two_that_write_one_folder_the_second_is_refused(home):
-    with data.new_shards(Path("shards/input")) as part, pytest.raises(ValueError, match="in use"):
-        prepare("a/input.txt", vocab_size=300, **quiet)
-        assert part.parent == home / "shards"
-    first = prepare("b/input.txt", "shards/other", 300, **quiet)
-    before = written(first)
-    with pytest.raises(ValueError, match="made by another process meanwhile"):
-        with data.new_shards(Path("shards/late")) as part:
-            shutil.copytree(first, "shards/late")
-            shutil.copytree(first, part, dirs_exist_ok=True)
-            data.write_json(part / "card.json", card_of(first) | dict(fingerprint="another"))
-    assert written(Path("shards/late")) == before
+    with data.new_shards(Path("shards/input"), "") as part:
+        with pytest.raises(ValueError, match="in use by another process"):
+            prepare("a/input.txt", vocab_size=300, **quiet)
+        assert part.exists()
 
 
 def test_what_a_killed_process_left_is_not_in_the_shards(home):
@@ -710,12 +704,12 @@ def test_every_epoch_reads_every_token_of_a_split_of_any_size(tmp_path, block_si
         folder = shards_of(tmp_path / str(n_tokens), n_tokens, shard_tokens=5)
         loader, offsets = TokenLoader(folder, 1, block_size), set()
         assert loader.n_blocks <= n_tokens // block_size + 2
-        for _ in range(12):
+        for _ in range(8):
             batches = [next(loader) for _ in range(loader.n_blocks)]
             assert all((y == x + 1).all() for x, y in batches)
             assert set(np.ravel(batches)) == set(range(n_tokens))
             offsets.add(loader.offset)
-        assert offsets <= set(range(block_size)) and len(offsets) > 1 or block_size == 1
+        assert offsets <= set(range(1 - block_size, 1)) and len(offsets) > 1 or block_size == 1
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -769,6 +763,7 @@ def test_the_command_prepares_and_names_the_next_one(tmp_path):
     assert "60 documents" in done.stdout and (tmp_path / "shards" / "texts" / "card.json").exists()
 
 
+@pytest.mark.slow
 def test_the_command_says_which_folder_it_made_or_used_again(home):
     said = [run("data.py", f"{name}/input.txt", "--vocab_size=300", cwd=home).stdout
             for name in ("a", "b", "b", "a")]
