@@ -199,7 +199,8 @@ def underfitting(log):
     if log.is_new and is_over and log.validation < WORSE * log.end and STEEP < late < 1:
         return (f"{log.ending}, validation {log.validation:.3f}; {late:.0%} of the fall came in "
                 "the second half of the run",
-                f"--resume --max_steps={2 * log.rows[-1]['step']}, later a larger --size")
+                f"--max_steps={2 * log.rows[-1]['step']} (with --resume also --rewarm), later a "
+                "larger --size")
 
 
 CAUSES = (bad_start, dead_run, learning_rate_too_high, learning_rate_too_low)  # the first explains

@@ -31,8 +31,8 @@ if __name__ == "__main__":  # `python chapters/search.py` works as well, from an
 
 from chapters.compare import mean_of_seeds
 from chapters.nonfinite import is_bad
-from chapters.settings import (all_values, as_typed, complete_config, sample_settings,
-                               searchable)
+from chapters.settings import (all_values, as_typed, check_settings, complete_config,
+                               sample_settings, searchable)
 from chapters.sweep import find_rate, picture
 from data import read_card
 from model import GPTConfig, check_options, option
@@ -215,12 +215,9 @@ def main():
     refuse_idle(typed, () if spaces else ("runs", "keep"), "with nothing to search")
     settings = sample_settings(spaces, own.runs, own.seed)
     rounds(len(settings), own.keep, own.max_steps)
-    for setting in settings:  # all are checked before the first is trained
-        try:
-            config, _ = complete_config(fixed | setting)
-        except ValueError as error:
-            raise ValueError(f"{as_typed(setting)}: {error}" if setting else error) from None
+    config = check_settings(settings, fixed)  # all of them, before the first is trained
     shards = find_shards(config, 0, print)
+    check_settings(settings, fixed, shards)
     plan = asdict(own) | options | dict(fingerprint=read_card(shards).fingerprint)
     del plan["seeds"]  # more of them may be added
     if config.config:

@@ -12,9 +12,11 @@ import shlex
 from dataclasses import field, fields, make_dataclass
 from random import Random
 
+from data import TokenLoader
 from model import GPTConfig
+from sample import pick_device
 from tokenizer import field_kind
-from train import TrainConfig, check_model, complete_options, split_batch
+from train import TrainConfig, check_memory, check_model, complete_options, split_batch
 
 OWN = {"out", "max_steps", "seed", "resume", "rewarm", "epochs", "tokens", "minutes", "eval_every"}
 ONE = {"data", "config", "vocab_size", "device", "precision"}  # a path may have commas of its own
@@ -110,3 +112,18 @@ def sample_settings(spaces, n, seed):
         columns = [spread(space, n, random) for space in spaces.values()]
         rows = dict.fromkeys(zip(*(random.sample(column, n) for column in columns)))
     return [dict(zip(spaces, values)) for values in rows]
+
+
+def check_settings(settings, fixed, shards=None):
+    """-> the TrainConfig of the last of these settings; ValueError that names one which cannot be
+    trained with, or not on the shards, once there are some."""
+    for setting in settings:
+        try:
+            config, shape = complete_config(fixed | setting)
+            if shards:
+                check_memory(shape, config, pick_device(config.device))
+                for split in "train", "val":
+                    TokenLoader(shards, 1, shape.block_size, split=split)
+        except ValueError as error:
+            raise ValueError(f"{as_typed(setting)}: {error}" if setting else error) from None
+    return config

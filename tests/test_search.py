@@ -156,6 +156,15 @@ def test_a_search_over_the_options_of_a_run_takes_them_as_they_stand_in_its_conf
     assert "holds a search with other --config: choose another --out" in call(search, *words)[1]
 
 
+@pytest.mark.parametrize("option, message", [
+    ("--block_size=32,100000", "--block_size=100000: "), ("--n_embd=32,4194304", "with --force")])
+def test_a_setting_that_does_not_fit_its_data_or_memory_is_refused_before_the_first_is_trained(
+        shards, tmp_path, call, option, message):
+    words = [f"--data={shards}", option, "--max_steps=30", f"--out={tmp_path / 'found'}"]
+    shown, error = call(search, *words, *[word for word in SMALL if option[:7] not in word])
+    assert message in error and not shown and not [*tmp_path.iterdir()]
+
+
 def test_another_text_under_the_name_is_another_search(tmp_path, monkeypatch, call):
     monkeypatch.chdir(tmp_path)
     words = ["--data=text.txt", "--vocab_size=262", "--seeds=2", "--max_steps=10", "--out=found",
