@@ -116,7 +116,8 @@ def read_documents(path):
     how = dict(encoding="utf-8-sig", errors="surrogateescape", newline="")
     with reading(path), opened(path, "rt", **how) as file:
         if b"\0" in file.buffer.peek(8192)[:8192]:
-            raise ValueError(f"{path} is a binary file, not text (text must be UTF-8)")
+            raise ValueError(f"{path} is a binary file, not text, which must be UTF-8: for UTF-16, "
+                             f"iconv -f UTF-16 -t UTF-8 {path} > NEW.txt")
         yield from READERS[kind](file)
 
 
@@ -284,7 +285,7 @@ def read_split(folder, split="train"):
 class Card:
     """What card.json says of a folder of shards."""
     fingerprint: str  # the sha256 of content and options
-    sources: list     # of {"name", "files"}
+    sources: list     # of {"name", "files", "skipped": [name and reason]}
     python: str       # the version, which decides what stdlib is
     options: dict     # of prepare()
     counts: dict      # documents and bytes, and what was lost

@@ -126,6 +126,8 @@ def main():
     parser.add_argument("sources", nargs="+", metavar="PAGE", help="files, folders or URLs")
     parser.add_argument("--out", required=True, help="folder for the .txt files")
     args = parser.parse_intermixed_args()
+    if not args.out:
+        raise ValueError("--out is empty: give the name of a folder")
     paths = curate(args.sources, args.out)
     n_bytes = sum(path.stat().st_size for path in paths)
     print(f"{len(paths):,} pages, {n_bytes / 1e6:.1f} MB of text")

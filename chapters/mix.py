@@ -27,7 +27,7 @@ def read_shares(words):
     parts = {}
     for word in words:
         folder, _, share = word.rpartition("=")
-        if not re.fullmatch(r"0?\.\d+", share) or not Path(folder, "card.json").exists():
+        if not (folder and re.fullmatch(r"0?\.\d+", share) and Path(folder, "card.json").exists()):
             raise ValueError(f"{word} is not a folder of shards and its share, shards/a=0.2")
         parts[Path(folder)] = round(100 * float(share))
     if min(parts.values()) < 1 or sum(parts.values()) != 100:

@@ -60,6 +60,7 @@ def test_a_folder_is_read_through_its_links_and_without_what_cannot_be_read(tmp_
 def test_no_text_is_written_when_a_later_source_is_refused(tmp_path, call):
     (tmp_path / "a.html").write_text("<p>a")
     for bad in "none.html", "":
+        assert "--out is empty" in call(curate, tmp_path / "a.html", "--out=")[1]
         out = tmp_path / "out"
         _, notes = call(curate, tmp_path / "a.html", bad and tmp_path / bad, f"--out={out}")
         assert "no such file" in notes and not out.exists()

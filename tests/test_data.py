@@ -198,7 +198,7 @@ def test_a_folder_is_read_in_order_and_skips_what_is_no_text(tmp_path):
     lines = []
     out = prepare(folder, tmp_path / "out", 300, say=lines.append)
     reasons, [source] = skipped(out), card_of(out)["sources"]
-    assert {re.split(",| cannot", name)[0] for name in reasons} == {*bad} and source["files"] == 62
+    assert {re.split(",| cannot| is", name)[0] for name in reasons} == {*bad} and source["files"] == 62
     assert texts_of(out) == sorted([*map(clean, STORIES), "A note."])
     assert "8 skipped files" in lines[0] and sum("skipped:" in line for line in lines) == 3
     assert "KeyError('text')" in reasons["rows.jsonl, line 2 cannot be read"]
@@ -613,6 +613,14 @@ def test_a_text_is_downloaded_once(tmp_path, server):
     assert card_of(out)["counts"]["documents"] == 1
 
 
+def test_a_url_whose_text_is_not_utf_8_is_refused_with_the_way_out(tmp_path, server):
+    server.files["/old.txt"] = RUSSIAN.encode("koi8-r")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"downloads/\w+-old.txt: 82% of its .*iconv"):
+            prepare(f"{server.url}/old.txt", tmp_path / "shards" / "old", 300, **quiet)
+    assert len(server.starts) == 1 and os.listdir(tmp_path / "shards") == ["downloads"]
+
+
 def test_a_url_that_gives_a_page_is_refused_with_the_command_that_reads_it(tmp_path, server):
     server.files["/a.txt"], server.type = b"<p>a", "text/html; charset=utf-8"
     with pytest.raises(ValueError, match="is a web page.* python -m chapters.curate"):
@@ -778,7 +786,7 @@ def test_the_command_says_which_folder_it_made_or_used_again(home):
 
 @pytest.mark.parametrize("words, code, message", [
     (["none.txt"], 1, "no such file"), (["shakespear"], 1, "not one of stdlib, shakespeare"),
-    (["empty.txt"], 1, "0 bytes of text"), (["binary.txt"], 1, "is a binary file"),
+    (["empty.txt"], 1, "0 bytes of text"), (["binary.txt"], 1, "iconv -f UTF-16"),
     (["a.pdf"], 1, "a.pdf: can read only .txt"), (["empty"], 1, "0 bytes of text"),
     (["a.jsonl"], 1, "a.jsonl, line 2"), (["blank.txt"], 1, "0 bytes of text"),
     (["huge.txt", "--vocab_size=99"], 1, "vocab_size=99 must be from 262"),

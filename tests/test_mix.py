@@ -68,6 +68,7 @@ def test_the_mixture_is_a_folder_of_shards_to_train_on(shards, other, tmp_path, 
 
 @pytest.mark.parametrize("words, problem", [
     (["none=0.5", "{a}=0.5"], "none=0.5 is not a folder of shards and its share"),
+    (["=0.5", "{b}=0.5"], "=0.5 is not a folder of shards and its share"),
     (["{a}"], "is not a folder of shards and its share, shards/a=0.2"),
     (["{a}=2", "{b}=0.5"], "is not a folder of shards and its share"),
     (["{a}=0.8", "{b}=0.1"], "shares of 80, 10 hundredths"),
