@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from itertools import accumulate
 
 import pytest
@@ -273,6 +274,23 @@ def test_a_plan_says_whether_its_data_is_prepared(call, shards):
     assert re.search(r" 2\d\d epochs: after about 4 times", many)
     out, _ = call(plan, "--data=book.txt", *small, "--tokens=1000")
     assert "python data.py book.txt" in out
+
+
+def test_a_plan_takes_the_options_of_a_config_edited_by_hand(tmp_path, call):
+    shape = GPTConfig(vocab_size=4096, n_layer=1, n_head=1, n_embd=16, block_size=16)
+    parts = dict(train=asdict(TrainConfig(max_steps=7, batch_size=2, device="cpu")),
+                 model=asdict(shape), data=dict(path="x", fingerprint="y"))
+    parts = {name: dict(reversed(part.items())) for name, part in reversed(parts.items())}
+    path, text = tmp_path / "config.json", json.dumps(parts, indent=5)
+    path.write_text(text.replace('"max_steps": 7', '"max_steps"  :  9'), "utf-8")
+    assert "in 9 steps" in call(plan, f"--config={path}")[0]
+    for old, new, message in (("grad_clip", "clip", "config.json: unknown field 'clip'"),
+                              ('"max_steps": 7', '"max_steps": "7"', "max_steps='7' must be int"),
+                              (text, text[:99], "config.json cannot be read"),
+                              (text, "", "config.json cannot be read")):
+        path.write_text(text.replace(old, new), "utf-8")
+        shown, error = call(plan, f"--config={path}")
+        assert message in error and not shown and error.count("\n") == 1
 
 
 def test_the_table_of_known_models_has_all(call):
