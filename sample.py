@@ -511,6 +511,7 @@ def read_text(path):
         if path == "-" and sys.stdin is None:
             raise ValueError("standard input is closed: give a file, or pipe the text in")
         text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+        text.encode()  # ValueError for bytes piped in that are no UTF-8: Python may hide them
         return text.removeprefix("\ufeff").replace("\r\n", "\n")
 
 

@@ -501,6 +501,7 @@ def test_n_samples_differ_and_each_can_be_had_again(command):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends no such signal")
 def test_n_samples_appear_group_by_group_and_a_signal_ends_them(folder):
     words = [sys.executable, ROOT / "sample.py", folder, "--n_samples=10000"]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -625,6 +626,18 @@ def test_a_closed_standard_input_ends_in_one_line(command, monkeypatch, option):
     monkeypatch.setattr("sys.stdin", None)
     assert command(f"--{option}=-") == (
         "", "error: standard input is closed: give a file, or pipe the text in\n")
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_a_prompt_that_is_not_utf8_is_refused_from_a_file_and_from_a_pipe(command, tmp_path, errors,
+                                                                          monkeypatch):
+    path, data = tmp_path / "prompt", "café\n".encode("latin-1")
+    path.write_bytes(data)
+    typed = io.TextIOWrapper(io.BytesIO(data), "utf-8", errors)
+    monkeypatch.setattr("sys.stdin", typed)
+    for name, said in (path, str(path)), ("-", "standard input"):
+        text, notes = command(f"--file={name}")
+        assert text == "" and notes.startswith(f"error: {said} cannot be read: 'utf-8' codec can't")
 
 
 def test_a_prompt_that_does_not_fit_is_left_out_of_a_batch(command, tmp_path):
