@@ -226,9 +226,9 @@ def difference(a, b, metric=ratio):
 
 # -----------------------------------------------------------------------------
 # Questions {"context", "choices", "answer"}, where context may be one for each choice, between them
-# a space or question["between"], None for what space_between says; and scores: (model, tokenizer, questions, config) -> for each
-# question, or block of text, {metric: vector} with what else is worth keeping under "shown"; and
-# what guessing gets, {metric: score}.
+# question["between"], without which a space, None for what space_between says; and scores: (model,
+# tokenizer, questions, config) -> for each question, or block of text, {metric: vector} with what
+# else is worth keeping under "shown"; and what guessing gets, {metric: score}.
 
 
 def read_jsonl(path, convert=lambda value: value):
@@ -399,30 +399,22 @@ def cells(scores):
     return lines
 
 
-LOWER_IS_BETTER = ("perplexity", "bits per byte", "calibration error")
-
-
 def draw_scores(scores, path):
     """A picture of scores: a panel for each metric, a line in it for each task and run."""
     from matplotlib.figure import Figure  # not pyplot, which would change a notebook's own plots
-    panels = defaultdict(list)
-    for row in scores:
-        panels[row["metric"]].append(row)
-    fig = Figure(figsize=(8, 1 + 0.9 * len(panels) + 0.4 * len(scores)), layout="constrained")
-    ratios = [len(rows) + 1 for rows in panels.values()]
-    axes = fig.subplots(len(panels), squeeze=False, height_ratios=ratios)[:, 0]
-    for ax, (metric, rows) in zip(axes, panels.items()):
+    metrics = [*dict.fromkeys(row["metric"] for row in scores)]
+    fig = Figure(figsize=(8, 1 + 1.2 * len(metrics) + 0.4 * len(scores)), layout="constrained")
+    fig.suptitle("scores with 95% intervals; diamonds: what guessing gets")
+    for ax, metric in zip(fig.subplots(len(metrics), squeeze=False)[:, 0], metrics):
+        rows = [row for row in scores if row["metric"] == metric][::-1]  # drawn from below
         names = [f"{row['task']}\n{row['run']}" for row in rows]
         value, low, high, chance = np.array([[row[name] for name in (
             "value", "low", "high", "chance")] for row in rows], float).T  # None becomes nan
-        ax.plot(chance, names, "D", color="#bbbbbb", label="guessing")
+        ax.plot(chance, names, "D", color="#bbbbbb")
         ax.errorbar(value, names, xerr=np.maximum(0, [value - low, high - value]), fmt="o",
-                    capsize=4, label="score, with its 95% interval")
-        better, log = "lower" if metric in LOWER_IS_BETTER else "higher", metric == "perplexity"
-        ax.set(xlabel=f"{metric} ({better} is better)", xscale="log" if log else "linear",
-               xlim=(1 if log else 0, None), ylim=(len(rows) - 0.5, -0.5))
+                    capsize=4)
+        ax.set(title=metric, xscale="log" if metric == "perplexity" else "linear")
         ax.grid(axis="x", alpha=0.3)
-    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", frameon=False)
     with replacing(path) as file:
         fig.savefig(file, format="png")
 
@@ -452,7 +444,8 @@ def trained_on(folder):
     """What a run's config.json says of its shards, {"path", "fingerprint", "sources"}, or {}."""
     path = Path(folder, "config.json")
     config = read_json(path) if path.exists() else {}
-    return config["data"] if isinstance(config, dict) and isinstance(config.get("data"), dict) else {}
+    data = config.get("data") if isinstance(config, dict) else None
+    return data if isinstance(data, dict) else {}
 
 
 def held_out(folder, tokenizer, data=None, max_tokens=65_536, split="val"):
@@ -473,7 +466,8 @@ def held_out(folder, tokenizer, data=None, max_tokens=65_536, split="val"):
     if card.tokenizer != tokenizer.hash():
         raise ValueError(f"{path} was written with another tokenizer than {own}: python data.py "
                          f"SOURCE --tokenizer={own} --out=shards/NAME writes shards that fit")
-    return Path(path), np.concatenate([shard[:max_tokens] for shard in shards])[:max_tokens].astype(int)
+    tokens = np.concatenate([shard[:max_tokens] for shard in shards])
+    return Path(path), tokens[:max_tokens].astype(int)
 
 
 def make_questions(config, tasks, default, folder):
@@ -505,8 +499,9 @@ def make_questions(config, tasks, default, folder):
                 raise
             print(f"{name} is left out: {error}")
             continue
-        if len(questions[name]) < (config.n_questions or 0) and "n_questions" in tasks[name].options:
-            print(f"{name} has {len(questions[name]):,} questions, not {config.n_questions:,}")
+        n = len(questions[name])
+        if "n_questions" in tasks[name].options and n < (config.n_questions or 0):
+            print(f"{name} has {n:,} questions, not {config.n_questions:,}")
     return questions
 
 
@@ -515,9 +510,9 @@ class EvaluateConfig:
     """What is scored, and how."""
     runs: list = option([], "run folders; without one the newest", positional=True)
     tasks: str | None = option(None, f"some of {','.join(TASKS)} (default {','.join(DEFAULT)})")
-    rows: str | None = option(None, "questions from this .jsonl file, multiple choice of your own; what "
-                              'stands before a choice is a space, but none beside white space or '
-                              'between characters of scripts without spaces, or the row\'s "between"')
+    rows: str | None = option(None, "questions from this .jsonl file, multiple choice of your own, "
+                              'before a choice its "between"; else a space, unless white space or '
+                              "a script without spaces, such as Chinese, stands on one side")
     n_questions: int | None = option(None, "of each task (default 200 if made, else all)", low=1)
     data: str | None = option(None, "shards whose validation split is held out (default the run's)")
     max_tokens: int = option(65_536, "score at most this many held-out tokens", low=1)
@@ -531,60 +526,6 @@ class EvaluateConfig:
         check_options(self)
         if self.stride is not None and not re.fullmatch("rolling|[1-9][0-9]{0,8}", self.stride):
             raise ValueError(f"stride={self.stride} must be a number of tokens, or rolling")
-
-
-def score_run(checkpoint, questions, config, tasks):
-    """Score a checkpoint on {task: questions} -> its report, with the vectors of the scores and,
-    for each task, which of the questions fit into the context: the others are left out."""
-    folder, device = checkpoint.parent, pick_device(config.device)
-    precision, dtype = pick_precision(config.precision, device)
-    model, tokenizer = load_run(folder, checkpoint, device, dtype)
-    if not model.config.causal or model.config.cross or model.config.n_classes:
-        raise ValueError(f"{checkpoint} does not continue a text, as a causal language model does")
-    print(f"{checkpoint} ({model.n_parameters() / 1e6:.1f}M parameters, {device}, {precision}): "
-          f"{', '.join(questions)}", flush=True)
-    report = asdict(config) | dict(run=str(folder), checkpoint=checkpoint.name, device=device,
-                                   precision=precision, tasks=[], scores=[])
-    vectors, empty = {}, []
-    for name, asked in questions.items():
-        vectors[name] = fitting = [fits(model, tokenizer, question) for question in asked]
-        if not any(fitting):
-            empty.append(f"{folder}: none of the {len(asked):,} questions of {name} fits into the "
-                         f"context of {model.config.block_size} tokens")
-            continue
-        asked = [*itertools.compress(asked, fitting)]
-        outcomes, chance = tasks[name].score(model, tokenizer, asked, config)
-        for metric in [metric for metric in tasks[name].metrics if metric in outcomes[0]]:
-            vectors[name, metric] = array = np.array([outcome[metric] for outcome in outcomes])
-            value, low, high = interval(array, tasks[name].metrics[metric])
-            n, unit = len(array), "questions"
-            if name == "perplexity":
-                n, unit = int(array[:, -1].sum()), "bytes" if "byte" in metric else "tokens"
-            report["scores"].append(dict(
-                task=name, metric=metric, run=str(folder), value=value, low=low, high=high,
-                chance=chance.get(metric), n=n, unit=unit, left_out=fitting.count(False)))
-        report["tasks"].append(name)
-        write_json(folder / "scores" / f"{name}.json", outcomes)
-    if not report["scores"]:
-        raise ValueError("; ".join(empty))
-    for line in empty:
-        warn(line)
-    write_scores(report, checkpoint)
-    return report | dict(vectors=vectors)
-
-
-def write_scores(report, checkpoint):
-    """Write scores.json. The scores it has of other tasks stay, if they are of the same weights and
-    settings."""
-    path, kept = checkpoint.with_name("scores.json"), {}
-    report = report | dict(weights=read_header(checkpoint)[1].get("sha256"))
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-        old = read_json(path)
-        if all(old[name] == report[name] for name in {"weights", *old} & {*report} - VARIES):
-            rows = [row for row in old["scores"] if row["task"] not in report["tasks"]]
-            names = dict.fromkeys([row["task"] for row in rows] + report["tasks"])
-            kept = old | dict(scores=rows + report["scores"], tasks=[*names])
-    write_json(path, report | kept)
 
 
 def all_that_work(function, items):
@@ -603,15 +544,67 @@ def all_that_work(function, items):
     return results
 
 
-def compare(reports, tasks):
-    """Set the paired difference from the first report in the scores of the others, where both were
-    asked the same."""
-    first = reports[0]["vectors"]
-    for vectors, row in [(report["vectors"], row) for report in reports[1:]
-                         for row in report["scores"]]:
-        name, key = row["task"], (row["task"], row["metric"])
-        if key in first and vectors[name] == first[name]:
-            row["difference"] = difference(first[key], vectors[key], tasks[name].metrics[key[1]])
+def score_task(name, task, asked, model, tokenizer, config, folder):
+    """Ask those of the questions that fit the model's context; outcomes go to scores/NAME.json ->
+    [(a score {"value", ...}, (the questions, their vectors)) for each metric]."""
+    fitting, rows = [question for question in asked if fits(model, tokenizer, question)], []
+    if not fitting:
+        raise ValueError(f"{folder}: none of the {len(asked):,} questions of {name} fits into the "
+                         f"context of {model.config.block_size} tokens")
+    outcomes, chance = task.score(model, tokenizer, fitting, config)
+    write_json(folder / "scores" / f"{name}.json", outcomes)
+    for metric in [metric for metric in task.metrics if metric in outcomes[0]]:
+        array = np.array([outcome[metric] for outcome in outcomes])
+        value, low, high = interval(array, task.metrics[metric])
+        n, unit = len(array), "questions"
+        if name == "perplexity":
+            n, unit = int(array[:, -1].sum()), "bytes" if "byte" in metric else "tokens"
+        rows.append((dict(task=name, metric=metric, run=str(folder), value=value, low=low,
+                          high=high, chance=chance.get(metric), n=n, unit=unit,
+                          left_out=len(asked) - len(fitting)), (fitting, array)))
+    return rows
+
+
+def score_run(checkpoint, questions, config, tasks):
+    """Score a checkpoint on {task: questions} -> its report, with the "vectors" of the scores."""
+    folder, device = checkpoint.parent, pick_device(config.device)
+    precision, dtype = pick_precision(config.precision, device)
+    model, tokenizer = load_run(folder, checkpoint, device, dtype)
+    if not model.config.causal or model.config.cross or model.config.n_classes:
+        raise ValueError(f"{checkpoint} does not continue a text, as a causal language model does")
+    if (config.stride or "").isdecimal() and int(config.stride) > model.config.block_size:
+        raise ValueError(f"stride={config.stride} must be 1 to block_size="
+                         f"{model.config.block_size}")
+    print(f"{checkpoint} ({model.n_parameters() / 1e6:.1f}M parameters, {device}, {precision}): "
+          f"{', '.join(questions)}", flush=True)
+    scored = all_that_work(lambda name: score_task(name, tasks[name], questions[name], model,
+                                                   tokenizer, config, folder), questions)
+    scores, vectors = zip(*itertools.chain(*scored))
+    report = asdict(config) | dict(
+        run=str(folder), checkpoint=checkpoint.name, device=device, precision=precision,
+        weights=read_header(checkpoint)[1].get("sha256"), scores=[*scores],
+        tasks=[*dict.fromkeys(row["task"] for row in scores)])
+    write_scores(report, folder / "scores.json")
+    return report | dict(vectors=vectors)
+
+
+def write_scores(report, path):
+    """Write scores.json. Scores that it has of other tasks stay, if weights and settings agree."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+        old = read_json(path)
+        if all(old[name] == report[name] for name in {"weights", *old} & {*report} - VARIES):
+            scores = [row for row in old["scores"] if row["task"] not in report["tasks"]]
+            tasks = dict.fromkeys([*(row["task"] for row in scores), *report["tasks"]])
+            report = old | report | dict(scores=scores + report["scores"], tasks=[*tasks])
+    write_json(path, report)
+
+
+def compare(first, report, tasks):
+    """Add to the scores of a report how far they lie from the first's that were asked the same."""
+    pairs = itertools.product(*(zip(part["scores"], part["vectors"]) for part in (first, report)))
+    for (old, (before, a)), (row, (asked, b)) in pairs:
+        if asked == before and all(old[name] == row[name] for name in ("task", "metric")):
+            row["difference"] = difference(a, b, tasks[row["task"]].metrics[row["metric"]])
 
 
 def score_runs(config, tasks=TASKS, default=DEFAULT):
@@ -619,21 +612,23 @@ def score_runs(config, tasks=TASKS, default=DEFAULT):
     runs = [run for run in config.runs if not Path(run).is_file()]  # runs/* has files, too
     chosen = all_that_work(partial(pick_checkpoint, which=config.checkpoint),
                            runs or config.runs or [newest_run()])
-    folder = chosen[0].parent
-    questions = make_questions(config, tasks, default, folder)
-    read = [trained_on(checkpoint.parent).get("fingerprint") for checkpoint in chosen]
-    for checkpoint, fingerprint in zip(chosen, read):
-        if fingerprint not in (None, read[0]) and any("data" in tasks[n].options for n in questions):
-            print(f"{checkpoint.parent} was trained on another text than {folder}, which may have "
-                  "the questions in it")
-    reports = all_that_work(
-        lambda checkpoint: score_run(checkpoint, questions, config, tasks), chosen)
-    compare(reports, tasks)
+    folders = [checkpoint.parent for checkpoint in chosen]
+    questions = make_questions(config, tasks, default, folders[0])
+    texts = [trained_on(folder).get("fingerprint") for folder in folders]
+    for folder, text in zip(folders, texts):
+        if None not in (text, texts[0]) and text != texts[0] and any(
+                "data" in tasks[name].options for name in questions):
+            print(f"{folder} was trained on another text than {folders[0]}, of which the questions "
+                  "are: it may have read them")
+    reports = all_that_work(partial(score_run, questions=questions, config=config, tasks=tasks),
+                            chosen)
+    for report in reports[1:]:
+        compare(reports[0], report, tasks)
     order = [(name, metric) for name in questions for metric in tasks[name].metrics]
     scores = sorted([row for report in reports for row in report["scores"]],
                     key=lambda row: order.index((row["task"], row["metric"])))
     print(table(cells(scores)))
-    place = folder / "scores" if len(reports) == 1 else folder.parent / "leaderboard"
+    place = folders[0] / "scores" if len(reports) == 1 else folders[0].parent / "leaderboard"
     if len(reports) > 1:
         print("differs: on such texts and questions; what other seeds of training would give, "
               "python -m chapters.search --seeds=3 OPTIONS measures")

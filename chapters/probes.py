@@ -23,14 +23,12 @@ if __name__ == "__main__":  # `python chapters/probes.py` works as well, from an
 import numpy as np
 from tqdm import tqdm
 
-import evaluate
 from chapters.prompts import LETTERS, is_word, joined, words_of
 from evaluate import Task, ratio, score_choices, shuffled
 from sample import complete_batch
 from tokenizer import parse_options, run_command
 
 FACT_TOKENS = 400_000  # of the training text, in which facts are looked for
-MOST_MADE = 10_000  # questions by a rule, of which there is no end
 
 # -----------------------------------------------------------------------------
 # How alike two texts are. What belongs to a whole set of texts is counted for each, and summed.
@@ -127,9 +125,8 @@ def cloze_rows(texts, n_rows=200, seed=0):
               if is_word(words[i], 4)]
     others = sorted({words[i] for words, i in starts})
     if len(others) < 4:
-        raise ValueError(f"the held-out text has {len(others)} words of four letters and more with "
-                         "12 words before and 5 behind; cloze needs 4 that differ: leave cloze out "
-                         "of --tasks")
+        raise ValueError(f"the held-out text has {len(others)} different words of four letters "
+                         "inside 18 words, cloze needs 4: leave cloze out of --tasks")
     rows = []
     for words, i in rng.sample(starts, min(n_rows, len(starts))):
         row = shuffled(rng, "", words[i], rng.sample(others, 4))
@@ -216,9 +213,8 @@ def by_rule(make_row, n_words):
         if len(words) < n_words:
             name = make_row.__name__.removesuffix("_row")
             raise ValueError(f"the held-out text has {len(words)} different words of three small "
-                             f"letters and more, {name} needs {n_words}: leave {name} out of "
-                             "--tasks")
-        return [make_row(rng, words) for _ in range(min(n_rows, MOST_MADE))]
+                             f"letters, {name} needs {n_words}: leave {name} out of --tasks")
+        return [make_row(rng, words) for _ in range(min(n_rows, 10_000))]  # there is no end of them
     return make_rows
 
 
@@ -230,17 +226,17 @@ ROWS = {"cloze": cloze_rows, "facts": fact_rows, "planted": by_rule(planted_row,
 def questions_of(name):
     """What a Task takes as its questions."""
     def questions(config, texts):
-        found = (texts("train", FACT_TOKENS) if name == "facts" else
-                 [] if name == "arithmetic" else texts())
+        parts = dict(facts=("train", FACT_TOKENS)).get(name, ())
+        found = texts(*parts) if name != "arithmetic" else []
         return ROWS[name](found, config.n_questions or 200, config.seed)
     return questions
 
 
-OPTIONS = {"facts": ("data", "n_questions", "seed"), "arithmetic": ("n_questions", "seed")}
+OPTIONS = ("n_questions", "seed", "data", "max_tokens")  # for the two below only the first act
 TASKS = {name: Task(questions_of(name), score_choices, {"acc": ratio},
-                    OPTIONS.get(name, evaluate.TASKS["continuation"].options)) for name in ROWS}
-TASKS["writing"] = TASKS["writing"]._replace(
-    score=score_writing, metrics={"BLEU": bleu_of_sums, "ROUGE-L": ratio, "F1": ratio})
+                    OPTIONS[:dict(facts=3, arithmetic=2).get(name)]) for name in ROWS}
+TASKS["writing"] = Task(questions_of("writing"), score_writing,
+                        {"BLEU": bleu_of_sums, "ROUGE-L": ratio, "F1": ratio}, OPTIONS)
 
 
 def main():
