@@ -6,9 +6,9 @@ Documents to batches: read, clean, drop duplicates, split, tokenize, write shard
     python data.py shakespeare                   # or tinystories, wikitext, fineweb10B
 
 A source is a name, a file, a folder or a URL. A file is .txt .md .py or .jsonl (field "text"), each
-also as .gz; a .txt file may hold many documents, <|endoftext|> between them. The result, used again
-for the same content and options: tokenizer.json, train_000000.bin ..., val_000000.bin ... and
-card.json, which says what went in and what was lost.
+also as .gz; a .txt file may hold many documents, <|endoftext|> between them. The result, never
+changed, and used again for the same content and options: tokenizer.json, train_000000.bin ...,
+val_000000.bin ... and card.json, which says what went in and what was lost.
 """
 
 import ast
@@ -103,15 +103,20 @@ def ending(path):
     return Path(Path(path).name.lower().removesuffix(".gz")).suffix
 
 
+def is_readable(path):
+    """Whether a path is a regular file, or a link to one, that the user may read."""
+    return os.path.isfile(path) and os.access(path, os.R_OK)
+
+
 def read_documents(path):
     """Yield the documents of one file, plain or .gz, as they are; ValueError for any other file.
     A byte that is not UTF-8 arrives as a lone surrogate, for clean() to count and replace."""
     path, kind = Path(path), ending(path)
+    if not is_readable(path):
+        raise ValueError(f"{path}: no such file, or one that you may not read, or a pipe")
     if kind not in READERS:
         raise ValueError(f"{path}: can read only {' '.join(READERS)}, each also as .gz, not "
                          f"{kind or 'a name without'}{f'; {PAGES}' * (kind in PAGE_ENDINGS)}")
-    if not path.is_file():  # to open a pipe may wait for ever
-        raise ValueError(f"{path}: no such file, or a pipe, a device")
     opened = gzip.open if path.suffix.lower() == ".gz" else open
     how = dict(encoding="utf-8-sig", errors="surrogateescape", newline="")
     with reading(path), opened(path, "rt", **how) as file:
@@ -202,7 +207,7 @@ def walk(folder, skip=(), seen=None):
     seen = seen or {*map(str, [folder.resolve(), *folder.resolve().parents])}
     for path in sorted(folder.iterdir()):
         is_folder = os.path.isdir(path) and os.access(path, os.R_OK | os.X_OK)
-        real = os.path.realpath(path) + "/".join(path.suffixes[-2:]) * (not is_folder)
+        real = os.path.realpath(path) + "".join(path.suffixes[-2:]) * (not is_folder)
         if path.name[0] != "." and path.name not in skip and real not in seen:
             seen.add(real)
             yield from walk(path, skip, seen) if is_folder else [path]
@@ -359,7 +364,7 @@ def gather(found, file, card):
                                      f"iconv -f KOI8-R -t UTF-8 {path} > NEW.txt")
                 counts.update(lost)
                 sizes.update(new)
-            except (ValueError, PermissionError) as error:
+            except ValueError as error:
                 if len(paths) == 1:
                     raise
                 file.seek(start)
@@ -524,8 +529,7 @@ def prepare(sources, out=None, vocab_size=4096, tokenizer=None, val_ratio=None, 
     options = dict(vocab_size=vocab_size, tokenizer=tokenizer and tokenizer.hash(),
                    val_ratio=val_ratio, version=2)  # raised when the same gives other shards
     contents = [[ending(path), file_hash(path)] for paths in found.values() for path in paths
-                if "fineweb10B" in found or ending(path) in READERS and os.path.isfile(path)
-                and os.access(path, os.R_OK)]  # the others are skipped
+                if "fineweb10B" in found or ending(path) in READERS and is_readable(path)]
     fingerprint = text_hash(json.dumps([options, contents])).hex()
     folder = named
     if out is None and stored(folder) not in ("", fingerprint):

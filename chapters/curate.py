@@ -20,7 +20,7 @@ from pathlib import Path
 if __name__ == "__main__":  # `python chapters/curate.py` works as well, from any folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data import PAGE_ENDINGS, download, ending, folder_name, walk
+from data import PAGE_ENDINGS, download, ending, folder_name, is_readable, walk
 from tokenizer import Parser, reading, replacing, run_command
 
 # -----------------------------------------------------------------------------
@@ -57,8 +57,8 @@ def stem(path):
 
 def read_page(path):
     """The bytes of a page; ValueError for a damaged or binary file."""
-    if not path.is_file():  # to open a pipe may wait for ever
-        raise ValueError(f"{path}: no such file, or a pipe, a device")
+    if not is_readable(path):
+        raise ValueError(f"{path}: no such file, or one that you may not read, or a pipe")
     with reading(path):
         page = path.read_bytes()
         try:
@@ -97,7 +97,7 @@ def readable_pages(source, folder, say):
         try:
             read_page(page)
             readable.append((page, name))
-        except (ValueError, PermissionError) as error:
+        except ValueError as error:
             if len(pages) == 1:
                 raise
             say("".join(char if char.isprintable() else " " for char in f"skipped: {error}"))
