@@ -21,10 +21,10 @@ if __name__ == "__main__":  # `python chapters/export.py` works as well, from an
 
 import tiktoken
 
-from model import GPTConfig, check_known, from_weights, option, read_safetensors
+from model import GPTConfig, check_options, from_weights, option, read_safetensors
 from tokenizer import (FORMAT, GPT2_SPLIT, GPT4_SPLIT, SPECIAL_TOKENS, SPLITS, Tokenizer,
-                       parse_options, read_files, read_json, reading, recover_merges, replacing,
-                       run_command, to_chars, write_json)
+                       parse_options, read_files, read_json, reading, recover_merges, refuse_idle,
+                       replacing, run_command, to_chars, write_json)
 
 # A chat in Jinja, as Tokenizer.render_chat encodes it. In Hugging Face's libraries a special token
 # in a message would become its id, so the template refuses it.
@@ -56,16 +56,15 @@ def to_huggingface(tokenizer, folder):
     vocab = {to_chars(tokenizer.tokens[id]): id for id in range(256 + len(tokenizer.merges))}
     for name, id in tokenizer.special.items():
         if vocab.setdefault(name, id) != id:
-            raise ValueError(f"special token {name!r} is written as token {vocab[name]} is: "
-                             "Hugging Face cannot tell them apart; rename it")
+            raise ValueError(f"special token {name!r} is written as token {vocab[name]} is: rename it")
     flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
     added = [dict(id=id, content=name, **flags) for name, id in tokenizer.special.items()]
     steps = [dict(SPLIT, pattern={"Regex": tokenizer.pattern}), dict(BYTES, use_regex=False)]
-    model = dict(type="BPE", vocab=vocab, merges=tokenizer.definition()["merges"])
     write_json(path, dict(
         version="1.0", truncation=None, padding=None, added_tokens=added, normalizer=None,
         pre_tokenizer=dict(type="Sequence", pretokenizers=steps), post_processor=None,
-        decoder=dict(BYTES, use_regex=True), model=model))
+        decoder=dict(BYTES, use_regex=True),
+        model=dict(type="BPE", vocab=vocab, merges=tokenizer.definition()["merges"])))
     eot = None if tokenizer.eot is None else "<|endoftext|>"
     template = CHAT_TEMPLATE if {*SPECIAL_TOKENS} <= {*tokenizer.special} else None
     write_json(path.with_name("tokenizer_config.json"), dict(
@@ -188,13 +187,12 @@ class ExportConfig:
     compared: list = option([], "a file of text, then tokenizers of ours or names of OpenAI's "
                             "encodings, which are compared with --tokenizer", positional=True)
     tokenizer: str = option("tokenizer.json", "compare: the first one")
-    format: str = option("huggingface", "of an export: huggingface | tiktoken")
-    pattern: str = option("gpt4", "how a .tiktoken file splits: " + " | ".join(SPLITS))
+    format: str = option("huggingface", "of an export", known=lambda: FORMATS)
+    pattern: str = option("gpt4", "how a .tiktoken file splits", known=lambda: SPLITS)
     out: str = option("", "what to write: a folder, or a file")
 
     def __post_init__(self):
-        check_known(self.format, FORMATS, "format")
-        check_known(self.pattern, SPLITS, "pattern")
+        check_options(self)
         if bool(self.compared) != (self.source == "compare"):
             raise ValueError("export takes one source; compare takes a file of text and tokenizers")
 
@@ -205,9 +203,8 @@ def read_foreign(config):
     if path.suffix == ".tiktoken":
         return from_rank_file(path, pattern=SPLITS[config.pattern])
     values = None if path.is_dir() else read_json(path)
-    if path.is_dir() or isinstance(values, dict) and "model" in values:
-        return from_huggingface(path)
-    return None
+    is_theirs = path.is_dir() or isinstance(values, dict) and "model" in values
+    return from_huggingface(path) if is_theirs else None
 
 
 def compare(path, *names):
@@ -231,12 +228,15 @@ def compare(path, *names):
 
 
 def main():
-    [options] = parse_options(__doc__, ExportConfig)
-    config = ExportConfig(**options)
+    typed, = parse_options(__doc__, ExportConfig)
+    config = ExportConfig(**typed)
     if config.compared:
+        refuse_idle(typed, ["format", "pattern", "out"], "with compare")
         path, *others = config.compared
         return compare(path, config.tokenizer, *others or ["gpt2", "cl100k_base", "o200k_base"])
     tokenizer = read_foreign(config)
+    refuse_idle(typed, ["tokenizer"] + ["format"] * bool(tokenizer), f"on {config.source}")
+    refuse_idle(typed, ["pattern"] * (not config.source.endswith(".tiktoken")), "without .tiktoken")
     write, out = (Tokenizer.save, "tokenizer.json") if tokenizer else FORMATS[config.format]
     out = config.out or out
     if tokenizer and Path(out).exists():

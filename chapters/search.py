@@ -51,7 +51,7 @@ class SearchConfig:
     seeds: int = option(1, "runs of the best, or of the only setting, each with another seed",
                         low=1, below=1001)
     max_steps: int = option(270, "steps of the last round", low=1)
-    seed: int = option(1337, "of the settings, of weights and of batches")
+    seed: int = option(1337, "of the settings, of weights and of batches", below=2**31 - 1000)
     out: str = option("", "folder; empty: runs/search- and the name of the data")
     find_lr: bool = option(False, "instead: try ever higher rates, draw the losses, suggest one")
 

@@ -158,6 +158,10 @@ def test_compare_shows_a_line_for_each_tokenizer(call, trained, tmp_path, monkey
     (["--format=onnx"], "unknown format 'onnx'"),
     (["hf", "--out=tokenizer.json"], "tokenizer.json is there already"),
     (["--out=."], "give another folder"), (["compare", "empty"], "empty is empty"),
+    (["compare", "text", "--out=x"], "--out would not act with compare: leave it out"),
+    (["hf", "--format=tiktoken", "--out=x"], "--format would not act on hf: leave it out"),
+    (["--tokenizer=x.json"], "--tokenizer would not act on tokenizer.json"),
+    (["--pattern=gpt2"], "--pattern would not act without .tiktoken"),
     (["compare"], "compare takes a file of text"), (["hf", "text"], "export takes one source"),
 ])
 def test_a_mistake_is_one_line(trained, tmp_path, monkeypatch, capsys, words, problem):
