@@ -56,7 +56,7 @@ def to_huggingface(tokenizer, folder):
     vocab = {to_chars(tokenizer.tokens[id]): id for id in range(256 + len(tokenizer.merges))}
     for name, id in tokenizer.special.items():
         if vocab.setdefault(name, id) != id:
-            raise ValueError(f"special token {name!r} is written as token {vocab[name]} is: rename it")
+            raise ValueError(f"special token {name!r} reads like token {vocab[name]}: rename it")
     flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
     added = [dict(id=id, content=name, **flags) for name, id in tokenizer.special.items()]
     steps = [dict(SPLIT, pattern={"Regex": tokenizer.pattern}), dict(BYTES, use_regex=False)]

@@ -100,7 +100,7 @@ def test_an_export_overwrites_no_tokenizer_of_ours_and_tells_all_tokens_apart(tr
     trained.save(tmp_path / "tokenizer.json")
     with pytest.raises(ValueError, match="give another folder"):
         to_huggingface(trained, tmp_path)
-    with pytest.raises(ValueError, match="special token 'e' is written as token 101 is"):
+    with pytest.raises(ValueError, match="special token 'e' reads like token 101"):
         to_huggingface(Tokenizer(trained.merges, ["e"]), tmp_path / "new")
 
 
