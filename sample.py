@@ -11,6 +11,11 @@ A sample ends where the model ends the document, before a stop string, after max
 when prompt and continuation fill the model's context (block_size), unless --overflow=slide.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
+
 import math
 import random
 import re

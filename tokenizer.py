@@ -100,6 +100,7 @@ HINTS = {  # options of other programs, and what is asked for here
     "compile": "there is nothing to compile, --kernels=auto takes the fastest functions",
     "always_save_checkpoint": "each validation saves one; --keep_last and the best stay",
     "chat": "python -m chapters.talk RUN", "config": "options are typed, or --config=config.json",
+    "temp": "--temperature", "greedy": "--temperature=0", "max_tokens": "--max_new_tokens",
 }
 
 
