@@ -458,8 +458,9 @@ def held_out(folder, tokenizer, data=None, max_tokens=65_536, split="val"):
         raise ValueError(f"no shards are named by {folder}/config.json or --data=FOLDER")
     shards, card = read_split(path, split), check_shards(path, (split,))
     if trained.get("fingerprint", card.fingerprint) != card.fingerprint:
-        names, before = (" ".join(source["name"] for source in sources)
-                         for sources in (card.sources, trained.get("sources", ())))
+        with reading(f"{folder}/config.json"):
+            names, before = (" ".join(source["name"] for source in sources)
+                             for sources in (card.sources, trained.get("sources", ())))
         raise ValueError(f"{path} holds {names:.99} ({card.fingerprint:.8}), {folder} was trained "
                          f"on {before:.99} ({trained['fingerprint']!s:.8}): --data=FOLDER names "
                          "shards to take, or train again")
@@ -529,16 +530,16 @@ class EvaluateConfig:
 
 
 def all_that_work(function, items):
-    """[function(item)] of those items for which it raises no ValueError: what is wrong with others
-    is a warning, and an error if none is left."""
+    """[function(item)] of those items for which it raises no ValueError or OSError: what is wrong
+    with the others is a warning. If none is left, the first error is raised."""
     results, wrong = [], {}
     for item in items:
         try:
             results.append(function(item))
-        except ValueError as error:
-            wrong[str(error)] = item
+        except (OSError, ValueError) as error:
+            wrong.setdefault(str(error), error)
     if not results:
-        raise ValueError("; ".join(wrong))
+        raise next(iter(wrong.values()))
     for line in wrong:
         warn(f"left out: {line}")
     return results
@@ -614,10 +615,10 @@ def score_runs(config, tasks=TASKS, default=DEFAULT):
                            runs or config.runs or [newest_run()])
     folders = [checkpoint.parent for checkpoint in chosen]
     questions = make_questions(config, tasks, default, folders[0])
-    texts = [trained_on(folder).get("fingerprint") for folder in folders]
+    of_text = any("data" in tasks[name].options for name in questions)
+    texts = [trained_on(folder).get("fingerprint") for folder in folders * of_text]
     for folder, text in zip(folders, texts):
-        if None not in (text, texts[0]) and text != texts[0] and any(
-                "data" in tasks[name].options for name in questions):
+        if None not in (text, texts[0]) and text != texts[0]:
             print(f"{folder} was trained on another text than {folders[0]}, of which the questions "
                   "are: it may have read them")
     reports = all_that_work(partial(score_run, questions=questions, config=config, tasks=tasks),
@@ -628,7 +629,8 @@ def score_runs(config, tasks=TASKS, default=DEFAULT):
     scores = sorted([row for report in reports for row in report["scores"]],
                     key=lambda row: order.index((row["task"], row["metric"])))
     print(table(cells(scores)))
-    place = folders[0] / "scores" if len(reports) == 1 else folders[0].parent / "leaderboard"
+    folder = Path(reports[0]["run"])
+    place = folder / "scores" if len(reports) == 1 else folder.parent / "leaderboard"
     if len(reports) > 1:
         print("differs: on such texts and questions; what other seeds of training would give, "
               "python -m chapters.search --seeds=3 OPTIONS measures")

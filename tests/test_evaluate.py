@@ -461,6 +461,8 @@ def test_shards_of_another_text_than_the_runs_own_are_refused(command, folder, s
     assert "runs/words was trained on book.txt (11111111): --data=FOLDER" in notes
     shown, notes = command(f"--data={shards}", "--tasks=perplexity", "--max_tokens=300")
     assert "perplexity  bits per byte" in shown and notes == ""
+    write_json(folder / "config.json", {"data": data | {"sources": [3]}})
+    assert command()[1].startswith("error: runs/words/config.json cannot be read: ")
 
 
 def test_of_a_run_that_was_trained_on_another_text_it_is_said(command, folder, second):
@@ -480,11 +482,16 @@ def test_all_that_lies_beside_runs_may_be_named(command, folder, second):
     assert str(second) in shown and (folder.parent / "leaderboard.png").exists()
 
 
-def test_a_run_that_cannot_be_scored_ends_no_other(command, folder, second, tokenizer):
-    keep(tiny("bert", vocab_size=tokenizer.n_vocab, block_size=64), second)
+@pytest.mark.parametrize("wrong", ["bert", "tokenizer"])
+def test_a_run_that_cannot_be_scored_ends_no_other(command, folder, second, tokenizer, wrong):
+    if wrong == "bert":
+        keep(tiny("bert", vocab_size=tokenizer.n_vocab, block_size=64), second)
+    else:
+        (second / "tokenizer.json").unlink()
     shown, notes = command(folder, second, "--max_tokens=300", "--tasks=perplexity")
-    assert notes.startswith(f"warning: left out: {second}") and notes.count("\n") == 1
-    assert "perplexity  bits per byte" in shown
+    assert notes.startswith("warning: left out: ") and str(second) in notes
+    assert notes.count("\n") == 1
+    assert f"picture: {folder / 'scores.png'}" in shown and not (second / "scores.png").exists()
 
 
 def test_scores_of_other_tasks_stay_while_weights_and_settings_do(command, folder, tokenizer):
