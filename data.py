@@ -11,6 +11,11 @@ changed, and used again for the same content and options: tokenizer.json, train_
 val_000000.bin ... and card.json, which says what went in and what was lost.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
+
 import ast
 import contextlib
 import gzip
@@ -156,6 +161,12 @@ def text_hash(text):
     return hashlib.sha256(text.encode()).digest()
 
 
+def exact_duplicates(texts):
+    """The positions of texts that occurred before: exact_duplicates(["a", "b", "a"]) == [2]."""
+    first = {}
+    return [i for i, text in enumerate(texts) if first.setdefault(text_hash(text), i) != i]
+
+
 # -----------------------------------------------------------------------------
 # Sources: a name, a file, a folder or a URL becomes a list of files.
 
@@ -202,15 +213,17 @@ def download(url, path, sha256=None):
 
 
 def walk(folder, skip=(), seen=None):
-    """Yield the files below a folder, in a fixed order, without hidden and `skip` ones. Links are
-    followed, but none to what was seen or to a folder around this one."""
-    seen = seen or {*map(str, [folder.resolve(), *folder.resolve().parents])}
+    """Yield the files below a folder, in a fixed order, without hidden and `skip` ones. Links to
+    folders are followed, but none to one that was read or lies around this one."""
+    seen = {*folder.resolve().parents} if seen is None else seen
+    seen.add(folder.resolve())
     for path in sorted(folder.iterdir()):
-        is_folder = os.path.isdir(path) and os.access(path, os.R_OK | os.X_OK)
-        real = os.path.realpath(path) + "".join(path.suffixes[-2:]) * (not is_folder)
-        if path.name[0] != "." and path.name not in skip and real not in seen:
-            seen.add(real)
-            yield from walk(path, skip, seen) if is_folder else [path]
+        if path.name[0] == "." or path.name in skip:
+            continue
+        if not path.is_dir():
+            yield path
+        elif path.resolve() not in seen and os.access(path, os.R_OK | os.X_OK):
+            yield from walk(path, skip, seen)
 
 
 def find_files(source, downloads, n_shards=1):
@@ -346,34 +359,35 @@ class Documents:
 def gather(found, file, card):
     """Read and clean all files into one -> Documents, each text once; the card says what is lost.
     A file that cannot be read is left out, whole; where its source has no other, a ValueError."""
-    counts, sizes = card["counts"], {}  # {sha256 of a text: its bytes}
+    counts, sizes = card["counts"], []
     for source, paths in zip(card["sources"], found.values()):
         for path in tqdm(paths, "read", unit=" files", **QUIET):
-            start, new, lost, n_chars = file.tell(), {}, Counter(), 0
+            start, n_before, n_chars, lost = file.tell(), len(sizes), 0, Counter()
             try:
-                for text in tqdm(read_documents(path), path.name, unit=" documents", **QUIET):
+                for text in read_documents(path):
                     text = clean(text, lost)
                     n_chars += len(text)
-                    is_old = (key := text_hash(text)) in new or key in sizes
-                    if text and not is_old:
-                        new[key] = file.write(text.encode())
-                    lost["exact duplicates" if text else "empty documents"] += is_old or not text
+                    sizes.append(file.write(text.encode()))
                 if lost["replaced bytes"] > n_chars / 100:
                     raise ValueError(f"{path}: {lost['replaced bytes'] / n_chars:.0%} of its "
                                      "characters are no UTF-8: convert it, if it is KOI8-R by "
                                      f"iconv -f KOI8-R -t UTF-8 {path} > NEW.txt")
                 counts.update(lost)
-                sizes.update(new)
             except ValueError as error:
                 if len(paths) == 1:
                     raise
                 file.seek(start)
+                del sizes[n_before:]
                 source["files"] -= 1
                 counts["skipped files"] += 1
                 line = "".join(char if char.isprintable() else " " for char in str(error))
                 source["skipped"] = [*source["skipped"], line[:200]][:100]
-    sizes = np.array([*sizes.values()], np.int64)
-    return Documents(file, sizes.cumsum() - sizes, sizes.cumsum())
+    sizes = np.array(sizes, np.int64)
+    documents = Documents(file, sizes.cumsum() - sizes, sizes.cumsum())
+    repeated = exact_duplicates(documents)
+    counts["empty documents"] += len(sizes) - len(documents)
+    counts["exact duplicates"] += len(repeated)
+    return Documents(file, *np.delete([documents.starts, documents.ends], repeated, axis=1))
 
 
 def split(documents, val_ratio=None):
