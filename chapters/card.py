@@ -197,7 +197,9 @@ def model_card(folder):
 
 
 def write_card(folder):
-    """Write model_card.md into a run's folder -> its path."""
+    """Write model_card.md into a run's folder -> its path. ValueError before an evaluation."""
+    if not Path(folder, "scores.json").exists():
+        raise ValueError(f"{folder} has no scores.json: python evaluate.py {folder} writes it")
     with reading(Path(folder, "scores.json")):
         text = model_card(folder)
     path = Path(folder, "model_card.md")

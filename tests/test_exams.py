@@ -18,7 +18,7 @@ import torch
 from conftest import keep
 
 import evaluate
-from chapters import exams
+from chapters import card, exams
 from chapters.box import pass_at_k, run_program
 from chapters.card import calibration_error, overlaps, score_calibrated
 from chapters.exams import (EXAMS, TASKS, download_questions, find_number, format_question,
@@ -403,6 +403,12 @@ def test_scores_and_overlaps_of_earlier_tasks_stay_on_the_card(command, tmp_path
     card = (tmp_path / "runs" / "words" / "model_card.md").read_text("utf-8")
     assert "| planted | acc |" in card and "| copying | acc |" in card
     assert "planted 0 of 9, copying " in card
+
+
+def test_a_card_needs_scores_and_says_what_makes_them(tmp_path, call):
+    _, notes = call(card, tmp_path)
+    assert notes == (f"error: {tmp_path} has no scores.json: python evaluate.py {tmp_path} writes "
+                     "it\n")
 
 
 def test_a_model_card_says_what_went_in_and_what_came_out(command, tmp_path):
