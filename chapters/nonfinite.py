@@ -18,11 +18,11 @@ if __name__ == "__main__":  # `python chapters/nonfinite.py` works as well, from
 
 import torch
 
-from data import TokenLoader
+from data import TokenLoader, read_card
 from model import load_model
 from sample import checkpoints, pick_device, pick_precision
 from tokenizer import Parser, reading, run_command
-from train import read_config, read_log
+from train import is_shards, read_config, read_log
 
 
 # -----------------------------------------------------------------------------
@@ -128,9 +128,11 @@ def trace(folder):
     # Skipped steps change no weight: a checkpoint from within the streak has those from before it.
     streak = last_streak(rows)
     paths = [path for step, path in checkpoints(folder).items() if step <= streak[-1]["step"]]
-    shards, options = Path(config["data"]["path"]), config["train"]
-    if not (paths and (shards / "card.json").exists() and "sequences" in streak[0]):
-        return "unknown: it takes a checkpoint from before, sequences in the log, and the shards"
+    shards, options = config["data"]["path"], config["train"]
+    same = is_shards(shards) and read_card(shards).fingerprint == config["data"]["fingerprint"]
+    if not (paths and same and "sequences" in streak[0]):
+        return ("unknown: it takes a checkpoint from before, sequences in the log, and the shards "
+                "that the run has read")
     model, _ = load_model(paths[-1], pick_device())
     model.train().use("torch", pick_precision(options.precision, model.device.type)[1])
     loader = TokenLoader(shards, 1, model.config.block_size, seed=options.seed)

@@ -28,12 +28,12 @@ from chapters.cost import (GPUS, duration, gigabytes, gpu_cost, join_parts, outl
                            show_published, verdict)
 from chapters.kernels import keep_freed_memory
 from chapters.memory import free_memory, parameters_by_part, process_memory, training_memory
-from data import folder_name, read_card
-from model import GPT, GPTConfig, check_known, check_options, option
+from data import read_card
+from model import GPT, GPTConfig, check_options, option
 from sample import pick_device, pick_precision
 from tokenizer import parse_options, refuse_idle, run_command
-from train import (LENGTHS, TrainConfig, check_model, complete_options, gradients, last_step,
-                   matmul_rate, model_shape, new_run, peak_memory, split_batch, update)
+from train import (LENGTHS, TrainConfig, check_model, complete_options, gradients, is_shards,
+                   last_step, matmul_rate, model_shape, new_run, peak_memory, split_batch, update)
 
 TOKENS_PER_PARAMETER = 20  # of the best model for its FLOPs: arXiv:2203.15556
 
@@ -41,16 +41,14 @@ TOKENS_PER_PARAMETER = 20  # of the best model for its FLOPs: arXiv:2203.15556
 @dataclass(frozen=True)
 class PlanConfig:
     """The plan; all other options are those of the run that is planned."""
-    gpu: str = option("H100", f"the GPU to reckon with: {', '.join(GPUS)}")
+    gpu: str = option("H100", "to reckon with", known=lambda: GPUS)
     price: float = option(2.5, "money for an hour of it")
     gpus: int = option(1, "how many of them", low=1)
     mfu: float = option(0.4, "share of its peak that a run reaches", low=0.001, below=1)
     carbon: float = option(480.0, "g of CO2 for a kWh; in 2023 the world's mean was about 480")
     published: bool = option(False, "a table of known models instead")
 
-    def __post_init__(self):
-        check_options(self)
-        check_known(self.gpu, GPUS, "gpu")
+    __post_init__ = check_options
 
 
 # -----------------------------------------------------------------------------
@@ -110,15 +108,17 @@ def measured_seconds(shape, config, device, dtype, patience=5.0):
 
 
 def find_card(config):
-    """The Card of the shards that train.py would take, None if it has to make them first."""
-    source = config.data if isinstance(config.data, str) else config.data[0]
-    given, made = Path(source), Path("shards") / folder_name(source)
-    for folder in (given, made):
-        if (folder / "card.json").exists():
-            card = read_card(folder)
-            if folder == given or card.vocab_size == config.vocab_size:
-                return card
-    return None
+    """-> (the Card of the shards that train.py would take, None if it has to make them first, what
+    they are made of). The newest of sources so named count; only train.py compares the content."""
+    names = [config.data] if isinstance(config.data, str) else config.data
+    if is_shards(config.data):
+        return read_card(config.data), config.data
+    made = sorted(Path("shards").glob("*/card.json"), key=os.path.getmtime)
+    for card in (read_card(path.parent) for path in reversed(made)):
+        same = [Path(source["name"]) for source in card.sources] == [*map(Path, names)]
+        if same and card.options.get("vocab_size") in (None, config.vocab_size):
+            return card, " ".join(names)
+    return None, " ".join(names)
 
 
 def planned_steps(config, has_length, model, n_tokens, seconds):
@@ -138,13 +138,13 @@ def planned_steps(config, has_length, model, n_tokens, seconds):
 def make_plan(config, shape=None, has_length=True, measure=True):
     """All numbers of the run that a TrainConfig and a GPTConfig (None: that of --size) describe;
     has_length=False plans 20 tokens a parameter. Without measure, seconds (of a step) are None."""
-    device, card = pick_device(config.device), find_card(config)
+    device, (card, data) = pick_device(config.device), find_card(config)
     shape = shape or model_shape(config.size, config.vocab_size)
     check_model(shape, config)
     model = outline(replace(shape, vocab_size=card.vocab_size if card else shape.vocab_size))
     if has_length and config.epochs and not card:
         raise ValueError(f"--epochs={config.epochs:g} are passes over data that is not prepared: "
-                         f"python data.py {config.data} does that, or give --tokens")
+                         f"python data.py {data} does that, or give --tokens")
     keep_freed_memory(config.low_memory)
     base = base_memory() if device == "cpu" else 0
     precision, dtype = pick_precision(config.precision, device)
@@ -157,7 +157,7 @@ def make_plan(config, shape=None, has_length=True, measure=True):
                                          device) for recompute in (False, True)}
     return SimpleNamespace(
         config=config, model=model, device=device, precision=precision, kernels=kernels, base=base,
-        n_tokens=n_tokens, steps=steps, tokens=tokens, memory=memory, seconds=seconds,
+        data=data, n_tokens=n_tokens, steps=steps, tokens=tokens, memory=memory, seconds=seconds,
         flops=tokens * model.flops_per_token(), free=free_memory(device),
         matmul_rate=matmul_rate(torch.device(device), dtype))
 
@@ -169,14 +169,13 @@ def make_plan(config, shape=None, has_length=True, measure=True):
 def token_lines(plan):
     share = plan.tokens / plan.model.n_parameters()
     yield f"{short(plan.tokens)}, {plain(share)} per parameter, in {plan.steps:,} steps"
-    data = plan.config.data if isinstance(plan.config.data, str) else " ".join(plan.config.data)
     if not plan.n_tokens:
-        yield f"{data} is not prepared yet: python data.py {data} counts its tokens"
+        yield f"{plan.data} is not prepared yet: python data.py {plan.data} counts its tokens"
         return
     epochs = plan.tokens / plan.n_tokens
     odd = (": less than half of it" if epochs < 0.5 else
            ": after about 4 times it teaches less, after 8 little" if epochs > 8 else "")
-    yield f"{data} has {short(plan.n_tokens)}: {plain(epochs)} epochs{odd}"  # arXiv:2305.16264
+    yield f"{plan.data} has {short(plan.n_tokens)}: {plain(epochs)} epochs{odd}"  # arXiv:2305.16264
 
 
 def memory_lines(plan):

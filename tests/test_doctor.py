@@ -91,6 +91,10 @@ def test_a_number_gone_bad_is_traced_to_its_module(prose, tmp_path, call):
                         .blocks[1].mlp.up_proj.weight[0, 0].fill_(math.inf), step=1)
     assert fall_ill(config) == ["not a number"]
     assert "first in transformer.blocks.1.mlp.up_proj, in sequence 0" in call(doctor, config.out)[0]
+    path = tmp_path / "run" / "config.json"
+    text = path.read_text("utf-8").replace('"fingerprint": "', '"fingerprint": "another ')
+    path.write_text(text, "utf-8")  # no sequence of another text is looked at
+    assert "where   unknown: it takes" in call(doctor, config.out)[0]
 
 
 def test_an_absurd_rate_ends_in_no_number(prose, tmp_path):

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from chapters import cost, plan
 from chapters.memory import (free_memory, parameters_by_part, process_memory, saved_by_block,
                              training_memory)
+from data import prepare
 from model import ARCHITECTURES, GPT, SIZES, GPTConfig, Linear, attention_mask
 from train import TrainConfig, model_shape, new_run, take_step
 
@@ -291,6 +292,18 @@ def test_a_plan_takes_the_options_of_a_config_edited_by_hand(tmp_path, call):
         path.write_text(text.replace(old, new), "utf-8")
         shown, error = call(plan, f"--config={path}")
         assert message in error and not shown and error.count("\n") == 1
+
+
+def test_a_plan_takes_no_shards_of_another_text_of_the_same_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder, text in ("a", "the cat sees a dog. " * 99), ("b", "a big bird. " * 999):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "input.txt").write_text(text, "utf-8")
+        prepare(f"{folder}/input.txt", vocab_size=270, say=lambda text: None)
+    small, other = (planned(data=f"{folder}/input.txt", vocab_size=270, tokens=1e4).n_tokens
+                    for folder in "ab")
+    assert 0 < small < other and planned(data="c/input.txt", vocab_size=270, tokens=1).n_tokens == 0
+    assert planned(data=["a/input.txt", "b/input.txt"], vocab_size=270, tokens=1).n_tokens == 0
 
 
 def test_the_table_of_known_models_has_all(call):
