@@ -21,7 +21,6 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -286,7 +285,7 @@ def our_recipe(shards, folder, n_steps, seed):
 
 def learning(folder, text):
     """Tiny Shakespeare by characters: nanoGPT's recipe, and what we reach in parts of its time."""
-    text = text or next(iter(find_files("shakespeare", Path("shards/downloads"), Counter())))
+    text = text or next(iter(find_files("shakespeare", Path("shards/downloads"))))
     with tempfile.TemporaryDirectory() as place:
         shards = prepare([text], Path(place, "shards"), vocab_size=256 + len(SPECIAL_TOKENS),
                          say=lambda text: None)
@@ -408,7 +407,7 @@ def bpe100():
 
 def bpe():
     """Training and encoding on Python's own library."""
-    texts = [text for path in find_files("stdlib", None, Counter())
+    texts = [text for path in find_files("stdlib", None)
              for text in read_documents(path)]
     bpe_training(python_code(3.5e6), 4096, 7)
     bpe_training(texts, 4096, 3)
