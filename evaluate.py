@@ -10,6 +10,11 @@ Each score stands beside what guessing gets, with its 95% interval. Tasks and op
 in this file, such as those of the last line, are left to chapters/exams.py.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
+
 import contextlib
 import itertools
 import json
@@ -31,7 +36,7 @@ from tqdm import tqdm
 
 from data import check_shards, read_split
 from model import cap_logits, check_known, check_options, option, read_header
-from sample import (load_run, new_cache, newest_run, pick_checkpoint, pick_device,
+from sample import (checkpoints, load_run, new_cache, newest_run, pick_checkpoint, pick_device,
                     pick_precision, warn)
 from tokenizer import (Tokenizer, parse_options, read_json, reading, refuse_idle, replacing,
                        run_command, write_json)
@@ -499,10 +504,6 @@ def make_questions(config, tasks, default, folder):
             if names is not default or name == "perplexity":
                 raise
             print(f"{name} is left out: {error}")
-            continue
-        n = len(questions[name])
-        if "n_questions" in tasks[name].options and n < (config.n_questions or 0):
-            print(f"{name} has {n:,} questions, not {config.n_questions:,}")
     return questions
 
 
@@ -529,29 +530,12 @@ class EvaluateConfig:
             raise ValueError(f"stride={self.stride} must be a number of tokens, or rolling")
 
 
-def all_that_work(function, items):
-    """[function(item)] of those items for which it raises no ValueError or OSError: what is wrong
-    with the others is a warning. If none is left, the first error is raised."""
-    results, wrong = [], {}
-    for item in items:
-        try:
-            results.append(function(item))
-        except (OSError, ValueError) as error:
-            wrong.setdefault(str(error), error)
-    if not results:
-        raise next(iter(wrong.values()))
-    for line in wrong:
-        warn(f"left out: {line}")
-    return results
-
-
 def score_task(name, task, asked, model, tokenizer, config, folder):
     """Ask those of the questions that fit the model's context; outcomes go to scores/NAME.json ->
     [(a score {"value", ...}, (the questions, their vectors)) for each metric]."""
     fitting, rows = [question for question in asked if fits(model, tokenizer, question)], []
     if not fitting:
-        raise ValueError(f"{folder}: none of the {len(asked):,} questions of {name} fits into the "
-                         f"context of {model.config.block_size} tokens")
+        return []
     outcomes, chance = task.score(model, tokenizer, fitting, config)
     write_json(folder / "scores" / f"{name}.json", outcomes)
     for metric in [metric for metric in task.metrics if metric in outcomes[0]]:
@@ -573,14 +557,17 @@ def score_run(checkpoint, questions, config, tasks):
     model, tokenizer = load_run(folder, checkpoint, device, dtype)
     if not model.config.causal or model.config.cross or model.config.n_classes:
         raise ValueError(f"{checkpoint} does not continue a text, as a causal language model does")
-    if (config.stride or "").isdecimal() and int(config.stride) > model.config.block_size:
-        raise ValueError(f"stride={config.stride} must be 1 to block_size="
-                         f"{model.config.block_size}")
     print(f"{checkpoint} ({model.n_parameters() / 1e6:.1f}M parameters, {device}, {precision}): "
           f"{', '.join(questions)}", flush=True)
-    scored = all_that_work(lambda name: score_task(name, tasks[name], questions[name], model,
-                                                   tokenizer, config, folder), questions)
-    scores, vectors = zip(*itertools.chain(*scored))
+    scored = [pair for name, asked in questions.items() for pair in score_task(
+        name, tasks[name], asked, model, tokenizer, config, folder)]
+    if empty := {*questions} - {row["task"] for row, _ in scored}:
+        line = (f"{folder}: none of the questions of {', '.join(sorted(empty))} fits into the "
+                f"context of {model.config.block_size} tokens")
+        if not scored:
+            raise ValueError(line)
+        warn(line)
+    scores, vectors = zip(*scored)
     report = asdict(config) | dict(
         run=str(folder), checkpoint=checkpoint.name, device=device, precision=precision,
         weights=read_header(checkpoint)[1].get("sha256"), scores=[*scores],
@@ -610,19 +597,20 @@ def compare(first, report, tasks):
 
 def score_runs(config, tasks=TASKS, default=DEFAULT):
     """Score the runs of config and compare them with the first -> ({task: questions}, reports)."""
-    runs = [run for run in config.runs if not Path(run).is_file()]  # runs/* has files, too
-    chosen = all_that_work(partial(pick_checkpoint, which=config.checkpoint),
-                           runs or config.runs or [newest_run()])
+    runs = [run for run in config.runs if checkpoints(run)] or config.runs or [newest_run()]
+    for run in config.runs:  # runs/* names files, too
+        if run not in runs and not Path(run).is_file():
+            warn(f"{run} is no run folder with a checkpoint: left out")
+    chosen = [pick_checkpoint(run, config.checkpoint) for run in runs]
     folders = [checkpoint.parent for checkpoint in chosen]
     questions = make_questions(config, tasks, default, folders[0])
-    of_text = any("data" in tasks[name].options for name in questions)
-    texts = [trained_on(folder).get("fingerprint") for folder in folders * of_text]
-    for folder, text in zip(folders, texts):
-        if None not in (text, texts[0]) and text != texts[0]:
-            print(f"{folder} was trained on another text than {folders[0]}, of which the questions "
-                  "are: it may have read them")
-    reports = all_that_work(partial(score_run, questions=questions, config=config, tasks=tasks),
-                            chosen)
+    if any("data" in tasks[name].options for name in questions):
+        read = {str(folder): trained_on(folder).get("fingerprint") for folder in folders}
+        others = [run for run, text in read.items() if text not in (None, read[str(folders[0])])]
+        if others:
+            print(f"{', '.join(others)}: trained on another text than {folders[0]}, whose held-out "
+                  "text this is, and may have read it")
+    reports = [score_run(checkpoint, questions, config, tasks) for checkpoint in chosen]
     for report in reports[1:]:
         compare(reports[0], report, tasks)
     order = [(name, metric) for name in questions for metric in tasks[name].metrics]

@@ -394,7 +394,7 @@ def test_a_question_to_answer_that_does_not_fit_is_left_out(command, tmp_path, n
     assert "1 questions, 1 left out" in shown and notes == ""
     (tmp_path / "rows.jsonl").write_text(json.dumps(rows[1]), "utf-8")
     shown, notes = command(f"--tasks={name}", "--rows=rows.jsonl", *code)
-    assert notes.startswith(f"error: runs/words: none of the 1 questions of {name} fits")
+    assert notes.startswith(f"error: runs/words: none of the questions of {name} fits")
 
 
 def test_scores_and_overlaps_of_earlier_tasks_stay_on_the_card(command, tmp_path):
