@@ -3,6 +3,7 @@
 import ast
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -17,7 +18,7 @@ ABOVE = {"tokenizer": "", "data": "tokenizer", "model": "", "sample": "tokenizer
          "train": "tokenizer data model sample", "evaluate": "tokenizer data model sample"}
 CARD = {"torch", "numpy", "tiktoken", "regex", "tqdm", "matplotlib"}
 SIX = [f"{name}.py" for name in ABOVE]
-LEAVES = sorted(path.stem for path in (ROOT / "chapters").glob("*.py"))
+LEAVES = sorted(path.stem for path in (ROOT / "chapters").glob("[!_]*.py"))
 COMMANDS = [name for name in LEAVES if b"__main__" in (ROOT / f"chapters/{name}.py").read_bytes()]
 
 
@@ -94,8 +95,23 @@ def test_the_house_is_light():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_leaf_that_is_a_command_says_how_it_is_run(name):
-    assert f"chapters.{name}" in python(["-m", f"chapters.{name}", "--help"], ROOT)
+def test_every_leaf_that_is_a_command_says_how_it_is_run_and_runs_by_its_path_too(name, tmp_path):
+    shown = python(["-m", f"chapters.{name}", "--help"], ROOT)
+    assert f"chapters.{name}" in shown
+    assert python(["-m", name, "--help"], ROOT / "chapters").splitlines()[1:] == (
+        python([ROOT / f"chapters/{name}.py", "--help"], tmp_path).splitlines()[1:])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a signal of POSIX")
+@pytest.mark.parametrize("words", [*([name] for name in SIX if name != "model.py"),
+                                   *(["-m", f"chapters.{name}"] for name in COMMANDS)])
+def test_ctrl_c_while_libraries_are_imported_ends_a_command_in_silence(words, tmp_path):
+    for library in "numpy", "torch", "regex":  # stands before the real one on the path
+        (tmp_path / f"{library}.py").write_text("import os, signal\n"
+                                                "os.kill(os.getpid(), signal.SIGINT)\n")
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True,
+                          env=dict(os.environ) | dict(PYTHONPATH=str(tmp_path)))
+    assert (done.returncode, done.stdout + done.stderr) == (-signal.SIGINT, "")
 
 
 def test_without_chapters_a_model_has_the_same_loss(bare):
