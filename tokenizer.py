@@ -86,22 +86,21 @@ def nearest(name, known):
     return f", did you mean {near[0]}?" if near else ""
 
 
-HINTS = {  # options of other programs, and what is asked for here
-    **dict.fromkeys(("max_iters", "num_iterations", "n_steps"), "--max_steps"),
-    **dict.fromkeys(("lr", "matrix_lr"), "--learning_rate"),
-    **dict.fromkeys(("gradient_accumulation_steps", "total_batch_size", "device_batch_size"),
-                    "--batch_size, in passes of --micro_batch_size"),
-    **dict.fromkeys(("wandb_log", "wandb", "tensorboard"), "python -m chapters.track RUN --to=..."),
-    **dict.fromkeys(("model", "depth"), "--size, or --n_layer, --n_head, --n_embd"),
-    "eval_interval": "--eval_every", "eval_iters": "--eval_sequences", "dataset": "--data",
-    "out_dir": "--out", "dtype": "--precision", "max_seq_len": "--block_size", "decay_lr":
-    "--schedule=constant does not decay", "num_samples": "--n_samples", "start": "--prompt",
-    "init_from": "--resume goes on with a run, chapters.export reads GPT-2's weights",
-    "compile": "there is nothing to compile, --kernels=auto takes the fastest functions",
-    "always_save_checkpoint": "each validation saves one; --keep_last and the best stay",
-    "chat": "python -m chapters.talk RUN", "config": "options are typed, or --config=config.json",
-    "temp": "--temperature", "greedy": "--temperature=0", "max_tokens": "--max_new_tokens",
-}
+HINTS = {word: ours for words, ours in (  # options of other programs, and what is asked for here
+    ("max_iters num_iterations n_steps", "--max_steps"), ("lr matrix_lr", "--learning_rate"),
+    ("gradient_accumulation_steps total_batch_size device_batch_size",
+     "--batch_size, in passes of --micro_batch_size"),
+    ("eval_interval", "--eval_every"), ("eval_iters", "--eval_sequences"), ("dataset", "--data"),
+    ("dtype", "--precision"), ("out_dir", "--out"), ("max_seq_len", "--block_size"),
+    ("model depth", "--size, or --n_layer, --n_head, --n_embd"), ("num_samples", "--n_samples"),
+    ("start", "--prompt"), ("temp", "--temperature"), ("max_tokens", "--max_new_tokens"),
+    ("decay_lr", "--schedule=constant does not decay"), ("greedy", "--temperature=0"),
+    ("init_from", "--resume goes on with a run, chapters.export reads GPT-2's weights"),
+    ("compile", "there is nothing to compile, --kernels=auto takes the fastest functions"),
+    ("always_save_checkpoint", "each validation saves one; --keep_last and the best stay"),
+    ("wandb_log wandb tensorboard", "python -m chapters.track RUN --to=wandb"),
+    ("chat", "python -m chapters.talk RUN"), ("config", "options, or --config=config.json"),
+) for word in words.split()}
 
 
 class Parser(argparse.ArgumentParser):

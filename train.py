@@ -156,8 +156,7 @@ def complete_options(typed, typed_model):
             ("min_lr", config.schedule != "constant", "beside --schedule=constant"),
             ("rewarm", config.resume, "without --resume"),
             ("vocab_size", config.resume or not is_shards(config.data), "on shards, as they are"),
-            ("rope_theta", shape.position == "rope", "without --position=rope"),
-            ("n_encoder_layer", shape.cross, "without --cross")):
+            ("rope_theta", shape.position == "rope", "without --position=rope")):
         refuse_idle(typed | typed_model, [name] * (not acts), beside)
     return config, shape
 
@@ -338,17 +337,11 @@ class Muon:
             p.grad = None
 
 
-def adam_options(config):
-    return dict(betas=(config.beta1, config.beta2), fused=True, capturable=config.cuda_graph)
-
-
-# The learning rate that suits small models, and what builds an optimizer of groups.
+# The learning rate that suits small models; what builds it of groups, given options of AdamW.
 Optimizer = namedtuple("Optimizer", "rate build")
 OPTIMIZERS = {
-    "muon": Optimizer(0.02, lambda groups, lr, config: Muon(
-        groups, lr=lr, **adam_options(config))),
-    "adamw": Optimizer(3e-3, lambda groups, lr, config: torch.optim.AdamW(
-        groups, lr=lr, **adam_options(config))),
+    "muon": Optimizer(0.02, Muon),
+    "adamw": Optimizer(3e-3, torch.optim.AdamW),
 }
 
 
@@ -364,7 +357,8 @@ def build_optimizer(model, config):
     rate = config.learning_rate
     if config.cuda_graph:  # a graph repeats what it saw: only what is in a tensor can change
         rate = torch.tensor(rate, device=model.device)
-    return OPTIMIZERS[config.optimizer].build(groups, rate, config)
+    return OPTIMIZERS[config.optimizer].build(groups, lr=rate, betas=(config.beta1, config.beta2),
+                                              fused=True, capturable=config.cuda_graph)
 
 
 def set_rate(optimizer, rate):
@@ -575,7 +569,7 @@ def draw_loss(folder):
     axes.plot([row["step"] for row in checks], [row["val_loss"] for row in checks], "o-",
               color="#cc6633", label="validation")
     later = [*means[len(means) // 10:], *(row["val_loss"] for row in checks)]
-    space = (max(later) - min(later)) / 10 or 0.1  # a rise at the end is to be seen: without the fall
+    space = (max(later) - min(later)) / 10 or 0.1  # the first fall would hide a rise at the end
     axes.set(title=f"{Path(folder).name}: loss {mean(losses[-10:]):.3f} in the last of "
                    f"{steps[-1]:,} steps", xlabel="step", ylabel="loss (nats per token)",
              ylim=(min(later) - space, max(later) + space))

@@ -65,7 +65,7 @@ def test_a_new_part_of_the_model_is_one_row(copy, table, row, option):
 
 def test_a_new_optimizer_is_one_row_and_its_runs_resume(copy):
     insert(copy, "train.py", "\nOPTIMIZERS = {\n", '    "sgd": Optimizer(0.1, lambda groups, lr, '
-           'config:\n        torch.optim.SGD(groups, lr, momentum=config.beta1)),\n')
+           '**options:\n        torch.optim.SGD(groups, lr, momentum=0.9)),\n')
     python(copy, f"{STEPS}b --optimizer=sgd")
     python(copy, "train.py --resume --out=runs/ab --max_steps=3")
     assert "did you mean sgd?" in python(copy, "train.py --optimizer=sdg", ends=1)

@@ -429,8 +429,8 @@ def test_resume_needs_no_log(shards, tmp_path):
 
 
 def test_a_new_optimizer_is_one_row_and_resumes(shards, tmp_path, monkeypatch):
-    monkeypatch.setitem(OPTIMIZERS, "sgd", Optimizer(0.1, lambda groups, lr, config: torch.optim.SGD(
-        groups, lr, momentum=config.beta1)))
+    monkeypatch.setitem(OPTIMIZERS, "sgd", Optimizer(0.1, lambda groups, lr, **options:
+                        torch.optim.SGD(groups, lr, momentum=0.9)))
     options = dict(optimizer="sgd", max_steps=6, eval_every=3)
     train(*configure(shards, tmp_path / "whole", **options), **QUIET)
     config, shape = configure(shards, tmp_path / "parts", **options)
@@ -611,7 +611,6 @@ def test_help_names_the_options_of_training_and_of_the_model(monkeypatch, capsys
     (dict(rewarm=True), "--rewarm would not act without --resume"),
     (dict(vocab_size=500), "--vocab_size would not act on shards"),
     (dict(rope_theta=500.0, position="none"), "--rope_theta would not act without --position=rope"),
-    (dict(n_encoder_layer=3), "--n_encoder_layer would not act without --cross"),
 ])
 def test_an_impossible_run_is_refused_and_leaves_nothing(shards, tmp_path, options, words):
     with pytest.raises(ValueError, match=re.escape(words)):
