@@ -213,14 +213,18 @@ def machine_memory(device):
     return min(sizes)
 
 
-def check_memory(shape, config, device):
-    """ValueError if weights, gradients and the optimizer's state alone are more than there is."""
+def check_memory(shape, config, n_sequences, device):
+    """ValueError if a step on so many sequences needs more memory than there is, by what it needs
+    at least: weights, gradients, the optimizer's state, and what each block keeps for backward."""
     needed, limit = math.inf, machine_memory(device)
     with contextlib.suppress(RuntimeError), torch.device("meta"):  # no memory; too many to count
         needed = GPT(shape).n_parameters() * (12 if config.optimizer == "muon" else 16)
+    kept = 2 * shape.n_embd * (1 if config.recompute else 8)  # bytes a token, in bfloat16
+    needed += kept * shape.n_layer * n_sequences * shape.block_size
     if needed > limit and not config.force:
-        raise ValueError(f"this model needs {needed / 1e9:,.1f} GB or more to train, and {device} "
-                         f"has {limit / 1e9:,.1f}: take a smaller --size, or insist with --force")
+        raise ValueError(f"this needs {needed / 1e9:,.1f} GB of memory or more, and {device} has "
+                         f"{limit / 1e9:,.1f}: take a smaller --size or --micro_batch_size, or "
+                         "--recompute, or insist with --force")
 
 
 @contextlib.contextmanager
@@ -707,7 +711,7 @@ def prepare_run(config, model_config, say, stack):
     tokenizer, folder = load_tokenizer(shards / "tokenizer.json"), run_folder(config, shards)
     shape = replace(shape, vocab_size=tokenizer.n_vocab)
     TokenLoader(shards, 1, shape.block_size, split="val")  # ValueError if that is too short
-    check_memory(shape, config, device)
+    check_memory(shape, config, micro, device)
     stack.enter_context(memory_explained(micro, shape.block_size, device))
     precision, dtype = pick_precision(config.precision, device)
     config = replace(config, precision=precision)

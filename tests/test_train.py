@@ -500,6 +500,15 @@ def test_a_run_that_ends_without_a_number_says_so(shards, tmp_path, monkeypatch,
     assert code == 1 and "not finite at step 2: python -m chapters.doctor" in line
 
 
+def test_a_run_that_does_not_fit_starts_only_by_force(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr("train.machine_memory", lambda device: 1e5)
+    config, shape = configure(shards, tmp_path / "run", max_steps=1)
+    with pytest.raises(ValueError, match="GB of memory or more, and cpu has 0.0: .* --force"):
+        train(config, shape, **QUIET)
+    assert not (tmp_path / "run").exists()
+    assert train(dataclasses.replace(config, force=True), shape, **QUIET)["step"] == 1
+
+
 def test_two_runs_that_begin_at_once_take_two_names(shards, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config, shape = configure(shards, "", max_steps=1)
@@ -604,7 +613,7 @@ def test_help_names_the_options_of_training_and_of_the_model(monkeypatch, capsys
     (dict(learning_rate=math.nan), "learning_rate=nan must be at least 0"),
     (dict(seed=-1), "seed=-1 must be at least 0"),
     (dict(batch_size=1_000_000_000, micro_batch_size=8), "batch_size=1000000000 is more than the"),
-    (dict(n_embd=2_000_000_000), "GB or more to train, and cpu has"),
+    (dict(n_embd=2_000_000_000), "GB of memory or more, and cpu has"),
     (dict(block_size=4000), "val has"),
     (dict(decay_ratio=0.2), "--decay_ratio would not act without --schedule=wsd: leave it out"),
     (dict(min_lr=0.001, schedule="constant"), "--min_lr would not act beside --schedule=constant"),
