@@ -827,8 +827,8 @@ def announce(run, n_steps, row):
     advice = ("; a smaller --size or more --minutes would see more of them" if epochs < 0.5 else
               "; more than 8 teach little: give more text, or --dropout" if epochs > 8 else "")
     return (f"{model.n_parameters():,} parameters, in about {n_steps:,.0f} steps of {seconds:.2f} s"
-            f" ({duration(n_steps * seconds)}) and {(row['memory'] or 0) / 1e9:.1f} GB on "
-            f"{model.device}, {config.precision}, {config.kernels} kernels{tried}\n"
+            f" ({duration(n_steps * seconds)}) and {(row['memory'] or 0) / 1e9:.1f} GB\n"
+            f"on {model.device}, {config.precision}, {config.kernels} kernels{tried}\n"
             f"it will see its {n_tokens:,} tokens {epochs:,.1f} times{advice}")
 
 
