@@ -574,7 +574,7 @@ def draw_loss(folder):
               color="#cc6633", label="validation")
     later = [*means[len(means) // 10:], *(row["val_loss"] for row in checks)]
     space = (max(later) - min(later)) / 10 or 0.1  # the first fall would hide a rise at the end
-    axes.set(title=f"{Path(folder).name}: loss {mean(losses[-10:]):.3f} in the last of "
+    axes.set(title=f"{Path(folder).name}: loss {mean(losses[-10:]):.3f} in the last 10 of "
                    f"{steps[-1]:,} steps", xlabel="step", ylabel="loss (nats per token)",
              ylim=(min(later) - space, max(later) + space))
     axes.legend(frameon=False)
