@@ -118,7 +118,7 @@ def model_shape(size, vocab_size, options={}):
 def read_config(path):
     """-> (TrainConfig, GPTConfig, dict of the data) in a run's config.json; ValueError if wrong."""
     if not Path(path).exists():
-        raise ValueError(f"{path} is missing, and only it says how to go on: copy the whole run")
+        raise ValueError(f"{path} is missing: it says how a run goes on; copy the whole folder")
     saved = read_json(path)
     with reading(path):
         saved["data"]["path"], saved["data"]["fingerprint"]  # they must be there
@@ -824,7 +824,9 @@ def announce(run, n_steps, row):
     n_steps = min(n_steps, 60 * config.minutes / seconds if config.minutes else math.inf)
     epochs = n_steps * config.batch_size * run.batches.block_size / n_tokens
     tried = "".join(f", {name} {1000 * s:.0f} ms a block" for name, s in model.trial.items())
-    advice = ("; a smaller --size or more --minutes would see more of them" if epochs < 0.5 else
+    advice = ("; --warmup_steps is longer than that: the learning rate stays below its highest"
+              if config.warmup_steps >= n_steps else
+              "; a smaller --size or more --minutes would see more of them" if epochs < 0.5 else
               "; more than 8 teach little: give more text, or --dropout" if epochs > 8 else "")
     return (f"{model.n_parameters():,} parameters, in about {n_steps:,.0f} steps of {seconds:.2f} s"
             f" ({duration(n_steps * seconds)}) and {(row['memory'] or 0) / 1e9:.1f} GB\n"

@@ -533,7 +533,7 @@ def test_a_run_folder_without_its_config_says_what_to_do(shards, tmp_path):
     config, shape = configure(shards, tmp_path / "run", max_steps=1)
     train(config, shape, **QUIET)
     (tmp_path / "run" / "config.json").unlink()
-    with pytest.raises(ValueError, match="config.json is missing, and only it says .* copy the whole"):
+    with pytest.raises(ValueError, match="config.json is missing: it says how a run goes on; copy"):
         complete_options(dict(resume=True, out=config.out), {})
 
 
