@@ -160,7 +160,7 @@ def test_a_run_says_which_kernels_were_tried_and_what_memory_it_takes(shards, tm
     said = []
     config, shape = configure(shards, tmp_path / "run", max_steps=2, kernels="auto")
     train(config, shape, say=said.append)
-    tried = r" GB on cpu, fp32, (fused|torch) kernels(, (fused|torch) \d+ ms a block)*\n"
+    tried = r" GB\non cpu, fp32, (fused|torch) kernels(, (fused|torch) \d+ ms a block)*\n"
     assert re.search(tried, said[0])
     chosen = json.loads((tmp_path / "run" / "config.json").read_bytes())["train"]["kernels"]
     assert chosen in ("fused", "torch")
