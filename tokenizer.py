@@ -115,8 +115,8 @@ class Parser(argparse.ArgumentParser):
             word = unknown[1].lstrip("-").replace("-", "_")
             near = nearest(unknown[1], self._option_string_actions)
             word = "config" if word.endswith(".py") else word
-            message = f"unknown option {unknown[1]}" + (
-                f"; here: {HINTS[word]}" if word in HINTS else near)
+            here = HINTS.get(word) or unknown[1][0] != "-" and f"--data={unknown[1]}"
+            message = f"unknown option {unknown[1]}" + (f"; here: {here}" if here else near)
         self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
 
 
@@ -131,17 +131,10 @@ def field_kind(f):
     return getattr(f.type, "__args__", [f.type])[0]
 
 
-class OneOrMore(argparse.Action):
-    """One value as it is, several as a list."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        setattr(namespace, self.dest, values if len(values) > 1 else values[0])
-
-
 def parse_options(doc, *config_classes):
     """The options that were typed, in a dict for each dataclass: of two equal fields in the first.
     A field with "help" is an option, a bool as --name or --no-name, a list as one to repeat."""
-    parser, owners = Parser(doc), {}
+    parser, owners, several = Parser(doc), {}, set()
     for config in config_classes:
         group = parser.add_argument_group(config.__doc__.splitlines()[0].rstrip("."))
         for f in [f for f in fields(config) if "help" in f.metadata and f.name not in owners]:
@@ -154,12 +147,14 @@ def parse_options(doc, *config_classes):
             elif kind in (bool, list):
                 form = dict(action="append" if kind is list else argparse.BooleanOptionalAction)
             elif f.metadata.get("many"):
-                form |= dict(nargs="+", action=OneOrMore)
+                form |= dict(nargs="+", action="extend")
+                several.add(f.name)
             known = f.metadata.get("known")
             words = " | ".join(known()) + ": " * bool(f.metadata["help"]) if known else ""
             group.add_argument(name, default=argparse.SUPPRESS, help=(
                 words + f.metadata["help"] + shown).replace("%", "%%"), **form)
     typed = vars(parser.parse_intermixed_args())
+    typed |= {name: typed[name][0] for name in several & {*typed} if len(typed[name]) == 1}
     return [{name: value for name, value in typed.items() if owners[name] is config}
             for config in config_classes]
 

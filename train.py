@@ -136,6 +136,7 @@ def complete_options(typed, typed_model):
     to -> (TrainConfig, GPTConfig). With --config a new --size or --architecture is a new model."""
     options, own_shape = {}, {}
     if typed.get("resume"):
+        refuse_idle(typed, ["config"], "beside --resume")
         folder = run_folder(TrainConfig(resume=True, out=typed.get("out", "")))
         typed = typed | dict(out=str(folder), config=str(folder / "config.json"))
     if typed.get("config"):

@@ -640,6 +640,7 @@ def test_an_impossible_run_is_refused_and_leaves_nothing(shards, tmp_path, optio
     ("--compile=False", 2, "nothing to compile"),
     ("--max-iters=5", 2, "here: --max_steps"),
     ("config/train_gpt2.py", 2, "--config=config.json"),
+    ("my-book.txt", 2, "unknown option my-book.txt; here: --data=my-book.txt"),
     ("--init_from=gpt2", 2, "chapters.export"),
 ])
 def test_a_users_mistake_ends_in_one_line(tmp_path, monkeypatch, capsys, option, code, words):
