@@ -1,5 +1,5 @@
-"""To change one thing, one place is edited: each of these changes is made on a copy of the six files,
-as one piece of text put in at one place, and then used from the command line."""
+"""To change one thing, one place is edited: each of these changes is made on a copy of the six
+files, as one piece of text put in at one place, and then used from the command line."""
 
 import shutil
 import subprocess
@@ -54,7 +54,8 @@ def insert(folder, name, behind, text):
      "--architecture=mine"),
     ("\nSIZES = {\n", '    "pico": dict(n_layer=1, n_head=1, n_embd=8, block_size=16),\n',
      "--size=pico"),
-    ("\nPOSITIONS = {\n", '    "late": lambda self, x, positions: (x + positions[:, None] / 99, None),\n',
+    ("\nPOSITIONS = {\n",
+     '    "late": lambda self, x, positions: (x + positions[:, None] / 99, None),\n',
      "--position=late")])
 def test_a_new_part_of_the_model_is_one_row(copy, table, row, option):
     insert(copy, "model.py", table, row)
@@ -72,8 +73,8 @@ def test_a_new_optimizer_is_one_row_and_its_runs_resume(copy):
 
 
 def test_a_new_option_is_one_field_and_is_checked_kept_and_shown(copy):
-    insert(copy, "train.py", "class TrainConfig:\n", '    """How to train."""\n    wish: int = option('
-           '3, "a number of mine", low=1, below=9)\n')
+    insert(copy, "train.py", "class TrainConfig:\n", '    """How to train."""\n    wish: int = '
+           'option(3, "a number of mine", low=1, below=9)\n')
     python(copy, f"{STEPS}b --wish=4")
     assert '"wish": 4' in (copy / "runs/ab/config.json").read_text()
     assert "a number of mine (default 3)" in python(copy, "train.py --help")
@@ -110,7 +111,7 @@ def test_a_new_text_is_one_row(copy):
 
 
 def test_a_new_task_is_one_row(copy):
-    insert(copy, "evaluate.py", "\nTASKS = {\n", '    "dogs": Task(lambda config, texts: [format_row('
-           'dict(context="the", answer=0,\n        choices=["dog", "cat"]))], score_choices, '
+    insert(copy, "evaluate.py", "\nTASKS = {\n", '    "dogs": Task(lambda config, texts: [format_'
+           'row(dict(context="the", answer=0,\n        choices=["dog", "cat"]))], score_choices, '
            '{"acc": ratio}),\n')
     assert "dogs" in python(copy, "evaluate.py runs/a --tasks=dogs")
