@@ -260,14 +260,14 @@ FORMATS = {(20240520, 1): "<u2", (20240801, 7): "<u4"}  # (magic, version): type
 
 
 def write_shards(arrays, folder, split, n_vocab, shard_tokens=10**8):
-    """Write arrays of ids, whole ones to about shard_tokens a file -> {file name: tokens}."""
+    """Write arrays of ids, whole ones to about shard_tokens a file."""
     version, dtype = list(FORMATS.items())[n_vocab > 2**16]
-    arrays, shards = (ids for ids in map(np.asarray, arrays) if len(ids)), {}
-    for ids in arrays:
-        name, n_tokens = f"{split}_{len(shards):06d}.bin", 0
-        with replacing(Path(folder, name)) as file:
+    arrays = (ids for ids in map(np.asarray, arrays) if len(ids))
+    for i, first in enumerate(arrays):
+        with replacing(Path(folder, f"{split}_{i:06d}.bin")) as file:
             file.write(bytes(HEADER_BYTES))
-            for ids in itertools.chain([ids], arrays):
+            n_tokens = 0
+            for ids in itertools.chain([first], arrays):
                 if ids.max() >= n_vocab:
                     raise ValueError(f"token id {ids.max()} is not in the vocabulary of {n_vocab}")
                 file.write(ids.astype(dtype).tobytes())
@@ -276,8 +276,6 @@ def write_shards(arrays, folder, split, n_vocab, shard_tokens=10**8):
                     break
             file.seek(0)
             file.write(np.array([*version, n_tokens], "<i4").tobytes())
-        shards[name] = n_tokens
-    return shards
 
 
 def read_shard(path):
@@ -356,11 +354,13 @@ class Documents:
         return self.file.read(self.ends[i] - self.starts[i]).decode()
 
 
-def gather(found, file, card):
-    """Read and clean all files into one -> Documents, each text once; the card says what is lost.
-    A file that cannot be read is left out, whole; where its source has no other, a ValueError."""
-    counts, sizes = card["counts"], []
-    for source, paths in zip(card["sources"], found.values()):
+def gather(found, file):
+    """Read and clean all files into one -> (Documents, each text once; the sources, as a card has
+    them; counts of what is lost). A file that cannot be read is left out, whole; where its source
+    has no other, a ValueError."""
+    sources, sizes, counts = [], [], Counter()
+    for source, paths in found.items():
+        skipped = []
         for path in tqdm(paths, "read", unit=" files", **QUIET):
             start, n_before, n_chars, lost = file.tell(), len(sizes), 0, Counter()
             try:
@@ -378,16 +378,17 @@ def gather(found, file, card):
                     raise
                 file.seek(start)
                 del sizes[n_before:]
-                source["files"] -= 1
-                counts["skipped files"] += 1
-                line = "".join(char if char.isprintable() else " " for char in str(error))
-                source["skipped"] = [*source["skipped"], line[:200]][:100]
-    sizes = np.array(sizes, np.int64)
-    documents = Documents(file, sizes.cumsum() - sizes, sizes.cumsum())
+                skipped.append("".join(c if c.isprintable() else " " for c in str(error))[:200])
+        n_files = len(paths) - len(skipped)
+        sources.append(dict(name=source, files=n_files, skipped=skipped[:100]))
+        counts["skipped files"] += len(skipped)
+    ends = np.cumsum(sizes, dtype=np.int64)
+    documents = Documents(file, ends - sizes, ends)
     repeated = exact_duplicates(documents)
     counts["empty documents"] += len(sizes) - len(documents)
     counts["exact duplicates"] += len(repeated)
-    return Documents(file, *np.delete([documents.starts, documents.ends], repeated, axis=1))
+    unique = np.delete([documents.starts, documents.ends], repeated, axis=1)
+    return Documents(file, *unique), sources, counts
 
 
 def split(documents, val_ratio=None):
@@ -459,11 +460,11 @@ def load_tokenizer(tokenizer):
     return tokenizer
 
 
-def stored(folder):
-    """The fingerprint of the shards in a folder, "" if it is new or empty, None for other files."""
+def is_free(folder, fingerprint):
+    """Whether shards may go to a folder: it is new, or empty, or holds the same ones."""
     with contextlib.suppress(OSError, ValueError):
-        return read_card(folder).fingerprint
-    return None if folder.is_file() or any(folder.glob("[!.]*")) else ""
+        return read_card(folder).fingerprint == fingerprint
+    return not folder.is_file() and not any(folder.glob("[!.]*"))
 
 
 @contextlib.contextmanager
@@ -474,7 +475,7 @@ def new_shards(folder, fingerprint):
     part = real.with_name(f".{real.name}.part")
     with locked(part):
         try:
-            if stored(folder) not in ("", fingerprint):
+            if not is_free(folder, fingerprint):
                 raise ValueError(f"{folder} holds other shards or files: choose another --out")
             for path in part.glob("[!.]*"):  # of a process that was killed
                 path.unlink()
@@ -490,36 +491,37 @@ def new_shards(folder, fingerprint):
             shutil.rmtree(part, ignore_errors=True)
 
 
-def build(folder, found, tokenizer, card, say):
+def build(folder, fingerprint, found, tokenizer, options, say):
     """All stages: read, clean, split, train a tokenizer, write the shards and, last, the card."""
-    with (new_shards(folder, card["fingerprint"]) as out,
+    with (new_shards(folder, fingerprint) as out,
           tempfile.TemporaryFile(dir=out.parent) as file):
         if "fineweb10B" in found:
             val, *train = map(read_shard, found["fineweb10B"])
-            card["split"], splits = "as published", dict(train=train, val=[val])
+            sources = [dict(name="fineweb10B", files=1 + len(train), skipped=[])]
+            splits, counts, rule = dict(train=train, val=[val]), {}, "as published"
         else:
-            counts, options = card["counts"], card["options"]
-            documents = gather(found, file, card)
+            documents, sources, counts = gather(found, file)
             lost = ", ".join(f"{n:,} {what}" for what, n in counts.items() if n) or "nothing"
             say(f"{len(documents):,} documents, {documents.n_bytes / 1e6:.1f} MB; lost: {lost}")
-            for line in [line for source in card["sources"] for line in source["skipped"][:3]]:
+            for line in [line for source in sources for line in source["skipped"][:3]]:
                 say(f"skipped: {line}")
             counts.update(documents=len(documents), bytes=documents.n_bytes)
-            train, val, card["split"] = split(documents, options["val_ratio"])
+            train, val, rule = split(documents, options["val_ratio"])
             if tokenizer is None:
                 sample = itertools.islice(train, 0, None, train.n_bytes // LEARN_BYTES + 1)
                 tokenizer = Tokenizer.train(sample, options["vocab_size"])
                 say(f"tokenizer: {tokenizer.n_vocab:,} of {options['vocab_size']:,} tokens")
             splits = dict(train=tokenize(train, tokenizer), val=tokenize(val, tokenizer))
+        card = dict(fingerprint=fingerprint, sources=sources, python=platform.python_version(),
+                    options=options, counts=counts, split=rule)
         for name, arrays in splits.items():
             write_shards(arrays, out, name, tokenizer.n_vocab)
             counted = card[name] = count_tokens(read_split(out, name), tokenizer)
             say(f"{name}: {counted['tokens']:,} tokens for {counted['bytes']:,} bytes")
         tokenizer.save(out / "tokenizer.json")
-        paths = [*sorted(out.glob("*.bin")), out / "tokenizer.json"]
-        checksums = {path.name: file_hash(path) for path in paths}
-        card |= dict(tokenizer=tokenizer.hash(), vocab_size=tokenizer.n_vocab, checksums=checksums)
-        write_json(out / "card.json", card)
+        checksums = {path.name: file_hash(path) for path in sorted(out.glob("[!.]*"))}
+        write_json(out / "card.json", card | dict(
+            tokenizer=tokenizer.hash(), vocab_size=tokenizer.n_vocab, checksums=checksums))
 
 
 def prepare(sources, out=None, vocab_size=4096, tokenizer=None, val_ratio=None, n_shards=1,
@@ -538,24 +540,20 @@ def prepare(sources, out=None, vocab_size=4096, tokenizer=None, val_ratio=None, 
         tokenizer, vocab_size = load_tokenizer("gpt2" if tokenizer is None else tokenizer), None
     else:
         room_for_merges(vocab_size, SPECIAL_TOKENS)  # a ValueError before anything is read
-    named = Path("shards", folder_name(sources[0])) if out is None else Path(out)
-    found = {name: find_files(name, named.parent / "downloads", n_shards) for name in sources}
+    folder = Path("shards", folder_name(sources[0])) if out is None else Path(out)
+    found = {name: find_files(name, folder.parent / "downloads", n_shards) for name in sources}
     options = dict(vocab_size=vocab_size, tokenizer=tokenizer and tokenizer.hash(),
                    val_ratio=val_ratio, version=2)  # raised when the same gives other shards
     contents = [[ending(path), file_hash(path)] for paths in found.values() for path in paths
                 if "fineweb10B" in found or ending(path) in READERS and is_readable(path)]
     fingerprint = text_hash(json.dumps([options, contents])).hex()
-    folder = named
-    if out is None and stored(folder) not in ("", fingerprint):
-        folder = Path(f"{named}-{fingerprint[:8]}")
+    if out is None and not is_free(folder, fingerprint):
+        folder = Path(f"{folder}-{fingerprint[:8]}")
     with contextlib.suppress(OSError, ValueError):  # of a folder that is not there or not whole
         if check_shards(folder, ("train", "val", "token")).fingerprint == fingerprint:
             say(f"{folder}: used again, the content and the options are the same")
             return folder
-    build(folder, found, tokenizer, dict(
-        fingerprint=fingerprint, python=platform.python_version(), options=options,
-        sources=[dict(name=source, files=len(paths), skipped=[])
-                 for source, paths in found.items()], counts=Counter({"skipped files": 0})), say)
+    build(folder, fingerprint, found, tokenizer, options, say)
     return folder
 
 

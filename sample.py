@@ -23,8 +23,9 @@ import sys
 import time
 from collections import namedtuple
 from contextlib import suppress
-from dataclasses import dataclass, fields, make_dataclass, replace
+from dataclasses import dataclass, make_dataclass, replace
 from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -298,7 +299,10 @@ def pick(logits, config=SampleConfig(temperature=1.0), generator=None, seen=None
          **options):
     """An id for each row of logits (B, V) -> (B,), sampled from their distribution. Options are
     fields of config; generator as for sample_from, seen and n_prompt as for process_logits."""
-    return sample_from(distribution(logits, config, seen, n_prompt, **options), generator)
+    config = replace(config, **options) if options else config
+    if config.temperature < COLD:
+        return process_logits(logits, config, seen, n_prompt).argmax(dim=-1)
+    return sample_from(distribution(logits, config, seen, n_prompt), generator)
 
 
 # -----------------------------------------------------------------------------
@@ -372,13 +376,14 @@ def beam_search(model, ids, n_beams=4, max_new_tokens=50, length_penalty=1.0, en
     n_tokens = n_new_tokens(model, T, SampleConfig(max_new_tokens=max_new_tokens))
     kv_cache = new_cache(model, 1, T + n_tokens) if cache else None
     beams, sums, done = ids, torch.zeros(1, device=ids.device), []       # (n, T), (n,)
-    for length in range(1, n_tokens + 1):
+    while len(beams):
         unseen = beams[:, kv_cache[0].length:] if cache else beams
         with torch.inference_mode():
             logits, _ = model(unseen, cache=kv_cache, last_only=True)
         totals = sums[:, None] + logits[:, -1].float().log_softmax(dim=-1)            # (n, V)
         best, index = totals.flatten().topk(min(2 * n_beams, totals.numel()))
         texts = torch.cat((beams[index // V], index[:, None] % V), dim=1)             # (2n, T + 1)
+        length = texts.size(1) - T
         ended = torch.isin(texts[:, -1], torch.tensor([*ends], device=ids.device))
         ended |= length == n_tokens
         done += [(texts[i, T:].tolist(), best[i].item() / length**length_penalty)
@@ -388,8 +393,6 @@ def beam_search(model, ids, n_beams=4, max_new_tokens=50, length_penalty=1.0, en
         beams, sums = texts[left], best[left]
         for layer in kv_cache or ():
             layer.choose(index[left] // V)
-        if not len(left):
-            break
     return done
 
 
@@ -466,8 +469,7 @@ def write(model, tokenizer, prompts, config=SampleConfig(), **options):
         ids = pad_sequence([torch.tensor(row.ids) for row in rows], True, -1, "left")  # (B, T)
         n_prompt = ids.size(1) - torch.tensor([[len(row.ids) - row.n_prompt] for row in rows])
         first_ban = torch.tensor([[row.heals] for row in rows]) & no_space             # (B, V)
-        longest = replace(config, max_new_tokens=max(row.n_left for row in rows))
-        steps = decode(model, ids.to(device), longest, [row.generator for row in rows],
+        steps = decode(model, ids.to(device), config, [row.generator for row in rows],
                        n_prompt.to(device), first_ban.to(device))
         for chosen, logits in steps:
             logprobs = logits.log_softmax(dim=-1).gather(-1, chosen[:, None]).squeeze(-1)
@@ -512,12 +514,11 @@ class Command:
 
 def read_text(path):
     """The text of a file, or of what is typed or piped in if the path is "-", without a BOM."""
+    if path == "-" and sys.stdin is None:
+        raise ValueError("standard input is closed: give a file, or pipe the text in")
     with reading("standard input" if path == "-" else path):
-        if path == "-" and sys.stdin is None:
-            raise ValueError("standard input is closed: give a file, or pipe the text in")
-        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
-        text.encode()  # ValueError for bytes piped in that are no UTF-8: Python may hide them
-        return text.removeprefix("\ufeff").replace("\r\n", "\n")
+        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
 
 
 def fitting(model, tokenizer, prompts, config):
@@ -538,15 +539,14 @@ def show_piece(tokenizer, piece, show):
     print(f"{piece.logprob:8.3f}  {tokenizer.decode([piece.token])!r}", flush=True)
 
 
-def show_texts(model, tokenizer, prompts, n_samples, show, config):
+def show_texts(model, tokenizer, prompts, show, config):
     """Print each prompt and what follows it, a single one as it comes; -> how many tokens."""
-    n_texts, n_tokens = len(prompts) * n_samples, 0
-    pieces = write(model, tokenizer, (p for p in prompts for _ in range(n_samples)), config)
-    for _, together in groupby(pieces, key=lambda pair: pair[0] // ROWS):
-        together = together if n_texts == 1 else sorted(together, key=lambda pair: pair[0])
-        for i, own in groupby(together, key=lambda pair: pair[0]):
+    number, n_texts, n_tokens = itemgetter(0), len(prompts), 0
+    pieces = write(model, tokenizer, prompts, config)
+    for _, group in groupby(pieces, lambda pair: pair[0] // ROWS):
+        for i, own in groupby(sorted(group, key=number) if n_texts > 1 else group, number):
             heading = f"--- {i + 1} of {n_texts}\n" if n_texts > 1 else ""
-            print(heading + prompts[i // n_samples], end="" if show == "text" else "\n")
+            print(heading + prompts[i], end="" if show == "text" else "\n")
             for n_tokens, (_, piece) in enumerate(own, n_tokens + 1):
                 show_piece(tokenizer, piece, show)
             print(flush=True)
@@ -564,18 +564,13 @@ def sampling_config(typed):
     return replace(config, stop=[text.replace(r"\n", "\n") for text in config.stop])
 
 
-def check_idle(typed):
-    """ValueError for options that were typed and would not act beside the others."""
-    sampling = {f.name for f in fields(SampleConfig)} - {"max_new_tokens", "cache"}
-    for name, idle in (("prompts", ["file", "prompt"]), ("file", ["prompt"]),
-                       ("beams", ["n_samples", "show", *sorted(sampling)])):
-        refuse_idle(typed, idle if name in typed else (), f"beside --{name}")
-    refuse_idle(typed, () if "beams" in typed else ["length_penalty"], "without --beams")
-
-
 def main():
     typed, sampling = parse_options(__doc__, Command, SampleConfig)
-    check_idle(typed | sampling)
+    chosen = sorted(sampling.keys() - {"max_new_tokens", "cache"})
+    for name, idle in (("prompts", ["file", "prompt"]), ("file", ["prompt"]),
+                       ("beams", ["n_samples", "show", *chosen])):
+        refuse_idle(typed | sampling, idle if name in typed else (), f"beside --{name}")
+    refuse_idle(typed, () if "beams" in typed else ["length_penalty"], "without --beams")
     command, config = Command(**typed), sampling_config(sampling)
     folder = newest_run() if command.run is None else command.run
     device = pick_device(command.device)
@@ -586,8 +581,8 @@ def main():
     path = pick_checkpoint(folder, command.checkpoint)
     model, tokenizer = load_run(folder, path, device, dtype)
     prompts, start = fitting(model, tokenizer, prompts, config), time.perf_counter()
-    n_tokens = 0 if command.beams else show_texts(model, tokenizer, prompts, command.n_samples,
-                                                  command.show, config)
+    texts = [prompt for prompt in prompts for _ in range(command.n_samples)]
+    n_tokens = 0 if command.beams else show_texts(model, tokenizer, texts, command.show, config)
     for prompt in prompts if command.beams else ():
         ids = torch.tensor([tokenizer.encode(prompt) or [tokenizer.eot]], device=device)
         (text, score), *_ = beam_search(model, ids, command.beams, config.max_new_tokens,

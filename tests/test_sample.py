@@ -168,6 +168,13 @@ def test_each_way_to_leave_one_token_is_greedy(options):
     assert torch.equal(pick(logits_of(), **options), logits_of().argmax(dim=-1))
 
 
+def test_greedy_takes_the_highest_and_draws_no_random_number():
+    generator = seeded()
+    chosen = pick(logits_of(), temperature=0, generator=generator)
+    assert torch.equal(chosen, logits_of().argmax(dim=-1))
+    assert torch.equal(generator.get_state(), seeded().get_state())
+
+
 @pytest.mark.parametrize("name, value", [
     ("temperature", -0.1), ("temperature", float("nan")), ("top_k", 0), ("top_k", 2.5),
     ("top_p", 0.0), ("top_p", 1.1), ("min_p", -0.1), ("min_p", 2.0), ("typical_p", 3.0),
@@ -599,7 +606,7 @@ def test_prompts_come_from_a_line_a_file_or_the_keyboard(command, tmp_path, monk
     options = "--seed=3", "--max_new_tokens=6"
     alone, _ = command("--prompt=the cat\nthe dog\n", *options)
     assert command(f"--file={tmp_path / 'prompts'}", *options)[0] == alone
-    monkeypatch.setattr("sys.stdin", io.StringIO("the cat\nthe dog\n"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"the cat\nthe dog\n")))
     assert command("--file=-", *options)[0] == alone
     text, notes = command(f"--prompts={tmp_path / 'prompts'}", *options)
     assert text.startswith("--- 1 of 2\nthe cat") and "--- 2 of 2\nthe dog" in text
