@@ -273,7 +273,7 @@ def process_logits(logits, config, seen=None, n_prompt=0):
         return logits
     logits = logits / c.temperature
     for name, keep in FILTERS.items():
-        if (limit := getattr(c, name)) is not None:
+        if (limit := getattr(c, name, None)) is not None:
             logits = keep(logits, limit)
     return logits
 
