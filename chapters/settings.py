@@ -121,7 +121,8 @@ def check_settings(settings, fixed, shards=None):
         try:
             config, shape = complete_config(fixed | setting)
             if shards:
-                check_memory(shape, config, pick_device(config.device))
+                micro, _ = split_batch(config, 1)
+                check_memory(shape, config, micro, pick_device(config.device))
                 for split in "train", "val":
                     TokenLoader(shards, 1, shape.block_size, split=split)
         except ValueError as error:
