@@ -21,7 +21,6 @@ import json
 import math
 import os
 import random
-import re
 import runpy
 import sys
 from collections import defaultdict, namedtuple
@@ -47,13 +46,13 @@ EXAMPLE_ROW = '{"context": "2 + 2 =", "choices": ["3", "4"], "answer": 1}'
 UNSPACED = (r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
             r"\p{Tibetan}\u3000-\u303f\uff00-\uff9f]")  # of scripts without spaces between words
 WORD = regex.compile(rf"(?:(?={UNSPACED})\X){{1,2}}\s*|(?:(?!{UNSPACED})\S)+\s*")  # or 2 characters
+FORMATS = {"perplexity": ",.2f", "bits per byte": ".3f"}  # of scores that are no shares
 EXAMS = Path(__file__).with_name("chapters") / "exams.py"
 
 # -----------------------------------------------------------------------------
 # How likely is a text as the continuation of another, and how well is a whole text predicted?
 
 
-@torch.inference_mode()
 def read_ends(model, rows, cache=None):
     """For each (ids, n) of rows the log-probabilities in nats of its last n ids, and whether each
     was the likeliest: [((n,), (n,))]. Padding stands behind, where a causal model does not look."""
@@ -72,48 +71,44 @@ def read_ends(model, rows, cache=None):
     return list(zip(*(torch.cat(parts).cpu().split(lengths) for parts in (scores, likeliest))))
 
 
-def score_ends(model, rows, title="scoring"):
-    """read_ends for any number of rows: those of like length share a forward pass."""
-    order, results = sorted(range(len(rows)), key=lambda i: -len(rows[i][0])), {}
-    with tqdm(total=len(rows), desc=title, disable=None, leave=False) as bar:
-        while order:
-            n_rows = max(1, BATCH_TOKENS // len(rows[order[0]][0]))
-            batch, order = order[:n_rows], order[n_rows:]
-            results |= zip(batch, read_ends(model, [rows[i] for i in batch]))
-            bar.update(len(batch))
-    return [results[i] for i in range(len(rows))]
-
-
 @torch.inference_mode()
 def score_shared(model, groups, title="scoring"):
-    """{key: what score_ends says of before + after}, for each (before, {key: after}) of groups.
-    What all befores begin with is read once, the rest of each once, with others of its length."""
-    heads = [before[:-1] for before, _ in groups]  # the last id is read with each after
-    sizes = [len(ends) * (len(before) + max(map(len, ends.values()))) for before, ends in groups]
+    """{key: what read_ends says of head + ids, n} for each (head, {key: (ids, n)}) of groups. What
+    all heads begin with is read once, the rest of each once, with others of its length; where there
+    is no head, rows of like length share a forward pass."""
+    heads = [head for head, _ in groups]
+    sizes = [len(rows) * (len(head) + max(len(ids) for ids, _ in rows.values()))
+             for head, rows in groups]
     order = sorted(range(len(groups)), key=lambda i: (len(heads[i]), sizes[i]), reverse=True)
-    head, results = os.path.commonprefix(heads), {}
-    common = new_cache(model, 1, len(head))
-    if head:
-        model.transformer(torch.tensor([head], device=model.device), common, model.dtype)
+    start, results = os.path.commonprefix([head for head in heads if head]), {}
+    common = new_cache(model, 1, len(start))
+    if start:
+        model.transformer(torch.tensor([start], device=model.device), common, model.dtype)
     with tqdm(total=len(groups), desc=title, disable=None, leave=False) as bar:
         while order:
-            n_groups, T = max(1, CACHED_TOKENS // sizes[order[0]]), len(heads[order[0]])
+            T, size = len(heads[order[0]]), sizes[order[0]]
+            n_groups = max(1, (CACHED_TOKENS if T else BATCH_TOKENS) // size)
             batch = [i for i in order[:n_groups] if len(heads[i]) == T]
             order = order[len(batch):]
-            rows = {key: (groups[i][0][-1:] + after, len(after))
-                    for i in batch for key, after in groups[i][1].items()}
-            cache = new_cache(model, 1, T + max(n for _, n in rows.values()))
+            rows = {key: row for i in batch for key, row in groups[i][1].items()}
+            cache = new_cache(model, 1, T + max(len(ids) for ids, _ in rows.values())) if T else ()
             for layer, read in zip(cache, common):
                 layer.append(read.k, read.v)
                 layer.choose([0] * len(batch))
-            if T > len(head):
-                rest = torch.tensor([heads[i][len(head):] for i in batch], device=model.device)
+            if T > len(start):
+                rest = torch.tensor([heads[i][len(start):] for i in batch], device=model.device)
                 model.transformer(rest, cache, model.dtype)
             for layer in cache:
                 layer.choose([j for j, i in enumerate(batch) for _ in groups[i][1]])
-            results |= zip(rows, read_ends(model, list(rows.values()), cache))
+            results |= zip(rows, read_ends(model, list(rows.values()), cache or None))
             bar.update(len(batch))
     return results
+
+
+def score_ends(model, rows, title="scoring"):
+    """read_ends for any number of rows (ids, n), in their order."""
+    results = score_shared(model, [([], {i: row}) for i, row in enumerate(rows)], title)
+    return [results[i] for i in range(len(rows))]
 
 
 def encode_pair(tokenizer, context, continuation):
@@ -129,18 +124,17 @@ def encode_pair(tokenizer, context, continuation):
 def loglikelihood(model, tokenizer, pairs, title="scoring"):
     """For each (context, continuation): (its log-probability in nats, whether greedy sampling gives
     it). A context that is too long loses its beginning; one that comes again is read once."""
-    encoded, block_size = [encode_pair(tokenizer, *pair) for pair in pairs], model.config.block_size
-    groups = defaultdict(dict)  # {context: {number of the pair: continuation}}
-    for i, (before, after) in enumerate(encoded):
+    block_size, contexts, groups = model.config.block_size, defaultdict(dict), []
+    for i, (context, continuation) in enumerate(pairs):
+        before, after = encode_pair(tokenizer, context, continuation)
         if not 0 < len(after) <= block_size:
-            raise ValueError(f"{pairs[i][1]!r:.40} has {len(after)} tokens, not 1 to {block_size}")
-        groups[tuple(before)][i] = after
-    shared = [(list(before), afters) for before, afters in groups.items() if len(afters) > 1
-              and len(before) + max(map(len, afters.values())) <= block_size + 1]
-    results = score_shared(model, shared, title) if shared else {}
-    alone = [i for i in range(len(pairs)) if i not in results]
-    rows = [(sum(encoded[i], [])[-block_size - 1:], len(encoded[i][1])) for i in alone]
-    results |= zip(alone, score_ends(model, rows, title))
+            raise ValueError(f"{continuation!r:.40} has {len(after)} tokens, not 1 to {block_size}")
+        contexts[tuple(before[len(after) - block_size - 1:])][i] = after
+    for before, afters in contexts.items():
+        n = len(before) - 1 if len(afters) > 1 else 0  # ids that are read once, for all afters
+        groups.append((before[:n], {i: ([*before[n:], *after], len(after))
+                                    for i, after in afters.items()}))
+    results = score_shared(model, groups, title)
     return [(results[i][0].double().sum().item(), results[i][1].all().item())
             for i in range(len(pairs))]
 
@@ -220,20 +214,16 @@ def interval(vectors, metric=ratio):
 def difference(a, b, metric=ratio):
     """-> (score of b - score of a, low, high); None unless a and b (N, d) are about the same
     questions. Paired: one that is drawn is drawn for both, so how hard it is does not count."""
-    def gap(sums):
-        return metric(sums[..., a.shape[1]:]) - metric(sums[..., :a.shape[1]])
-
     if a.shape != b.shape or a[:, -1].sum() != b[:, -1].sum():
         return None
-    both = np.hstack([a, b])
-    return float(gap(both.sum(axis=0))), *spread(both, gap)
+    return interval(np.stack([a, b], axis=1), lambda sums: np.diff(metric(sums))[..., 0])
 
 
 # -----------------------------------------------------------------------------
 # Questions {"context", "choices", "answer"}, where context may be one for each choice, between them
 # question["between"], without which a space, None for what space_between says; and scores: (model,
 # tokenizer, questions, config) -> for each question, or block of text, {metric: vector} with what
-# else is worth keeping under "shown"; and what guessing gets, {metric: score}.
+# else is worth keeping under "shown"; and {metric: {"chance": what guessing gets, ...}}.
 
 
 def read_jsonl(path, convert=lambda value: value):
@@ -246,11 +236,11 @@ def read_jsonl(path, convert=lambda value: value):
 
 def is_question(row):
     """Whether a dict that a file held is a question of multiple choice."""
-    context, choices, answer = (row.get(name) for name in ("context", "choices", "answer"))
-    if not isinstance(choices, list):
+    context, choices, answer = map(row.get, ("context", "choices", "answer"))
+    if not isinstance(choices, list) or type(answer) is not int:
         return False
     contexts = context if isinstance(context, list) else [context] * len(choices)
-    return (len(contexts) == len(choices) and type(answer) is int and 0 <= answer < len(choices)
+    return (len(contexts) == len(choices) > answer >= 0
             and all(isinstance(text, str) for text in contexts + choices))
 
 
@@ -308,12 +298,15 @@ def score_text(model, tokenizer, questions, config):
     lengths = np.array([len(token) for token in tokenizer.token_bytes()])
     lengths[list(tokenizer.special.values())] = 0  # the end of a document has no bytes
     ends, V = lengths[tokens].cumsum(), model.config.vocab_size
-    block = max(1, min(1024, ends[-1] // 20))
-    starts = np.unique(np.searchsorted(ends, np.arange(0, ends[-1], block), "right"))
+    n_bytes = int(ends[-1])
+    blocks = np.arange(0, n_bytes, max(1, min(1024, n_bytes // 20)))
+    starts = np.unique(np.searchsorted(ends, blocks, "right"))
     sums = np.add.reduceat([nats, np.ones(len(tokens)), lengths[tokens]], starts, axis=1)
-    outcomes = [{"perplexity": [nats, tokens], "bits per byte": [nats / math.log(2), n_bytes]}
-                for nats, tokens, n_bytes in sums.T]
-    return outcomes, {"perplexity": V, "bits per byte": len(tokens) * math.log2(V) / ends[-1]}
+    outcomes = [{"perplexity": [nats, n], "bits per byte": [nats / math.log(2), size]}
+                for nats, n, size in sums.T]
+    chance = bits_per_byte(len(tokens) * math.log(V), n_bytes)
+    return outcomes, {"perplexity": dict(chance=V, n=len(tokens), unit="tokens"),
+                      "bits per byte": dict(chance=chance, n=n_bytes, unit="bytes")}
 
 
 def pairs_of(question):
@@ -338,10 +331,9 @@ def score_choice(question, scored):
     """Whether the answer is the likeliest of the choices that have these (log-likelihood, greedy):
     acc by the log-likelihood, acc_norm by that per character, acc_bytes by that per byte."""
     sums, choices, answer = [n for n, _ in scored], question["choices"], question["answer"]
-    sizes = dict(acc=1, acc_norm=[len(choice) for choice in choices],
-                 acc_bytes=[len(choice.encode(errors="replace")) for choice in choices])
-    with np.errstate(divide="ignore"):  # a choice without characters is never taken
-        right = {name: np.divide(sums, size).argmax() == answer for name, size in sizes.items()}
+    sizes = dict(acc=1, acc_norm=[len(choice) or 1e-9 for choice in choices],  # an empty one loses
+                 acc_bytes=[len(choice.encode(errors="replace")) or 1e-9 for choice in choices])
+    right = {name: np.divide(sums, size).argmax() == answer for name, size in sizes.items()}
     shown = dict(scores=sums, answer=answer, greedy=scored[answer][1])
     return {name: [float(value), 1.0] for name, value in right.items()} | {"shown": shown}
 
@@ -353,7 +345,7 @@ def score_choices(model, tokenizer, questions, config=None):
     outcomes = [score_choice(question, [next(scored) for _ in question["choices"]])
                 for question in questions]
     chance = np.mean([1 / len(question["choices"]) for question in questions])
-    return outcomes, dict.fromkeys(("acc", "acc_norm", "acc_bytes"), chance)
+    return outcomes, dict.fromkeys(("acc", "acc_norm", "acc_bytes"), dict(chance=chance))
 
 
 def multiple_choice(model, tokenizer, rows):
@@ -367,17 +359,8 @@ def multiple_choice(model, tokenizer, rows):
 def exact_match(text, target, ignore=()):
     """1.0 if texts are equal but for case and ignored patterns: exact_match("1,0", "10", [","])."""
     for pattern in ignore:
-        text, target = re.sub(pattern, "", text), re.sub(pattern, "", target)
+        text, target = regex.sub(pattern, "", text), regex.sub(pattern, "", target)
     return float(text.lower() == target.lower())
-
-
-def written(value, metric, sign=""):
-    """A score as people read it: 25.0% for shares, four digits for the others."""
-    if value is None:
-        return "-"
-    if metric not in ("perplexity", "bits per byte"):
-        return f"{100 * value:{sign}.1f}%"
-    return f"{value:{sign},.0f}" if abs(value) >= 1000 else f"{value:{sign}#.4g}"
 
 
 def table(lines):
@@ -387,19 +370,19 @@ def table(lines):
 
 
 def cells(scores):
-    """Scores as the lines of a table; the last column is for runs that were compared."""
+    """Scores as the lines of a table, shares in percent; the last column is for runs compared."""
     lines = [("task", "metric", "run", "score", "95% interval", "guessing", "measured on",
               "minus the first run" * any(row.get("difference") for row in scores))]
     for row in scores:
-        show, compared = partial(written, metric=row["metric"]), ""
+        form, compared = FORMATS.get(row["metric"], ".1%"), ""
+        chance = "-" if row["chance"] is None else f"{row['chance']:{form}}"
         left_out = f", {row['left_out']:,} left out" if row.get("left_out") else ""
         if row.get("difference"):
-            _, least, most = row["difference"]
-            verdict = "may be chance" if least <= 0 <= most else "differs"
-            gap, least, most = (show(value, sign="+") for value in row["difference"])
-            compared = f"{gap}, {least} to {most}: {verdict}"
-        lines.append((row["task"], row["metric"], row["run"], show(row["value"]),
-                      f"{show(row['low'])} to {show(row['high'])}", show(row["chance"]),
+            gap, low, high = row["difference"]
+            verdict = "may be chance" if low <= 0 <= high else "differs"
+            compared = f"{gap:+{form}}, {low:+{form}} to {high:+{form}}: {verdict}"
+        lines.append((row["task"], row["metric"], row["run"], f"{row['value']:{form}}",
+                      f"{row['low']:{form}} to {row['high']:{form}}", chance,
                       f"{row['n']:,} {row['unit']}{left_out}", compared))
     return lines
 
@@ -410,14 +393,11 @@ def draw_scores(scores, path):
     metrics = [*dict.fromkeys(row["metric"] for row in scores)]
     fig = Figure(figsize=(8, 1 + 1.2 * len(metrics) + 0.4 * len(scores)), layout="constrained")
     fig.suptitle("scores with 95% intervals; diamonds: what guessing gets")
-    for ax, metric in zip(fig.subplots(len(metrics), squeeze=False)[:, 0], metrics):
-        rows = [row for row in scores if row["metric"] == metric][::-1]  # drawn from below
-        names = [f"{row['task']}\n{row['run']}" for row in rows]
-        value, low, high, chance = np.array([[row[name] for name in (
-            "value", "low", "high", "chance")] for row in rows], float).T  # None becomes nan
-        ax.plot(chance, names, "D", color="#bbbbbb")
-        ax.errorbar(value, names, xerr=np.maximum(0, [value - low, high - value]), fmt="o",
-                    capsize=4)
+    for ax, metric in zip(fig.subplots(len(metrics), squeeze=False).flat, metrics):
+        for row in [row for row in scores[::-1] if row["metric"] == metric]:  # drawn from below
+            name, parts = f"{row['task']}\n{row['run']}", (row["low"], row["value"], row["high"])
+            ax.plot([row["chance"]], [name], "D", color="#bbbbbb")  # None draws nothing
+            ax.plot(parts, [name] * 3, "o-", color="C0", markevery=[1])
         ax.set(title=metric, xscale="log" if metric == "perplexity" else "linear")
         ax.grid(axis="x", alpha=0.3)
     with replacing(path) as file:
@@ -446,45 +426,36 @@ VARIES = {"runs", "run", "tasks", "rows", "device", "scores", "card", "run_code"
 
 
 def trained_on(folder):
-    """What a run's config.json says of its shards, {"path", "fingerprint", "sources"}, or {}."""
+    """What a run's config.json says of its shards, {"path", "fingerprint", "names" of sources}."""
     path = Path(folder, "config.json")
-    config = read_json(path) if path.exists() else {}
-    data = config.get("data") if isinstance(config, dict) else None
-    return data if isinstance(data, dict) else {}
+    with reading(path):
+        data = dict(read_json(path).get("data") or {}) if path.exists() else {}
+        return data | dict(names=" ".join(source["name"] for source in data.get("sources", ())))
 
 
-def held_out(folder, tokenizer, data=None, max_tokens=65_536, split="val"):
-    """-> (a folder of shards: data, or those of the run; the first max_tokens of a split of
-    theirs). ValueError if they are another tokenizer's, or not those that the run was trained on.
-    """
+def held_out(folder, data=None, split="val", max_tokens=65_536):
+    """The documents in the first max_tokens of a split of shards: data, or those of the run.
+    ValueError if they are another tokenizer's, or not those that the run was trained on."""
     own, trained = Path(folder, "tokenizer.json"), {} if data else trained_on(folder)
-    path = trained.get("path") if data is None else data
+    path, tokenizer = trained.get("path") if data is None else data, Tokenizer.load(own)
     if not isinstance(path, str) or not path:
         raise ValueError(f"no shards are named by {folder}/config.json or --data=FOLDER")
     shards, card = read_split(path, split), check_shards(path, (split,))
     if trained.get("fingerprint", card.fingerprint) != card.fingerprint:
-        with reading(f"{folder}/config.json"):
-            names, before = (" ".join(source["name"] for source in sources)
-                             for sources in (card.sources, trained.get("sources", ())))
-        raise ValueError(f"{path} holds {names:.99} ({card.fingerprint:.8}), {folder} was trained "
-                         f"on {before:.99} ({trained['fingerprint']!s:.8}): --data=FOLDER names "
-                         "shards to take, or train again")
+        before = f"{trained['names']:.99} ({trained['fingerprint']!s:.8})"
+        raise ValueError(f"{path} holds another text ({card.fingerprint:.8}): {folder} was trained "
+                         f"on {before}: --data=FOLDER names shards to take, or train again")
     if card.tokenizer != tokenizer.hash():
         raise ValueError(f"{path} was written with another tokenizer than {own}: python data.py "
                          f"SOURCE --tokenizer={own} --out=shards/NAME writes shards that fit")
-    tokens = np.concatenate([shard[:max_tokens] for shard in shards])
-    return Path(path), tokens[:max_tokens].astype(int)
+    tokens = np.concatenate([shard[:max_tokens] for shard in shards])[:max_tokens].astype(int)
+    documents = np.split(tokens, np.flatnonzero(tokens == tokenizer.eot))
+    return [tokenizer.decode(ids[ids != tokenizer.eot].tolist()) for ids in documents if len(ids)]
 
 
 def make_questions(config, tasks, default, folder):
     """{task: questions} of --tasks, or of those of default that the text is long enough for."""
-    @cache
-    def texts(split="val", max_tokens=config.max_tokens):
-        tokenizer = Tokenizer.load(Path(folder, "tokenizer.json"))
-        _, tokens = held_out(folder, tokenizer, config.data, max_tokens, split)
-        parts = np.split(tokens, np.flatnonzero(tokens == tokenizer.eot))
-        return [tokenizer.decode(ids[ids != tokenizer.eot].tolist()) for ids in parts if len(ids)]
-
+    texts = cache(partial(held_out, folder, config.data, max_tokens=config.max_tokens))
     names = ["rows"] if config.rows is not None else default
     names = names if config.tasks is None else config.tasks.split(",")
     for name in names:
@@ -512,9 +483,8 @@ class EvaluateConfig:
     """What is scored, and how."""
     runs: list = option([], "run folders; without one the newest", positional=True)
     tasks: str | None = option(None, f"some of {','.join(TASKS)} (default {','.join(DEFAULT)})")
-    rows: str | None = option(None, "questions from this .jsonl file, multiple choice of your own, "
-                              'before a choice its "between"; else a space, unless white space or '
-                              "a script without spaces, such as Chinese, stands on one side")
+    rows: str | None = option(None, "multiple choice of your own from this .jsonl file; before a "
+                              'choice stands its "between", else a space if its script has them')
     n_questions: int | None = option(None, "of each task (default 200 if made, else all)", low=1)
     data: str | None = option(None, "shards whose validation split is held out (default the run's)")
     max_tokens: int = option(65_536, "score at most this many held-out tokens", low=1)
@@ -526,57 +496,11 @@ class EvaluateConfig:
 
     def __post_init__(self):
         check_options(self)
-        if self.stride is not None and not re.fullmatch("rolling|[1-9][0-9]{0,8}", self.stride):
+        if self.stride is not None and not regex.fullmatch("rolling|[1-9][0-9]{0,8}", self.stride):
             raise ValueError(f"stride={self.stride} must be a number of tokens, or rolling")
 
 
-def score_task(name, task, asked, model, tokenizer, config, folder):
-    """Ask those of the questions that fit the model's context; outcomes go to scores/NAME.json ->
-    [(a score {"value", ...}, (the questions, their vectors)) for each metric]."""
-    fitting, rows = [question for question in asked if fits(model, tokenizer, question)], []
-    if not fitting:
-        return []
-    outcomes, chance = task.score(model, tokenizer, fitting, config)
-    write_json(folder / "scores" / f"{name}.json", outcomes)
-    for metric in [metric for metric in task.metrics if metric in outcomes[0]]:
-        array = np.array([outcome[metric] for outcome in outcomes])
-        value, low, high = interval(array, task.metrics[metric])
-        n, unit = len(array), "questions"
-        if name == "perplexity":
-            n, unit = int(array[:, -1].sum()), "bytes" if "byte" in metric else "tokens"
-        rows.append((dict(task=name, metric=metric, run=str(folder), value=value, low=low,
-                          high=high, chance=chance.get(metric), n=n, unit=unit,
-                          left_out=len(asked) - len(fitting)), (fitting, array)))
-    return rows
-
-
-def score_run(checkpoint, questions, config, tasks):
-    """Score a checkpoint on {task: questions} -> its report, with the "vectors" of the scores."""
-    folder, device = checkpoint.parent, pick_device(config.device)
-    precision, dtype = pick_precision(config.precision, device)
-    model, tokenizer = load_run(folder, checkpoint, device, dtype)
-    if not model.config.causal or model.config.cross or model.config.n_classes:
-        raise ValueError(f"{checkpoint} does not continue a text, as a causal language model does")
-    print(f"{checkpoint} ({model.n_parameters() / 1e6:.1f}M parameters, {device}, {precision}): "
-          f"{', '.join(questions)}", flush=True)
-    scored = [pair for name, asked in questions.items() for pair in score_task(
-        name, tasks[name], asked, model, tokenizer, config, folder)]
-    if empty := {*questions} - {row["task"] for row, _ in scored}:
-        line = (f"{folder}: none of the questions of {', '.join(sorted(empty))} fits into the "
-                f"context of {model.config.block_size} tokens")
-        if not scored:
-            raise ValueError(line)
-        warn(line)
-    scores, vectors = zip(*scored)
-    report = asdict(config) | dict(
-        run=str(folder), checkpoint=checkpoint.name, device=device, precision=precision,
-        weights=read_header(checkpoint)[1].get("sha256"), scores=[*scores],
-        tasks=[*dict.fromkeys(row["task"] for row in scores)])
-    write_scores(report, folder / "scores.json")
-    return report | dict(vectors=vectors)
-
-
-def write_scores(report, path):
+def write_scores(path, report):
     """Write scores.json. Scores that it has of other tasks stay, if weights and settings agree."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
         old = read_json(path)
@@ -587,45 +511,72 @@ def write_scores(report, path):
     write_json(path, report)
 
 
-def compare(first, report, tasks):
-    """Add to the scores of a report how far they lie from the first's that were asked the same."""
-    pairs = itertools.product(*(zip(part["scores"], part["vectors"]) for part in (first, report)))
-    for (old, (before, a)), (row, (asked, b)) in pairs:
-        if asked == before and all(old[name] == row[name] for name in ("task", "metric")):
-            row["difference"] = difference(a, b, tasks[row["task"]].metrics[row["metric"]])
+def score_run(checkpoint, questions, config, tasks):
+    """Ask a checkpoint those of {task: questions} that fit its context, write scores/TASK.json and
+    scores.json -> {(task, metric): (its score {"value", ...}, the questions, their vectors)}."""
+    folder, device = checkpoint.parent, pick_device(config.device)
+    precision, dtype = pick_precision(config.precision, device)
+    model, tokenizer = load_run(folder, checkpoint, device, dtype)
+    if not model.config.causal or model.config.cross or model.config.n_classes:
+        raise ValueError(f"{checkpoint} does not continue a text, as a causal language model does")
+    print(f"{checkpoint} ({model.n_parameters() / 1e6:.1f}M parameters, {device}, {precision}): "
+          f"{', '.join(questions)}", flush=True)
+    fitting = {name: those for name, asked in questions.items()
+               if (those := [question for question in asked if fits(model, tokenizer, question)])}
+    if empty := questions.keys() - fitting.keys():
+        line = (f"{folder}: none of the questions of {', '.join(sorted(empty))} fits into the "
+                f"context of {model.config.block_size} tokens")
+        if not fitting:
+            raise ValueError(line)
+        warn(line)
+    results = {}
+    for name, asked in fitting.items():
+        outcomes, more = tasks[name].score(model, tokenizer, asked, config)
+        write_json(folder / "scores" / f"{name}.json", outcomes)
+        for metric in [metric for metric in tasks[name].metrics if metric in outcomes[0]]:
+            vectors = np.array([outcome[metric] for outcome in outcomes])
+            value, low, high = interval(vectors, tasks[name].metrics[metric])
+            score = dict(task=name, metric=metric, run=str(folder), value=value, low=low, high=high,
+                         chance=None, n=len(asked), unit="questions",
+                         left_out=len(questions[name]) - len(asked)) | more.get(metric, {})
+            results[name, metric] = score, asked, vectors
+    write_scores(folder / "scores.json", asdict(config) | dict(
+        run=str(folder), checkpoint=checkpoint.name, device=device, precision=precision,
+        weights=read_header(checkpoint)[1].get("sha256"), tasks=[*fitting],
+        scores=[score for score, _, _ in results.values()]))
+    return results
 
 
 def score_runs(config, tasks=TASKS, default=DEFAULT):
-    """Score the runs of config and compare them with the first -> ({task: questions}, reports)."""
+    """Score the runs of config, compare them with the first -> ({task: questions}, run folders)."""
     runs = [run for run in config.runs if checkpoints(run)] or config.runs or [newest_run()]
     for run in config.runs:  # runs/* names files, too
         if run not in runs and not Path(run).is_file():
             warn(f"{run} is no run folder with a checkpoint: left out")
     chosen = [pick_checkpoint(run, config.checkpoint) for run in runs]
-    folders = [checkpoint.parent for checkpoint in chosen]
-    questions = make_questions(config, tasks, default, folders[0])
+    first, *_ = folders = [checkpoint.parent for checkpoint in chosen]
+    questions = make_questions(config, tasks, default, first)
     if any("data" in tasks[name].options for name in questions):
-        read = {str(folder): trained_on(folder).get("fingerprint") for folder in folders}
-        others = [run for run, text in read.items() if text not in (None, read[str(folders[0])])]
-        if others:
-            print(f"{', '.join(others)}: trained on another text than {folders[0]}, whose held-out "
-                  "text this is, and may have read it")
-    reports = [score_run(checkpoint, questions, config, tasks) for checkpoint in chosen]
-    for report in reports[1:]:
-        compare(reports[0], report, tasks)
-    order = [(name, metric) for name in questions for metric in tasks[name].metrics]
-    scores = sorted([row for report in reports for row in report["scores"]],
-                    key=lambda row: order.index((row["task"], row["metric"])))
+        texts = {folder: trained_on(folder).get("fingerprint") for folder in folders}
+        for folder in [folder for folder in folders if texts[folder] not in (None, texts[first])]:
+            print(f"{folder}: trained on another text than {first}, may have read what is asked")
+    results = [score_run(checkpoint, questions, config, tasks) for checkpoint in chosen]
+    for key, (score, asked, vectors) in [item for part in results[1:] for item in part.items()]:
+        _, before, a = results[0].get(key, (None, None, None))
+        if asked == before:
+            score["difference"] = difference(a, vectors, tasks[key[0]].metrics[key[1]])
+    scores = [result[name, metric][0] for name in questions for metric in tasks[name].metrics
+              for result in results if (name, metric) in result]
     print(table(cells(scores)))
-    folder = Path(reports[0]["run"])
-    place = folder / "scores" if len(reports) == 1 else folder.parent / "leaderboard"
-    if len(reports) > 1:
+    place = first / "scores"
+    if len(runs) > 1:
+        place = first.parent / "leaderboard"
         print("differs: on such texts and questions; what other seeds of training would give, "
               "python -m chapters.search --seeds=3 OPTIONS measures")
         write_json(f"{place}.json", scores)
     draw_scores(scores, f"{place}.png")
     print(f"scores: {place}.json, picture: {place}.png")
-    return questions, reports
+    return questions, folders
 
 
 def main():

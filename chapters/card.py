@@ -114,7 +114,7 @@ def score_calibrated(model, tokenizer, questions, config=None):
                     "true mass": [float(shares @ question.get("labels", sums * 0)), 1],
                     "perplexity": [-shown["scores"][shown["answer"]], 1]}
     true = np.mean([np.mean(question.get("labels", 0)) for question in questions])
-    return outcomes, chance | {"true mass": true}
+    return outcomes, chance | {"true mass": dict(chance=true)}
 
 
 # -----------------------------------------------------------------------------

@@ -218,11 +218,10 @@ def main():
     config = ExamConfig(**parse_options(__doc__, ExamConfig)[0])
     if config.tasks == "small":
         config = replace(config, tasks=None)
-    questions, reports = score_runs(config, TASKS, SMALL)
+    questions, folders = score_runs(config, TASKS, SMALL)
     texts = {name: [question.get("own") or solved(question) for question in asked]
              for name, asked in questions.items()}
-    for report in reports:
-        folder = Path(report["run"])
+    for folder in folders:
         overlap = contamination(folder, Tokenizer.load(folder / "tokenizer.json"), texts)
         why = "" if overlap else ": its shards are gone, or hold another text"
         print(f"{folder}: {overlap_line(overlap)}{why}")

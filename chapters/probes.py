@@ -226,8 +226,8 @@ ROWS = {"cloze": cloze_rows, "facts": fact_rows, "planted": by_rule(planted_row,
 def questions_of(name):
     """What a Task takes as its questions."""
     def questions(config, texts):
-        parts = dict(facts=("train", FACT_TOKENS)).get(name, ())
-        found = texts(*parts) if name != "arithmetic" else []
+        part = dict(facts=dict(split="train", max_tokens=FACT_TOKENS)).get(name, {})
+        found = texts(**part) if name != "arithmetic" else []
         return ROWS[name](found, config.n_questions or 200, config.seed)
     return questions
 

@@ -183,10 +183,9 @@ class Session:
 # The command.
 
 
-def beginnings(folder, tokenizer, n):
+def beginnings(folder, n):
     """The first words of n paragraphs, from all over the text that was held out from training."""
-    _, tokens = held_out(folder, tokenizer, max_tokens=1 << 20)
-    texts = tokenizer.decode(tokens.tolist()).split(tokenizer.decode([tokenizer.eot]))
+    texts = held_out(folder, max_tokens=1 << 20)
     blocks = (block.split(" ") for text in texts for block in re.split(r"\n\s*\n", text.strip()))
     starts = [*dict.fromkeys(" ".join(words[:BEGINNING]) for words in blocks if len(words) > 2)]
     if not starts:
@@ -200,8 +199,7 @@ def pick_prompts(config, models):
     if config.prompts:
         return read_prompts(config.prompts)
     if all(isinstance(model, LocalModel) and model.template == "text" for model in models.values()):
-        folder, model = next(iter(models.items()))
-        return beginnings(folder, model.tokenizer, config.n_prompts)
+        return beginnings(next(iter(models)), config.n_prompts)
     return [question["turns"][0] for question in read_questions()]
 
 
