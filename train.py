@@ -753,8 +753,8 @@ def begin_folder(run, shape, say, stack):
             break
         run.folder = run_folder(config, run.shards)
         run.folder.mkdir(parents=True, exist_ok=True)
-    stack.callback(leave_nothing, run.folder)
     stack.enter_context(locked(run.folder))
+    stack.callback(leave_nothing, run.folder)
     n_free, n_bytes = shutil.disk_usage(run.folder).free, 8 * run.model.n_parameters()
     if n_bytes > n_free:
         raise ValueError(f"{run.folder}: a checkpoint takes {n_bytes / 1e9:.1f} GB or more, and "
@@ -775,9 +775,9 @@ def begin_folder(run, shape, say, stack):
 def leave_nothing(folder):
     """Remove what begin_folder wrote for a run that took no step, so that its name is free."""
     if not checkpoints(folder) and not read_log(folder):
-        for name in ("config.json", "tokenizer.json", "log.jsonl", ".lock"):
-            Path(folder, name).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # it holds files that are not ours
+        with contextlib.suppress(OSError):  # Windows keeps what is open; not all files may be ours
+            for name in ("config.json", "tokenizer.json", "log.jsonl", ".lock"):
+                Path(folder, name).unlink(missing_ok=True)
             folder.rmdir()
 
 

@@ -530,6 +530,16 @@ def test_what_fails_at_the_first_step_leaves_no_folder(shards, tmp_path, monkeyp
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
 
 
+def test_who_finds_a_folder_in_use_leaves_it_as_it_is(shards, tmp_path):
+    config, shape = configure(shards, tmp_path / "run")
+    with contextlib.ExitStack() as stack:
+        prepare_run(config, shape, print, stack)
+        before = sorted(path.name for path in (tmp_path / "run").iterdir())
+        with pytest.raises(ValueError, match="run is in use by another process"):
+            train(config, shape, **QUIET)
+        assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+
+
 def test_a_run_folder_without_its_config_says_what_to_do(shards, tmp_path):
     config, shape = configure(shards, tmp_path / "run", max_steps=1)
     train(config, shape, **QUIET)
