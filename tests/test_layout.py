@@ -88,7 +88,7 @@ def test_no_program_runs_what_it_has_read(name):
 def test_the_house_is_light():
     programs = {path: text(path).splitlines() for folder in ("", "chapters", "tests")
                 for path in (ROOT / folder).glob("*.py")}
-    assert sum(len(programs[ROOT / name]) for name in SIX) <= 4200
+    assert sum(len(programs[ROOT / name]) for name in SIX) <= 4600
     assert [name for name in LEAVES if len(programs[ROOT / f"chapters/{name}.py"]) > 250] == []
     assert [line for lines in programs.values() for line in lines if len(line) > 100] == []
 
