@@ -480,9 +480,11 @@ def new_shards(folder, fingerprint):
             for path in part.glob("[!.]*"):  # of a process that was killed
                 path.unlink()
             yield part
-            if not real.exists():
-                part.replace(real)
-            else:
+            with contextlib.suppress(PermissionError):  # Windows renames no folder in use
+                if not real.exists():
+                    part.replace(real)
+            if part.exists():
+                real.mkdir(exist_ok=True)
                 for path in real.glob("*.bin"):  # whoever has opened it reads on
                     path.unlink()
                 for path in sorted(part.glob("[!.]*"), reverse=True):  # card.json is the last

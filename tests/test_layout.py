@@ -110,7 +110,8 @@ def test_ctrl_c_while_libraries_are_imported_ends_a_command_in_silence(words, tm
         (tmp_path / f"{library}.py").write_text("import os, signal\n"
                                                 "os.kill(os.getpid(), signal.SIGINT)\n")
     done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True,
-                          env=dict(os.environ) | dict(PYTHONPATH=str(tmp_path)))
+                          env=dict(os.environ) | dict(PYTHONPATH=str(tmp_path)),
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     assert (done.returncode, done.stdout + done.stderr) == (-signal.SIGINT, "")
 
 

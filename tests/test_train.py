@@ -490,9 +490,9 @@ def test_the_picture_shows_a_rise_at_the_end(tmp_path, monkeypatch):
 
 def test_a_signal_in_the_last_validation_still_ends_with_its_number(shards, tmp_path, monkeypatch):
     monkeypatch.setattr("train.validation_loss",
-                        lambda *_: signal.raise_signal(signal.SIGINT) or 3.0)
+                        lambda *_: signal.raise_signal(signal.SIGTERM) or 3.0)
     summary = train(*configure(shards, tmp_path / "run", max_steps=2), **QUIET)
-    assert (summary["stopped"], summary["step"]) == (signal.SIGINT, 2)
+    assert (summary["stopped"], summary["step"]) == (signal.SIGTERM, 2)
 
 
 def test_a_run_that_ends_without_a_number_says_so(shards, tmp_path, monkeypatch, capsys):
