@@ -531,10 +531,6 @@ def test_an_empty_folder_takes_shards(home, monkeypatch, out):
     assert prepare(home / "a" / "input.txt", out, 300, **quiet) == Path(out)
 
 
-@pytest.mark.parametrize("harm", [
-    lambda out: (out / "val_000000.bin").write_bytes(b"x"),
-    lambda out: (out / "tokenizer.json").write_text("{}"),
-    lambda out: (out / "train_000007.bin").write_bytes((out / "val_000000.bin").read_bytes())])
 def test_where_a_folder_in_use_has_no_other_name_its_files_move(tmp_path, monkeypatch):
     def replace(path, target, inner=Path.replace):
         if path.is_dir():
@@ -547,6 +543,10 @@ def test_where_a_folder_in_use_has_no_other_name_its_files_move(tmp_path, monkey
     assert texts_of(out) == sorted(map(clean, STORIES)) and not (tmp_path / ".out.part").exists()
 
 
+@pytest.mark.parametrize("harm", [
+    lambda out: (out / "val_000000.bin").write_bytes(b"x"),
+    lambda out: (out / "tokenizer.json").write_text("{}"),
+    lambda out: (out / "train_000007.bin").write_bytes((out / "val_000000.bin").read_bytes())])
 def test_a_damaged_folder_is_made_again_and_what_a_user_put_there_stays(tmp_path, harm):
     folder, out = folder_of(tmp_path, STORIES), tmp_path / "out"
     before = card_of(prepare(folder, out, 300, **quiet))
