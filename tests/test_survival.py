@@ -635,11 +635,11 @@ def starve(config, shape):
 @slow
 @posix
 def test_memory_that_runs_out_is_explained_in_one_line(shards, tmp_path):
-    config, shape = configure(shards, tmp_path / "run", batch_size=4096, micro_batch_size=4096,
-                              n_embd=512, kernels="plain")
+    config, shape = configure(shards, tmp_path / "run", batch_size=1024, micro_batch_size=1024,
+                              n_layer=12, n_embd=512, kernels="plain")
     in_process(starve, config, shape).join(120)
     said = Path(config.out, "said").read_text()
-    assert said.startswith("out of memory with 4096 sequences of 32 tokens on cpu: ")
+    assert said.startswith("out of memory with 1024 sequences of 32 tokens on cpu: ")
     for words in "--micro_batch_size", "--recompute", "--size", "python -m chapters.plan":
         assert words in said and "\n" not in said
 
