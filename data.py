@@ -22,6 +22,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -370,7 +371,7 @@ def gather(found, file):
                     sizes.append(file.write(text.encode()))
                 if lost["replaced bytes"] > n_chars / 100:
                     raise ValueError(f"{path}: {lost['replaced bytes'] / n_chars:.0%} of its "
-                                     "characters are no UTF-8: convert it, if it is KOI8-R by "
+                                     "characters are not UTF-8: convert it, if it is KOI8-R by "
                                      f"iconv -f KOI8-R -t UTF-8 {path} > NEW.txt")
                 counts.update(lost)
             except ValueError as error:
@@ -576,7 +577,7 @@ class TokenLoader(Iterator):
         self.batch_size, self.block_size, self.seed = batch_size, block_size, seed
         self.rank, self.world_size, self.position = rank, world_size, position
         # The first block begins at the first token, the last ends at the last one, at any offset.
-        self.n_blocks = 1 - (2 - self.n_tokens) // block_size
+        self.n_blocks = math.ceil((self.n_tokens - 2) / block_size) + 1
         self.epoch = None
 
     def __next__(self):

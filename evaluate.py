@@ -552,7 +552,7 @@ def score_runs(config, tasks=TASKS, default=DEFAULT):
     runs = [run for run in config.runs if checkpoints(run)] or config.runs or [newest_run()]
     for run in config.runs:  # runs/* names files, too
         if run not in runs and not Path(run).is_file():
-            warn(f"{run} is no run folder with a checkpoint: left out")
+            warn(f"{run} is not a run folder with a checkpoint: left out")
     chosen = [pick_checkpoint(run, config.checkpoint) for run in runs]
     first, *_ = folders = [checkpoint.parent for checkpoint in chosen]
     questions = make_questions(config, tasks, default, first)

@@ -477,7 +477,7 @@ def test_all_that_lies_beside_runs_may_be_named(command, folder, second):
     beside = sorted(folder.parent.iterdir(), reverse=True)
     shown, notes = command(*beside, "--max_tokens=300", "--tasks=perplexity")
     empty = folder.parent / "empty"
-    assert notes == f"warning: {empty} is no run folder with a checkpoint: left out\n"
+    assert notes == f"warning: {empty} is not a run folder with a checkpoint: left out\n"
     assert str(second) in shown and (folder.parent / "leaderboard.png").exists()
 
 
