@@ -199,7 +199,7 @@ def download(url, path, sha256=None):
                 raise ValueError(f"{url} is a web page, not text; {PAGES}")
             n_done = n_done if response.status == 206 else 0  # 200: this server sends all of it
             n_bytes = n_done + int(response.headers.get("Content-Length") or 0)
-            bar = dict(desc=path.name, total=n_bytes, initial=n_done, disable=None)
+            bar = dict(desc=path.name, total=n_bytes, initial=n_done, **QUIET)
             with open(part, "ab") as file, tqdm.wrapattr(file, "write", **bar) as counted:
                 file.truncate(n_done)
                 shutil.copyfileobj(response, counted)

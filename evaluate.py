@@ -37,7 +37,7 @@ from data import check_shards, read_split
 from model import cap_logits, check_known, check_options, option, read_header
 from sample import (checkpoints, load_run, new_cache, newest_run, pick_checkpoint, pick_device,
                     pick_precision, warn)
-from tokenizer import (Tokenizer, parse_options, read_json, reading, refuse_idle, replacing,
+from tokenizer import (QUIET, Tokenizer, parse_options, read_json, reading, refuse_idle, replacing,
                        run_command, write_json)
 
 BATCH_TOKENS, HEAD_TOKENS = 4096, 1024  # in a forward pass; of them, those with logits at once
@@ -84,7 +84,7 @@ def score_shared(model, groups, title="scoring"):
     common = new_cache(model, 1, len(start))
     if start:
         model.transformer(torch.tensor([start], device=model.device), common, model.dtype)
-    with tqdm(total=len(groups), desc=title, disable=None, leave=False) as bar:
+    with tqdm(total=len(groups), desc=title, **QUIET) as bar:
         while order:
             T, size = len(heads[order[0]]), sizes[order[0]]
             n_groups = max(1, (CACHED_TOKENS if T else BATCH_TOKENS) // size)

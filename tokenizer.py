@@ -115,7 +115,8 @@ class Parser(argparse.ArgumentParser):
             word = unknown[1].lstrip("-").replace("-", "_")
             near = nearest(unknown[1], self._option_string_actions)
             word = "config" if word.endswith(".py") else word
-            here = HINTS.get(word) or unknown[1][0] != "-" and f"--data={unknown[1]}"
+            takes_data = unknown[1][0] != "-" and "--data" in self._option_string_actions
+            here = HINTS.get(word) or takes_data and f"--data={unknown[1]}"
             message = f"unknown option {unknown[1]}" + (f"; here: {here}" if here else near)
         self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from chapters.probes import answers
 from model import check_options, option
-from tokenizer import parse_options, reading, run_command
+from tokenizer import QUIET, parse_options, reading, run_command
 
 STOP = ["\nclass", "\ndef", "\n#", "\nif", "\nprint"]  # what begins behind the end of a function
 
@@ -83,7 +83,7 @@ def score_programs(model, tokenizer, questions, config):
     n, counts, temperature = config.n_samples, [], 0.8 if config.n_samples > 1 else 0
     samples = [list(answers(model, tokenizer, questions, STOP, seed=config.seed + i,
                             temperature=temperature)) for i in range(n)]
-    for question, *texts in zip(tqdm(questions, "running code", disable=None, leave=False),
+    for question, *texts in zip(tqdm(questions, "running code", **QUIET),
                                 *samples):
         right = sum(run_program(f"{question['context']}{text}\n{question['check']}")
                     for text in texts)

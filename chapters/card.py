@@ -23,7 +23,7 @@ from data import check_shards, read_split
 from evaluate import cells, score_choices
 from model import load_model, option
 from sample import newest_run
-from tokenizer import parse_options, read_json, reading, replacing, run_command
+from tokenizer import QUIET, parse_options, read_json, reading, replacing, run_command
 from train import read_log
 
 OVERLAP = 13  # tokens in a row that tell what was trained on
@@ -50,7 +50,7 @@ def overlaps(texts, shards):
     found, table = np.zeros(len(known), bool), np.zeros(1 << 22, bool)
     table[known % len(table)] = True  # most of what is looked up is not there: this is seen fast
     for shard in shards if len(known) else ():
-        for start in tqdm(range(0, len(shard), 1 << 22), "overlap", disable=None, leave=False):
+        for start in tqdm(range(0, len(shard), 1 << 22), "overlap", **QUIET):
             numbers = gram_hashes(shard[start:start + (1 << 22) + OVERLAP - 1])
             found |= np.isin(known, numbers[table[numbers % len(table)]])
     return [np.isin(text, known[found]).mean() if len(text) else math.nan for text in texts]

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from chapters.talk import converse
 from evaluate import wilson
-from tokenizer import replacing
+from tokenizer import QUIET, replacing
 
 FACTS = [  # how it is told, how it is asked back, values that may stand in it
     ("My name is {}.", "What is my name?", ("Mara", "Oskar", "Ines", "Tomas", "Lena", "Viktor")),
@@ -178,7 +178,7 @@ def run_dialogues(contestants, n_dialogues, seed):
     report = {}
     for name, model in contestants.items():
         scripts = [script(f"{seed} {i}") for i in range(n_dialogues)]
-        bar = tqdm(scripts, f"dialogues of {name}", disable=None, leave=False)
+        bar = tqdm(scripts, f"dialogues of {name}", **QUIET)
         dialogues = [measure(turns, converse(model, [turn["text"] for turn in turns]))
                      for turns in bar]
         report[name] = dict(summary=summarize(dialogues), dialogues=dialogues)

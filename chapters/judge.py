@@ -30,7 +30,7 @@ from chapters.questions import GRADE, PAIR, ask, check_judge, read_questions, tr
 from chapters.talk import AnswerConfig, converse, open_all
 from evaluate import bootstrap, difference, wilson
 from model import check_options, option
-from tokenizer import parse_options, refuse_idle, run_command, write_json
+from tokenizer import QUIET, parse_options, refuse_idle, run_command, write_json
 
 NAMES = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -137,14 +137,14 @@ def grade_gap(rows, others):
 def answer_all(contestants, questions):
     """-> {name: the replies to all turns of each question}"""
     return {name: [converse(model, question["turns"])
-                   for question in tqdm(questions, f"answers of {name}", disable=None, leave=False)]
+                   for question in tqdm(questions, f"answers of {name}", **QUIET)]
             for name, model in contestants.items()}
 
 
 def each_turn(questions, title):
     """(place of the question, turn) for each turn, with a progress bar."""
     turns = [(i, turn) for i, row in enumerate(questions) for turn in range(len(row["turns"]))]
-    return tqdm(turns, title, disable=None, leave=False)
+    return tqdm(turns, title, **QUIET)
 
 
 def run_pairs(contestants, judge, questions):

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from chapters.prompts import LETTERS, is_word, joined, words_of
 from evaluate import Task, ratio, score_choices, shuffled
 from sample import complete_batch
-from tokenizer import parse_options, run_command
+from tokenizer import QUIET, parse_options, run_command
 
 FACT_TOKENS = 400_000  # of the training text, in which facts are looked for
 
@@ -95,7 +95,7 @@ def answers(model, tokenizer, questions, stop=(), **options):
     SampleConfig's, say more. Half of the model's context or more is kept for the question, whose
     beginning may be lost."""
     most = min(questions[0]["answer_tokens"], model.config.block_size // 2)
-    bar = iter(tqdm(questions, "answers", disable=None, leave=False))
+    bar = iter(tqdm(questions, "answers", **QUIET))
     while batch := list(itertools.islice(bar, 16)):
         prompts = [tokenizer.encode(question["context"])[most - model.config.block_size:]
                    or [tokenizer.eot] for question in batch]

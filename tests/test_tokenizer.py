@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import random
 import subprocess
 import sys
@@ -455,6 +456,14 @@ def test_texts_one_by_one_give_the_ids_of_each_with_special_tokens_if_asked_for(
         assert list(trained.encode_iterable(texts, special=special)) == [
             id for text in texts for id in trained.encode(text, special=special)]
     assert trained.eot in trained.encode_iterable(texts, special=True)
+
+
+@pytest.mark.parametrize("term, disable", [("dumb", "True"), ("xterm", "None")])
+def test_a_dumb_terminal_gets_no_progress_bars(term, disable):
+    code = "import tokenizer; print(tokenizer.QUIET['disable'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"TERM": term},
+                          capture_output=True, text=True)
+    assert done.stdout == f"{disable}\n"
 
 
 def test_a_byte_order_mark_is_not_learned(tmp_path):
