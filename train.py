@@ -43,8 +43,8 @@ from model import (GPT, KERNELS, SIZES, GPTConfig, accelerator, check_ids, check
                    check_options, has_bf16_units, load_model, option, read_safetensors, save_model)
 from sample import (PRECISIONS, checkpoints, complete, first_whole, load_run as load_finished,
                     newest_run, pick_checkpoint, pick_device, pick_precision)
-from tokenizer import (Tokenizer, check_fields, parse_options, read_json, reading, refuse_idle,
-                       replacing, run_command, write_json)
+from tokenizer import (QUIET, Tokenizer, check_fields, parse_options, read_json, reading,
+                       refuse_idle, replacing, run_command, write_json)
 
 LENGTHS = ("max_steps", "epochs", "tokens", "minutes")
 SCHEDULES = {  # share of the learning rate at a progress from 0 to 1; wsd: arXiv:2404.06395
@@ -818,6 +818,30 @@ def give_up(run, rate, recorder):
                      f"-m chapters.doctor {run.folder} says more")
 
 
+def share_done(config, n_steps, step, elapsed):
+    """The share of a run that is done: by its steps or by the clock, whichever is further."""
+    by_clock = elapsed / (60 * config.minutes) if config.minutes else 0.0
+    return min(1.0, max(step / n_steps, by_clock))
+
+
+def rate_now(run, n_steps, progress):
+    """The learning rate of the next step; --rewarm began the schedule anew at start_step."""
+    start = share_done(run.config, n_steps, run.start_step, run.start_elapsed)
+    progress = (progress - start) / max(1e-9, 1 - start)
+    return learning_rate(run.step - run.start_step, run.config, progress)
+
+
+def announce_resumed(run, n_steps, progress, say):
+    """Say of a resumed run that it is finished, or that its learning rate jumps."""
+    rate = rate_now(run, n_steps, progress)
+    last = (read_log(run.folder) or [{}])[-1].get("lr")
+    if progress == 1:
+        say("this run is finished: a larger --max_steps, --epochs or --minutes trains on")
+    elif last and rate > 2 * last:
+        say(f"the learning rate jumps from {last:.1e} to {rate:.1e}, as the schedule is longer "
+            "now: --rewarm begins a new one, with a warm-up")
+
+
 def announce(run, n_steps, row):
     """What a run is going to be, as a row of its log lets expect."""
     config, model, n_tokens = run.config, run.model, run.batches.n_tokens
@@ -877,38 +901,27 @@ def train(config, model_config=None, say=tqdm.write):
                       / run.model.flops_per_token())  # tokens per second
         before, first, said = run.elapsed, run.step, began
 
-        def share_done(step, elapsed):
-            by_clock = elapsed / (60 * config.minutes) if config.minutes else 0.0
-            return min(1.0, max(step / n_steps, by_clock))
-
-        def rate_now(progress):  # --rewarm began a new schedule at start_step
-            start = share_done(run.start_step, run.start_elapsed)
-            progress = (progress - start) / max(1e-9, 1 - start)
-            return learning_rate(run.step - run.start_step, config, progress)
-
-        progress, stopping = share_done(run.step, run.elapsed), False
-        if progress == 1:
-            say("this run is finished: a larger --max_steps, --epochs or --minutes trains on")
-        elif is_main and (rows := read_log(run.folder)) and rate_now(progress) > 2 * rows[-1]["lr"]:
-            say(f"the learning rate jumps from {rows[-1]['lr']:.1e} to {rate_now(progress):.1e}, as"
-                " the schedule is longer now: --rewarm begins a new one, with a warm-up")
-        terminal = is_main and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-        bar = stack.enter_context(tqdm(total=1.0, initial=progress, disable=not terminal,
-                                       leave=False, bar_format="{percentage:3.0f}% {bar:5} {desc}"))
+        progress, stopping = share_done(config, n_steps, run.step, run.elapsed), False
+        if is_main:
+            announce_resumed(run, n_steps, progress, say)
+        bar = stack.enter_context(tqdm(
+            total=1.0, initial=progress, disable=QUIET["disable"] if is_main else True, leave=False,
+            bar_format="{percentage:3.0f}% {bar:5} {desc}"))
         asked = stack.enter_context(stop_signals())
         recorder = is_main and stack.enter_context(Recorder(run.folder, config.keep_last, say))
         while progress < 1 and not stopping:
             start = time.perf_counter()
             torch.manual_seed(1_000_003 * run.step + config.seed + rank)  # dropout: of this step
-            rate = rate_now(progress)
+            rate = rate_now(run, n_steps, progress)
             set_rate(run.optimizer, rate)
             pairs = micro_batches(batches, n_passes, run.model, progress, config.curriculum)
             loss, norm = (whole_step(*zip(*pairs)) if whole_step else
                           gradients(run, model, pairs, n_passes, config.grad_clip))
             run.elapsed = before + time.perf_counter() - began
             run.step, run.sequences = run.step + 1, run.sequences + config.batch_size
+            progress = share_done(config, n_steps, run.step, run.elapsed)
             loss, norm, progress, stopping = average(
-                [loss.item(), norm.item(), share_done(run.step, run.elapsed), len(asked)], device)
+                [loss.item(), norm.item(), progress, len(asked)], device)
             row = dict(step=run.step, loss=loss, lr=rate, grad_norm=norm)
             if why := why_skip(run, loss, norm, config.skip_spikes):
                 row |= dict(skipped=why, sequences=[run.sequences - config.batch_size,
@@ -965,7 +978,7 @@ def summarize(run, seconds, stopped):
     text = run.tokenizer.decode(read_split(run.shards, "val")[0][1:50].tolist())
     return dict(folder=str(run.folder), step=run.step, loss=rows[-1].get("loss"), stopped=stopped,
                 val_loss=run.val_loss, bits_per_byte=bits, seconds=seconds,
-                tokens_per_second=round(median(row.get("tokens_per_second", 0) for row in rows)),
+                tokens_per_second=round(median(row.get("tokens_per_second") or 0 for row in rows)),
                 how=f"{run.model.device}, {run.config.precision}, {run.config.kernels} kernels",
                 words=" ".join(re.findall(r"[^\W_]+", text)[:2])[:20],
                 skipped=sum("skipped" in row for row in rows))

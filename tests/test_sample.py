@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import types
 from functools import partial
 
 import pytest
@@ -190,30 +189,6 @@ def test_texts_to_ban_are_refused_where_no_tokenizer_knows_their_ids():
         next(generate(tiny(), torch.ones(1, 1).long(), ban=["cat"]))
     chosen = pick(torch.zeros(1, 5), temperature=0, logit_bias=[(3, 1.0)], ban=[[4]])
     assert chosen.item() == 3
-
-
-NEW_FILTER = '''
-
-@sampling_filter("keep those above this chance, and the likeliest")
-def keep_above(logits, epsilon: float):
-    """Keep tokens more likely than epsilon, or the likeliest. arXiv:2210.15191"""
-    p = logits.softmax(dim=-1)
-    return logits.masked_fill((p <= epsilon) & (p < p.amax(dim=-1, keepdim=True)), -torch.inf)
-'''
-
-
-def test_a_new_filter_is_added_in_one_place(folder, call, monkeypatch):
-    source = (ROOT / "sample.py").read_text(encoding="utf-8")
-    head, end, tail = source.partition("\n\n@dataclass(frozen=True)\nclass SampleConfig")
-    module = types.ModuleType("sample_with_it")
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    exec(head + NEW_FILTER + end + tail, module.__dict__)
-    chances = module.distribution(torch.tensor([[0.5, 0.3, 0.2]]).log(), epsilon=0.25)
-    torch.testing.assert_close(chances, torch.tensor([[0.625, 0.375, 0.0]]))
-    words = folder, "--prompt=the", "--max_new_tokens=8"
-    assert call(module, *words, "--epsilon=1")[0] == call(module, *words, "--temperature=0")[0]
-    assert "epsilon=2.0 must be above 0 and at most 1" in call(module, *words, "--epsilon=2")[1]
-    assert "--epsilon" in call(module, "--help")[0]
 
 
 # -----------------------------------------------------------------------------

@@ -429,6 +429,15 @@ def test_resume_needs_no_log(shards, tmp_path):
         assert train(dataclasses.replace(config, resume=True, max_steps=3), **QUIET)["step"] == 3
 
 
+def test_a_log_row_that_lacks_its_numbers_stops_no_resume(shards, tmp_path):
+    config, shape = configure(shards, tmp_path / "run", max_steps=1)
+    train(config, shape, **QUIET)
+    (tmp_path / "run" / "log.jsonl").write_text(
+        '{"step": 1, "loss": 5.0, "tokens_per_second": null, "elapsed": 1.0}\n')
+    assert train(dataclasses.replace(config, resume=True), **QUIET)["tokens_per_second"] == 0
+    assert train(dataclasses.replace(config, resume=True, max_steps=2), **QUIET)["step"] == 2
+
+
 def test_a_new_optimizer_is_one_row_and_resumes(shards, tmp_path, monkeypatch):
     monkeypatch.setitem(OPTIMIZERS, "sgd", Optimizer(0.1, lambda groups, lr, **options:
                         torch.optim.SGD(groups, lr, momentum=0.9)))
