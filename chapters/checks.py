@@ -1,0 +1,141 @@
+"""
+Checks for the exercises of the chapters, and a count of what is solved in a notebook.
+
+    python -m chapters.checks chapters/04_attention.ipynb          # as it was stored
+    python -m chapters.checks --run homework/*.ipynb               # run anew: runs their code
+"""
+
+import copy
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+if __name__ == "__main__":  # `python chapters/checks.py` works as well, from any folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+import torch
+
+from model import check_options, option
+from tokenizer import parse_options, reading, run_command
+
+# -----------------------------------------------------------------------------
+# In a notebook: the function of the reader, what it must be, and on which inputs.
+
+
+def short(value, limit=70):
+    """A value in a few words: a large tensor is its shape."""
+    if isinstance(value, (torch.Tensor, np.ndarray)) and np.prod(value.shape) > 8:
+        return f"a tensor of shape {tuple(value.shape)}"
+    text = " ".join((value if isinstance(value, Exception) else repr(value)).__str__().split())
+    return text if len(text) <= limit else f"{text[:limit - 3]}..."
+
+
+def same(a, b, tolerance):
+    """Equal, where numbers, tensors and arrays (also inside lists, tuples, dicts) may differ a little."""
+    if isinstance(a, (torch.Tensor, np.ndarray)) or isinstance(b, (torch.Tensor, np.ndarray)):
+        a, b = (torch.as_tensor(x).detach().double() for x in (a, b))
+        return a.shape == b.shape and torch.allclose(a, b, tolerance, tolerance, equal_nan=True)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y, tolerance) for x, y in zip(a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key], tolerance) for key in a)
+    if isinstance(a, float) or isinstance(b, float):
+        return same(torch.tensor(a), torch.tensor(b), tolerance)
+    return bool(a == b)
+
+
+def call(function, case):
+    """function(*case) on a copy of case, with the same random numbers for whoever is called."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return function(*copy.deepcopy(case))
+
+
+def report(mine, case, problem):
+    print(f"not yet: {mine.__name__}({', '.join(map(short, case))}) {problem}")
+
+
+def check(mine, reference, *cases, tolerance=1e-4):
+    """
+    Compare mine(*case) with reference(*case) for each case, a tuple of arguments; reference may
+    also be the list of the right results. Prints "right!", or the first case that differs.
+    """
+    for i, case in enumerate(cases):
+        expected = call(reference, case) if callable(reference) else reference[i]
+        try:
+            result = call(mine, case)
+            if same(result, expected, tolerance):
+                continue
+            problem = f"gives {short(result)}, not {short(expected)}"
+            shapes = [tuple(x.shape) for x in (result, expected) if hasattr(x, "shape")]
+            if len(shapes) == 2 and shapes[0] == shapes[1] and shapes[0]:
+                gap = (torch.as_tensor(result).double() - torch.as_tensor(expected).double()).abs()
+                problem = f"has the right shape {shapes[0]}, but is off by up to {gap.max():.2g}"
+        except Exception as error:  # whatever a first try does, the answer is one line
+            problem = f"raises {type(error).__name__}: {short(error)}"
+        return report(mine, case, problem)
+    print("right!")
+
+
+def check_that(mine, fact, *cases, wanted=""):
+    """
+    Call fact(mine(*case), *case) for each case; it says True if the result is right. For answers
+    that are not unique. wanted says in words what was asked. Prints like check.
+    """
+    for case in cases:
+        try:
+            result = call(mine, case)
+            if fact(result, *case):
+                continue
+            problem = f"gives {short(result)}" + f": wanted is {wanted}" * bool(wanted)
+        except Exception as error:
+            problem = f"raises {type(error).__name__}: {short(error)}"
+        return report(mine, case, problem)
+    print("right!")
+
+
+# -----------------------------------------------------------------------------
+# For who grades: how many checks of a notebook are right.
+
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """What `python -m chapters.checks` can be told."""
+
+    notebooks: list = option([], "notebooks to count in", positional=True)
+    run: bool = option(False, "run each notebook first, and with it the code of who wrote it")
+
+    def __post_init__(self):
+        check_options(self)
+
+
+def count(path, run=False):
+    """The exercises of a notebook -> (right, all of them), from its stored or its new outputs."""
+    import nbformat  # not needed by who only solves exercises
+
+    with reading(path):
+        notebook = nbformat.read(path, 4)
+    if run:
+        from nbclient import NotebookClient
+
+        folder = {"metadata": {"path": Path(path).resolve().parent}}
+        NotebookClient(notebook, timeout=600, allow_errors=True, resources=folder).execute()
+    printed = [line for cell in notebook.cells if cell.cell_type == "code"
+               for output in cell.outputs for line in output.get("text", "").splitlines()]
+    right = printed.count("right!")
+    return right, right + sum(line.startswith("not yet: ") for line in printed)
+
+
+def main():
+    typed, = parse_options(__doc__, CheckConfig)
+    config = CheckConfig(**typed)
+    if not config.notebooks:
+        raise ValueError("name one or more notebooks, such as chapters/04_attention.ipynb")
+    for path in config.notebooks:
+        right, total = count(path, config.run)
+        print(f"{path}: {right} of {total} right")
+
+
+if __name__ == "__main__":
+    run_command(main)
