@@ -32,7 +32,7 @@ def short(value, limit=70):
 
 
 def same(a, b, tolerance):
-    """Equal, where numbers, tensors and arrays (also inside lists, tuples, dicts) may differ a little."""
+    """Equal, where numbers, tensors and arrays, also inside lists and dicts, may differ a little."""
     if isinstance(a, (torch.Tensor, np.ndarray)) or isinstance(b, (torch.Tensor, np.ndarray)):
         a, b = (torch.as_tensor(x).detach().double() for x in (a, b))
         return a.shape == b.shape and torch.allclose(a, b, tolerance, tolerance, equal_nan=True)

@@ -6,6 +6,7 @@ What the chapters draw with: one style for curves, bars and maps, and diagrams o
 
 import matplotlib.pyplot as plt
 from matplotlib.patches import FancyBboxPatch, Rectangle
+from matplotlib.textpath import TextPath
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 BLUE, ORANGE, GREEN, PURPLE, YELLOW, GREY = (
@@ -13,7 +14,7 @@ BLUE, ORANGE, GREEN, PURPLE, YELLOW, GREY = (
 COLOURS = [BLUE, ORANGE, GREEN, PURPLE, YELLOW, GREY]
 STYLE = {"font.size": 10, "axes.titlesize": 11, "axes.spines.top": False,
          "axes.spines.right": False, "figure.dpi": 100, "figure.titlesize": 11}
-LETTER, LINE = 0.088, 0.185  # inches that a letter is wide and a line of text is high
+LINE = 0.185  # inches that a line of text is high
 
 # -----------------------------------------------------------------------------
 # Charts: the title says what there is to see, the axes carry their units.
@@ -120,10 +121,15 @@ def canvas(left, right, top, bottom, title):
     return ax
 
 
+def text_width(text):
+    """Inches that the widest line of a text takes."""
+    rows = [row for row in text.split("\n") if row.strip()]
+    return max([TextPath((0, 0), row, size=10).get_extents().width / 72 for row in rows], default=0)
+
+
 def box_size(text):
     """Inches (width, height) that a box around this text takes."""
-    rows = text.split("\n")
-    return LETTER * max(map(len, rows)) + 0.22, LINE * len(rows) + 0.18
+    return text_width(text) + 0.3, LINE * (text.count("\n") + 1) + 0.18
 
 
 def diagram(boxes, arrows=(), title=""):
@@ -152,7 +158,7 @@ def diagram(boxes, arrows=(), title=""):
         ax.text(x, y, text, ha="center", va="center", linespacing=1.15)
     for start, end, label, bend in ((*arrow, *("", 0)[len(arrow) - 2:]) for arrow in arrows):
         if not {start, end} <= {*boxes}:
-            raise ValueError(f"the arrow {start} -> {end} needs two of the boxes: {', '.join(boxes)}")
+            raise ValueError(f"the arrow {start} -> {end} needs two of: {', '.join(boxes)}")
         (a, b), (c, d) = boxes[start][:2], boxes[end][:2]
         ax.annotate("", (c, d), (a, b), arrowprops=dict(
             arrowstyle="-|>", color="#555555", lw=1.2, patchA=patches[start], patchB=patches[end],
@@ -171,7 +177,7 @@ def grids(parts, title="", cell=0.3):
     """
     height = max(len(part[1]) for part in parts if not isinstance(part, str)) * cell
     widths = [0.35 if isinstance(part, str) else
-              max(len(part[1][0]) * cell, LETTER * len(part[0])) + 0.2 for part in parts]
+              max(len(part[1][0]) * cell, 1.15 * text_width(part[0])) + 0.2 for part in parts]
     ax = canvas(0, sum(widths), -0.35, height + 0.1, title)
     x = 0
     for part, width in zip(parts, widths):
