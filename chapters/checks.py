@@ -27,12 +27,14 @@ def short(value, limit=70):
     """A value in a few words: a large tensor is its shape."""
     if isinstance(value, (torch.Tensor, np.ndarray)) and np.prod(value.shape) > 8:
         return f"a tensor of shape {tuple(value.shape)}"
-    text = " ".join((value if isinstance(value, Exception) else repr(value)).__str__().split())
+    if isinstance(value, (float, np.floating)):
+        return f"{value:.6g}"
+    text = " ".join((str if isinstance(value, Exception) else repr)(value).split())
     return text if len(text) <= limit else f"{text[:limit - 3]}..."
 
 
 def same(a, b, tolerance):
-    """Equal, where numbers, tensors and arrays, also inside lists and dicts, may differ a little."""
+    """Equal, where numbers, tensors and arrays, also in lists and dicts, may differ a little."""
     if isinstance(a, (torch.Tensor, np.ndarray)) or isinstance(b, (torch.Tensor, np.ndarray)):
         a, b = (torch.as_tensor(x).detach().double() for x in (a, b))
         return a.shape == b.shape and torch.allclose(a, b, tolerance, tolerance, equal_nan=True)
@@ -93,6 +95,17 @@ def check_that(mine, fact, *cases, wanted=""):
             problem = f"raises {type(error).__name__}: {short(error)}"
         return report(mine, case, problem)
     print("right!")
+
+
+def tokens_read(model, function, *case):
+    """How many tokens go through the model while function(*case) runs."""
+    sizes = []
+    hook = model.register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].numel()))
+    try:
+        function(*case)
+    finally:
+        hook.remove()
+    return sum(sizes)
 
 
 # -----------------------------------------------------------------------------
