@@ -12,8 +12,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 BLUE, ORANGE, GREEN, PURPLE, YELLOW, GREY = (
     "#4477aa", "#cc6633", "#44aa88", "#aa4477", "#ccbb44", "#999999")
 COLOURS = [BLUE, ORANGE, GREEN, PURPLE, YELLOW, GREY]
-STYLE = {"font.size": 10, "axes.titlesize": 11, "axes.spines.top": False,
-         "axes.spines.right": False, "figure.dpi": 100, "figure.titlesize": 11}
+TITLE = dict(fontsize=11, weight="bold")
 LINE = 0.185  # inches that a line of text is high
 
 # -----------------------------------------------------------------------------
@@ -22,11 +21,12 @@ LINE = 0.185  # inches that a line of text is high
 
 def panels(n=1, title="", size=None, **options):
     """One axes, or n side by side under a common title; options go to plt.subplots."""
-    with plt.rc_context(STYLE):
-        size = size or ((7, 3.3) if n == 1 else (min(10, 3.6 * n), 3.3))
-        figure, axes = plt.subplots(1, n, figsize=size, layout="constrained", **options)
-        if title:
-            (axes.set_title if n == 1 else figure.suptitle)(title, weight="bold")
+    size = size or ((7, 3.3) if n == 1 else (min(10, 3.6 * n), 3.3))
+    figure, axes = plt.subplots(1, n, figsize=size, dpi=100, layout="constrained", **options)
+    for ax in figure.axes:
+        ax.spines[["top", "right"]].set_visible(False)
+    if title:
+        (axes.set_title if n == 1 else figure.suptitle)(title, **TITLE)
     return axes
 
 
@@ -44,7 +44,7 @@ def plain_ticks(ax, log):
 def finish(ax, title, **options):
     """Set the title, if one is given, and options such as xlabel and ylim."""
     if title:
-        ax.set_title(title, weight="bold")
+        ax.set_title(title, **TITLE)
     ax.set(**options)
 
 
@@ -113,11 +113,11 @@ def heat(matrix, rows=None, columns=None, title="", ax=None, numbers="", outline
 
 def canvas(left, right, top, bottom, title):
     """An empty axes of these inches, with room for a title."""
-    with plt.rc_context(STYLE):
-        figure, ax = plt.subplots(figsize=(right - left, bottom - top + (0.35 if title else 0)))
-        figure.subplots_adjust(0, 0, 1, 1 - (0.35 / figure.get_figheight() if title else 0))
-        finish(ax, title, xlim=(left, right), ylim=(bottom, top))
-        ax.axis("off")
+    height = bottom - top + (0.35 if title else 0)
+    figure, ax = plt.subplots(figsize=(right - left, height), dpi=100)
+    figure.subplots_adjust(0, 0, 1, (bottom - top) / height)
+    finish(ax, title, xlim=(left, right), ylim=(bottom, top))
+    ax.axis("off")
     return ax
 
 
