@@ -2,7 +2,7 @@
 The figures of this project, measured here and now: medians, and ratios against a peer in one run.
 
     python tests/benchmark.py                # training attention twins sampling saving bpe
-    python tests/benchmark.py twins bpe      # some of these parts, or of: decoding muon bpe100
+    python tests/benchmark.py twins bpe      # some of these parts, or decoding muon bpe100 chapters
     python tests/benchmark.py --nanogpt=DIR  # training steps beside nanoGPT's, from a checkout
     python tests/benchmark.py learning --nanogpt=DIR [--text=FILE]  # time to a loss, beside its own
 """
@@ -422,11 +422,31 @@ def bpe():
              "tiktoken's speed")
 
 
+def chapters():
+    """Run each notebook: how long it is, what is in it, and how long it takes."""
+    import nbformat  # needed here alone
+    from nbclient import NotebookClient
+
+    for path in sorted((ROOT / "chapters").glob("*.ipynb")):
+        notebook, start = nbformat.read(path, 4), time.perf_counter()
+        folder = {"metadata": {"path": path.parent}}
+        NotebookClient(notebook, timeout=600, resources=folder).execute()
+        seconds = time.perf_counter() - start
+        code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+        pictures = sum("image/png" in output.get("data", {})
+                       for cell in code for output in cell.outputs)
+        show(path.stem, f"{len(notebook.cells)} cells, median code cell "
+             f"{statistics.median(len(cell.source.splitlines()) for cell in code):.0f} lines, "
+             f"{sum('your turn' in cell.source for cell in code)} exercises, {pictures} pictures, "
+             f"{seconds:.0f} s")
+
+
 # -----------------------------------------------------------------------------
 # The command.
 
 PARTS = {part.__name__: part for part in (training, attention, twins, sampling, saving, bpe,
-                                          decoding, muon, bpe100, learning, nanogpt)}
+                                          decoding, muon, bpe100, chapters, learning,
+                                          nanogpt)}
 
 
 @dataclass
