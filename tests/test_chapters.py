@@ -166,9 +166,9 @@ def test_what_a_notebook_takes_from_the_files_is_there(path):
 
 def prose(path):
     """The sentences of a notebook: no code, no formulas, headings, sources or glossary."""
-    texts = [cell.source for cell in read(path).cells if cell.cell_type == "markdown"]
-    texts = [text for text in texts if not re.search("^## (Sources|Glossary|Solut)", text, re.M)]
-    text = CODE.sub(" ", FOLDED.sub("", "\n\n".join(texts)))
+    text = "\n\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
+    lists = re.compile(r"^## (Sources|Glossary).*?(?=^#|\Z)", re.M | re.S)
+    text = CODE.sub(" ", lists.sub("", FOLDED.sub("", text)))
     return " ".join(re.sub(r"^#.*", "", text, flags=re.M).split())
 
 
