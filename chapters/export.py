@@ -6,8 +6,10 @@ Tokenizers and weights of other libraries: out and in.
     python -m chapters.export folder --out=tokenizer.json   # from Hugging Face's tokenizer.json
     python -m chapters.export theirs.tiktoken --pattern=cl100k --out=tokenizer.json
     python -m chapters.export compare corpus.txt gpt2 o200k_base other.json
+    python -m chapters.export in gpt2 --out=runs/gpt2       # GPT-2 as Hugging Face has it
 
-load_gpt2(folder) makes a model of GPT-2's weights, of any of its sizes.
+The last needs the files config.json, model.safetensors, and vocab.json with merges.txt or
+tokenizer.json, of any of GPT-2's sizes; sample.py and evaluate.py read what it writes.
 """
 
 import base64
@@ -21,7 +23,8 @@ if __name__ == "__main__":  # `python chapters/export.py` works as well, from an
 
 import tiktoken
 
-from model import GPTConfig, check_options, from_weights, option, read_safetensors
+from model import (GPTConfig, check_options, from_weights, option, read_safetensors,
+                   save_model)
 from tokenizer import (FORMAT, GPT2_SPLIT, GPT4_SPLIT, SPECIAL_TOKENS, SPLITS, Tokenizer,
                        parse_options, read_files, read_json, reading, recover_merges, refuse_idle,
                        replacing, run_command, to_chars, write_json)
@@ -170,6 +173,24 @@ def gpt2_weights(found):
     return weights
 
 
+def import_gpt2(folder, out):
+    """Write a run folder, tokenizer.json and one checkpoint, of a folder of GPT-2 -> its Path."""
+    folder, out = Path(folder), Path(out or Path("runs", Path(folder).resolve().name))
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is there already: give another --out")
+    model, vocab = load_gpt2(folder), folder / "vocab.json"
+    tokenizer = (Tokenizer.from_gpt2(vocab, folder / "merges.txt") if vocab.exists()
+                 else from_huggingface(folder))
+    if tokenizer.n_vocab != model.config.vocab_size:
+        raise ValueError(f"{folder}: {tokenizer.n_vocab} tokens, but weights for "
+                         f"{model.config.vocab_size}: the files are of two models")
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(out / "tokenizer.json")
+    with replacing(out / "step_000000.safetensors") as file:
+        save_model(model, file, step=0)
+    return out
+
+
 # -----------------------------------------------------------------------------
 # The command.
 
@@ -183,9 +204,9 @@ class ExportConfig:
     """What is written from what."""
     source: str = option("tokenizer.json", "our tokenizer.json, which is exported; or a Hugging "
                          "Face tokenizer or a .tiktoken file, of which ours is made; or the word "
-                         "compare", positional=True)
-    compared: list = option([], "a file of text, then tokenizers of ours or names of OpenAI's "
-                            "encodings, which are compared with --tokenizer", positional=True)
+                         "compare or in", positional=True)
+    others: list = option([], "compare: a file of text, then tokenizers of ours or names of "
+                          "OpenAI's encodings; in: a folder of GPT-2", positional=True)
     tokenizer: str = option("tokenizer.json", "compare: the first one")
     format: str = option("huggingface", "of an export", known=lambda: FORMATS)
     pattern: str = option("gpt4", "how a .tiktoken file splits", known=lambda: SPLITS)
@@ -193,8 +214,11 @@ class ExportConfig:
 
     def __post_init__(self):
         check_options(self)
-        if bool(self.compared) != (self.source == "compare"):
-            raise ValueError("export takes one source; compare takes a file of text and tokenizers")
+        if bool(self.others) != (self.source in ("compare", "in")):
+            raise ValueError("export takes one source; compare takes a file of text and "
+                             "tokenizers, in a folder of GPT-2")
+        if self.source == "in" and len(self.others) > 1:
+            raise ValueError(f"in takes one folder, not {' '.join(self.others)}")
 
 
 def read_foreign(config):
@@ -230,9 +254,12 @@ def compare(path, *names):
 def main():
     typed, = parse_options(__doc__, ExportConfig)
     config = ExportConfig(**typed)
-    if config.compared:
+    if config.source == "in":
+        refuse_idle(typed, ["format", "pattern", "tokenizer"], "with in")
+        return print(f"next: python sample.py {import_gpt2(config.others[0], config.out)}")
+    if config.others:
         refuse_idle(typed, ["format", "pattern", "out"], "with compare")
-        path, *others = config.compared
+        path, *others = config.others
         return compare(path, config.tokenizer, *others or ["gpt2", "cl100k_base", "o200k_base"])
     tokenizer = read_foreign(config)
     refuse_idle(typed, ["tokenizer"] + ["format"] * bool(tokenizer), f"on {config.source}")

@@ -1,10 +1,14 @@
 """What is exported means the same in other libraries, and what comes from them the same here."""
 
 import json
+import os
 import random
+import subprocess
+import sys
 
 import jinja2
 import jinja2.sandbox
+import nbformat
 import pytest
 import tokenizers
 import torch
@@ -14,10 +18,12 @@ from torch import nn
 from chapters import export
 from chapters.export import (CHAT_TEMPLATE, GPT2_NAMES, from_huggingface, from_rank_file,
                              load_gpt2, to_huggingface, to_rank_file)
-from conftest import mistake, tiny
+from conftest import ROOT, mistake, tiny
 from model import read_safetensors, write_safetensors
+from sample import load_run
 from test_tokenizer import CHAT, COMMON, NASTY, NESTED, gpt2_files, random_kinds, turn
-from tokenizer import GPT2_BYTES, GPT2_SPLIT, SPECIAL_TOKENS, SPLITS, Tokenizer, write_json
+from tokenizer import (GPT2_BYTES, GPT2_SPLIT, SPECIAL_TOKENS, SPLITS, Tokenizer, read_json,
+                       write_json)
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +169,9 @@ def test_compare_shows_a_line_for_each_tokenizer(call, trained, tmp_path, monkey
     (["--tokenizer=x.json"], "--tokenizer would not act on tokenizer.json"),
     (["--pattern=gpt2"], "--pattern would not act without .tiktoken"),
     (["compare"], "compare takes a file of text"), (["hf", "text"], "export takes one source"),
+    (["in"], "in a folder of GPT-2"), (["in", "hf", "text"], "in takes one folder, not hf text"),
+    (["in", "hf", "--format=tiktoken"], "--format would not act with in: leave it out"),
+    (["in", "hf"], "No such file or directory: hf/config.json"),
 ])
 def test_a_mistake_is_one_line(trained, tmp_path, monkeypatch, capsys, words, problem):
     monkeypatch.chdir(tmp_path)
@@ -240,26 +249,69 @@ def split_weights(folder, out, lost=()):
             write_safetensors(opened, {n: w for n, w in weights.items() if names[n] == file}, {})
 
 
-@pytest.fixture
-def gpt2(tmp_path):
-    """A folder with GPT-2's files, written by us from a model of ours with random weights."""
-    ours = tiny("gpt2", block_size=16)
-    theirs = {}
+def write_gpt2(folder, ours):
+    """Write GPT-2's config.json and model.safetensors of a model of ours -> the folder."""
+    theirs, c = {}, ours.config
     for name, w in ours.state_dict().items():
         name = name.replace("blocks.", "h.").replace("final_norm.", "ln_f.")
         for old, new in GPT2_NAMES.items():
             name = name.replace(f".{new}.", f".{old}.")
         theirs[name] = w.mT if name.endswith("_proj.weight") or ".c_fc.weight" in name else w
-    for i in range(2):
+    for i in range(c.n_layer):
         for kind in "weight", "bias":
             parts = [theirs.pop(f"transformer.h.{i}.attn.{x}_proj.{kind}") for x in "qkv"]
             theirs[f"transformer.h.{i}.attn.c_attn.{kind}"] = torch.cat(parts, -1)
-    folder = tmp_path / "whole"
-    write_json(folder / "config.json", dict(vocab_size=64, n_positions=16, n_embd=32, n_layer=2,
-                                            n_head=4))
+    write_json(folder / "config.json", dict(
+        vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
+        n_head=c.n_head))
     with open(folder / "model.safetensors", "wb") as file:
         write_safetensors(file, {n: w.contiguous() for n, w in theirs.items()}, {})
-    return folder, ours
+    return folder
+
+
+@pytest.fixture
+def gpt2(tmp_path):
+    """A folder with GPT-2's files, written by us from a model of ours with random weights."""
+    ours = tiny("gpt2", block_size=16)
+    return write_gpt2(tmp_path / "whole", ours), ours
+
+
+@pytest.fixture
+def gpt2_with_text(trained, tmp_path):
+    """The same with a vocabulary in GPT-2's two files, and that as a tokenizer of ours."""
+    ours = tiny("gpt2", vocab_size=256 + len(trained.merges) + 1, block_size=64)
+    folder = write_gpt2(tmp_path / "gpt2", ours)
+    return folder, ours, Tokenizer.from_gpt2(*gpt2_files(folder, trained.merges))
+
+
+def test_a_folder_of_gpt2_becomes_a_run(call, gpt2_with_text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder, ours, theirs = gpt2_with_text
+    assert call(export, "in", folder, "--out=run")[0] == "next: python sample.py run\n"
+    model, tokenizer = load_run("run")
+    ids = theirs.encode(COMMON)[:16]
+    assert tokenizer.encode(COMMON)[:16] == ids
+    torch.testing.assert_close(model(torch.tensor([ids]))[0], ours(torch.tensor([ids]))[0])
+    assert call(export, "in", folder)[0] == "next: python sample.py runs/gpt2\n"
+
+
+def test_an_import_replaces_nothing_and_needs_files_of_one_model(call, gpt2_with_text, tmp_path):
+    folder, *_ = gpt2_with_text
+    assert "whole is there already" in call(export, "in", folder, f"--out={folder}")[1].replace(
+        str(folder), "whole")
+    write_json(folder / "vocab.json", read_json(folder / "vocab.json") | {"more": 10**4})
+    out, error = call(export, "in", folder, f"--out={tmp_path}/run")
+    assert error and not out and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_chapter_10_samples_from_gpt2s_files_where_they_are(gpt2_with_text, tmp_path):
+    cells = nbformat.read(ROOT / "chapters/10_sampling.ipynb", 4).cells
+    first, *_, last = (cell.source for cell in cells if "import load_gpt2" in cell.source
+                       or 'Path("gpt2")' in cell.source)
+    done = subprocess.run([sys.executable, "-c", f"{first}\n{last}"], cwd=tmp_path, text=True,
+                          env=dict(os.environ, PYTHONPATH=str(ROOT)), capture_output=True)
+    assert done.stdout.startswith("A language model is") and "openai" not in done.stdout
 
 
 def test_weights_in_several_files_or_under_another_name_are_the_same(gpt2, tmp_path):
