@@ -23,19 +23,27 @@ from tokenizer import parse_options, reading, run_command
 # In a notebook: the function of the reader, what it must be, and on which inputs.
 
 
+ARRAYS = torch.Tensor, np.ndarray
+
+
 def short(value, limit=70):
-    """A value in a few words: a large tensor is its shape."""
-    if isinstance(value, (torch.Tensor, np.ndarray)) and np.prod(value.shape) > 8:
+    """A value in a few words: a large tensor is its shape, a module its class."""
+    if isinstance(value, ARRAYS) and np.prod(value.shape) > 8:
         return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, (float, np.floating)):
         return f"{value:.6g}"
-    text = " ".join((str if isinstance(value, Exception) else repr)(value).split())
+    if isinstance(value, torch.nn.Module):
+        return f"a {type(value).__name__}"
+    text = (str if isinstance(value, Exception) else repr)(value)
+    if isinstance(value, (list, tuple)) and any(isinstance(part, ARRAYS) for part in value):
+        text = f"({', '.join(map(short, value))})"
+    text = " ".join(text.split())
     return text if len(text) <= limit else f"{text[:limit - 3]}..."
 
 
 def same(a, b, tolerance):
     """Equal, where numbers, tensors and arrays, also in lists and dicts, may differ a little."""
-    if isinstance(a, (torch.Tensor, np.ndarray)) or isinstance(b, (torch.Tensor, np.ndarray)):
+    if isinstance(a, ARRAYS) or isinstance(b, ARRAYS):
         a, b = (torch.as_tensor(x).detach().double() for x in (a, b))
         return a.shape == b.shape and torch.allclose(a, b, tolerance, tolerance, equal_nan=True)
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
@@ -45,6 +53,20 @@ def same(a, b, tolerance):
     if isinstance(a, float) or isinstance(b, float):
         return same(torch.tensor(a), torch.tensor(b), tolerance)
     return bool(a == b)
+
+
+def difference(result, expected, tolerance):
+    """What is wrong with a result, in words; of a list of tensors the first that is wrong."""
+    if (isinstance(result, (list, tuple)) and isinstance(expected, (list, tuple))
+            and len(result) == len(expected) and any(isinstance(x, ARRAYS) for x in expected)):
+        wrong = [same(x, y, tolerance) for x, y in zip(result, expected)].index(False)
+        return f"in part {wrong + 1} of {len(expected)} " + difference(
+            result[wrong], expected[wrong], tolerance)
+    shapes = [tuple(x.shape) for x in (result, expected) if isinstance(x, ARRAYS)]
+    if len(shapes) == 2 and shapes[0] == shapes[1] != ():
+        gap = (torch.as_tensor(result).double() - torch.as_tensor(expected).double()).abs().max()
+        return f"has the right shape {shapes[0]}, but is off by up to {gap:.2g}"
+    return f"gives {short(result)}, not {short(expected)}"
 
 
 def call(function, case):
@@ -69,11 +91,7 @@ def check(mine, reference, *cases, tolerance=1e-4):
             result = call(mine, case)
             if same(result, expected, tolerance):
                 continue
-            problem = f"gives {short(result)}, not {short(expected)}"
-            shapes = [tuple(x.shape) for x in (result, expected) if hasattr(x, "shape")]
-            if len(shapes) == 2 and shapes[0] == shapes[1] and shapes[0]:
-                gap = (torch.as_tensor(result).double() - torch.as_tensor(expected).double()).abs()
-                problem = f"has the right shape {shapes[0]}, but is off by up to {gap.max():.2g}"
+            problem = difference(result, expected, tolerance)
         except Exception as error:  # whatever a first try does, the answer is one line
             problem = f"raises {type(error).__name__}: {short(error)}"
         return report(mine, case, problem)

@@ -23,6 +23,9 @@ def double(x):
     (double, lambda x: x[0], torch.ones(1), "gives tensor([2.]), not tensor(1.)"),
     (double, [[1, 2]], (1, 2), "double((1, 2)) gives (1, 2, 1, 2), not [1, 2]"),
     (double, [7], 3, "double(3) gives 6, not 7"),
+    (lambda x: (x, x + 1), [(torch.ones(9), torch.ones(9))], torch.ones(9),
+     "(a tensor of shape (9,)) in part 2 of 2 has the right shape (9,), but is off by up to 1"),
+    (type, [int], torch.nn.Linear(2, 2), "type(a Linear) gives <class 'torch.nn"),
     (double, [None], 3, "double(3) gives 6, not None")])
 def test_a_check_says_right_or_the_first_input_that_fails(mine, reference, case, words, capsys):
     check(mine, reference, (case,))
