@@ -160,6 +160,17 @@ def test_what_a_notebook_takes_from_the_files_is_there(path):
                 assert hasattr(module, node.attr), ast.unparse(node)
 
 
+def test_the_hours_of_a_chapter_are_the_same_wherever_they_stand():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    start = "".join(cell.source for cell in code_cells(read(NOTEBOOKS[0])))
+    for path in NOTEBOOKS:
+        n, unit = re.search(r"\*\*Time:\*\* about ([\d.]+) (hour|minutes)",
+                            read(path).cells[0].source).groups()
+        hours = f"{float(n) / (60 if unit == 'minutes' else 1):g}"
+        assert f"[{path.stem}](chapters/{path.name}) | {hours} |" in readme
+        assert f'"{path.stem[:2]} {path.stem[3:]}\\n{hours} h"' in start
+
+
 # -----------------------------------------------------------------------------
 # In order: each term is introduced where it first stands.
 
