@@ -22,7 +22,6 @@ from tokenizer import parse_options, reading, run_command
 # -----------------------------------------------------------------------------
 # In a notebook: the function of the reader, what it must be, and on which inputs.
 
-
 ARRAYS = torch.Tensor, np.ndarray
 
 
@@ -56,7 +55,9 @@ def same(a, b, tolerance):
 
 
 def difference(result, expected, tolerance):
-    """What is wrong with a result, in words; of a list of tensors the first that is wrong."""
+    """What is wrong with a result, in words, of a list of tensors the first; "" if nothing is."""
+    if same(result, expected, tolerance):
+        return ""
     if (isinstance(result, (list, tuple)) and isinstance(expected, (list, tuple))
             and len(result) == len(expected) and any(isinstance(x, ARRAYS) for x in expected)):
         wrong = [same(x, y, tolerance) for x, y in zip(result, expected)].index(False)
@@ -76,8 +77,18 @@ def call(function, case):
         return function(*copy.deepcopy(case))
 
 
-def report(mine, case, problem):
-    print(f"not yet: {mine.__name__}({', '.join(map(short, case))}) {problem}")
+def judge(mine, cases, problem):
+    """Print "right!", or the first case for which problem(mine(*case), its number) has words."""
+    if not cases:
+        raise ValueError("without a case a check cannot fail")
+    for i, case in enumerate(cases):
+        try:
+            wrong = problem(call(mine, case), i)
+        except Exception as error:  # whatever a first try does, the answer is one line
+            wrong = f"raises {type(error).__name__}: {short(error)}"
+        if wrong:
+            return print(f"not yet: {mine.__name__}({', '.join(map(short, case))}) {wrong}")
+    print("right!")
 
 
 def check(mine, reference, *cases, tolerance=1e-4):
@@ -85,17 +96,11 @@ def check(mine, reference, *cases, tolerance=1e-4):
     Compare mine(*case) with reference(*case) for each case, a tuple of arguments; reference may
     also be the list of the right results. Prints "right!", or the first case that differs.
     """
-    for i, case in enumerate(cases):
-        expected = call(reference, case) if callable(reference) else reference[i]
-        try:
-            result = call(mine, case)
-            if same(result, expected, tolerance):
-                continue
-            problem = difference(result, expected, tolerance)
-        except Exception as error:  # whatever a first try does, the answer is one line
-            problem = f"raises {type(error).__name__}: {short(error)}"
-        return report(mine, case, problem)
-    print("right!")
+    if callable(reference):
+        reference = [call(reference, case) for case in cases]
+    if len(reference) != len(cases):
+        raise ValueError(f"{len(reference)} right results for {len(cases)} cases")
+    judge(mine, cases, lambda result, i: difference(result, reference[i], tolerance))
 
 
 def check_that(mine, fact, *cases, wanted=""):
@@ -103,16 +108,8 @@ def check_that(mine, fact, *cases, wanted=""):
     Call fact(mine(*case), *case) for each case; it says True if the result is right. For answers
     that are not unique. wanted says in words what was asked. Prints like check.
     """
-    for case in cases:
-        try:
-            result = call(mine, case)
-            if fact(result, *case):
-                continue
-            problem = f"gives {short(result)}" + f": wanted is {wanted}" * bool(wanted)
-        except Exception as error:
-            problem = f"raises {type(error).__name__}: {short(error)}"
-        return report(mine, case, problem)
-    print("right!")
+    judge(mine, cases, lambda result, i: "" if fact(result, *cases[i]) else
+          f"gives {short(result)}" + f": wanted is {wanted}" * bool(wanted))
 
 
 def tokens_read(model, function, *case):
@@ -141,17 +138,22 @@ class CheckConfig:
         check_options(self)
 
 
+def execute(notebook, folder, **options):
+    """Run all cells of a notebook in a new kernel, in a folder -> the notebook."""
+    from nbclient import NotebookClient  # not needed by who only solves exercises
+
+    place = {"metadata": {"path": folder}}
+    return NotebookClient(notebook, timeout=600, resources=place, **options).execute()
+
+
 def count(path, run=False):
     """The exercises of a notebook -> (right, all of them), from its stored or its new outputs."""
-    import nbformat  # not needed by who only solves exercises
+    import nbformat
 
     with reading(path):
         notebook = nbformat.read(path, 4)
     if run:
-        from nbclient import NotebookClient
-
-        folder = {"metadata": {"path": Path(path).resolve().parent}}
-        NotebookClient(notebook, timeout=600, allow_errors=True, resources=folder).execute()
+        execute(notebook, Path(path).resolve().parent, allow_errors=True)
     printed = [line for cell in notebook.cells if cell.cell_type == "code"
                for output in cell.outputs for line in output.get("text", "").splitlines()]
     right = printed.count("right!")

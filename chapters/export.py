@@ -184,11 +184,14 @@ def import_gpt2(folder, out):
     if tokenizer.n_vocab != model.config.vocab_size:
         raise ValueError(f"{folder}: {tokenizer.n_vocab} tokens, but weights for "
                          f"{model.config.vocab_size}: the files are of two models")
-    out.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(out / "tokenizer.json")
-    with replacing(out / "step_000000.safetensors") as file:
+    part = out.with_name(f".{out.name}.part")  # it gets its name when it is whole
+    part.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(part / "tokenizer.json")
+    with replacing(part / "step_000000.safetensors") as file:
         save_model(model, file, step=0)
-    return out
+    if out.exists():
+        out.rmdir()
+    return part.rename(out)
 
 
 # -----------------------------------------------------------------------------

@@ -31,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 import torch.nn.functional as F
 
+from chapters.checks import execute
 from data import find_files, prepare, read_documents
 from model import (GPT, KERNELS, SIZES, GPTConfig, Linear, accelerator, fused_attention, option,
                    plain_attention, rotary_table, torch_attention)
@@ -425,12 +426,10 @@ def bpe():
 def chapters():
     """Run each notebook: how long it is, what is in it, and how long it takes."""
     import nbformat  # needed here alone
-    from nbclient import NotebookClient
 
     for path in sorted((ROOT / "chapters").glob("*.ipynb")):
         notebook, start = nbformat.read(path, 4), time.perf_counter()
-        folder = {"metadata": {"path": path.parent}}
-        NotebookClient(notebook, timeout=600, resources=folder).execute()
+        execute(notebook, path.parent)
         seconds = time.perf_counter() - start
         code = [cell for cell in notebook.cells if cell.cell_type == "code"]
         pictures = sum("image/png" in output.get("data", {})

@@ -11,7 +11,8 @@ from types import ModuleType
 import nbformat
 import pytest
 from conftest import ROOT
-from nbclient import NotebookClient
+
+from chapters.checks import execute
 
 NOTEBOOKS = sorted((ROOT / "chapters").glob("*.ipynb"))
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -82,12 +83,6 @@ def with_solutions(notebook):
 def files():
     """What lies in the repository and in its folders, hidden files and __pycache__ aside."""
     return {*ROOT.glob("[!._]*"), *ROOT.glob("[!._]*/[!._]*")}
-
-
-def execute(notebook):
-    """Run all cells in a new kernel, in the folder of the notebook."""
-    folder = {"metadata": {"path": ROOT / "chapters"}}
-    return NotebookClient(notebook, timeout=300, resources=folder).execute()
 
 
 # -----------------------------------------------------------------------------
@@ -225,7 +220,7 @@ def test_the_walk_finds_a_term_that_comes_too_early_and_one_that_is_never_explai
 @pytest.mark.slow
 @each
 def test_a_notebook_runs_leaves_no_file_and_its_folded_solutions_alone_are_right(path):
-    before, notebook = files(), execute(with_solutions(read(path)))
+    before, notebook = files(), execute(with_solutions(read(path)), path.parent)
     cells = code_cells(notebook)
     for cell, answer in zip(cells, cells[1:]):
         if "your turn" in cell.source:

@@ -62,6 +62,12 @@ def test_an_answer_with_many_right_results_is_judged_by_a_fact(capsys):
         "not yet: double(3) raises AttributeError: 'int' object has no attribute 'size'"]
 
 
+def test_a_check_that_cannot_fail_is_refused():
+    for wrong in lambda: check(double, double), lambda: check(double, [2, 4], (1,)):
+        with pytest.raises(ValueError, match="without a case|2 right results for 1 cases"):
+            wrong()
+
+
 @pytest.fixture
 def homework(tmp_path):
     path = tmp_path / "homework.ipynb"
