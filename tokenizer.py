@@ -534,9 +534,12 @@ def recover_merges(tokens):
     """The merges behind {id: bytes}: each joins the two parts that earlier ones leave."""
     byte_order = b"".join(tokens[id] for id in range(256) if len(tokens.get(id, b"")) == 1)
     byte_ids, merged, merges = invert(byte_order), {}, []
-    for id in sorted(tokens)[256:]:
+    for new, id in enumerate(sorted(tokens)[256:], 256):
+        if id != new:
+            raise ValueError(f"id {new} is no merge, but {id} is one: the merges must come first, "
+                             "without a gap, then the special tokens")
         parts = apply_merges(tokens[id].translate(byte_ids), merged)
-        if len(parts) != 2 or id != 256 + len(merges):
+        if len(parts) != 2:
             raise ValueError(f"token {id} is not the merge of two before it")
         merged[tuple(parts)] = id
         merges.append((tokens[parts[0]], tokens[parts[1]]))
@@ -716,15 +719,10 @@ class Tokenizer:
     def from_tiktoken(cls, encoding):
         """The tokenizer of a tiktoken.Encoding, with its ids."""
         tokens = {id: token for token, id in encoding._mergeable_ranks.items()}
-        special = encoding._special_tokens
-        if gaps := {*range(len(tokens))} - {*tokens}:
-            raise ValueError(f"{encoding.name} has no token with id {min(gaps)}: ids must go to "
-                             "the merges without a gap")
-        if len({*special.values()}) < len(special):
-            raise ValueError(f"{encoding.name} gives one id to two special tokens: each needs one")
-        merges, byte_order = recover_merges(tokens)
         pattern = encoding._pat_str
-        return cls(merges, special, PLAIN.get(pattern, pattern), byte_order)
+        with reading(encoding.name):
+            merges, byte_order = recover_merges(tokens)
+            return cls(merges, encoding._special_tokens, PLAIN.get(pattern, pattern), byte_order)
 
     @classmethod
     def from_vocab(cls, vocab, merges, pattern):

@@ -320,6 +320,11 @@ class Muon:
     def __getattr__(self, name):
         return getattr(self.adamw, name)  # param_groups, state, zero_grad ...
 
+    def load_state_dict(self, saved):
+        """As AdamW's, which asks for a step in each state, where matrices have momentum alone."""
+        states = {i: dict(step=torch.zeros(())) | own for i, own in saved["state"].items()}
+        self.adamw.load_state_dict(saved | dict(state=states))
+
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:

@@ -122,7 +122,8 @@ def test_a_rank_file_holds_the_tokens_as_tiktoken_reads_them(trained, tmp_path, 
 
 @pytest.mark.parametrize("wrong, problem", [
     (lambda lines: lines[1:], "the first 256 ids must be the 256 bytes"),
-    (lambda lines: lines[:300] + lines[301:], "token 301 is not the merge of two before it"),
+    (lambda lines: lines[:300] + lines[301:], "id 300 is no merge, but 301 is one"),
+    (lambda lines: lines[:300] + [b"emVicmE= 300"], "token 300 is not the merge of two before it"),
     (lambda lines: lines + [b"YQ 700"], "line 595 must be a token in base64"),
     (lambda lines: lines + [b"YWE= x"], "line 595 must be a token in base64"),
     (lambda lines: lines + [b"\xff"], "line 595 must be a token in base64"),

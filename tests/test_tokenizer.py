@@ -441,11 +441,13 @@ def test_a_tiktoken_encoding_whose_ids_have_no_order_is_refused():
 
 
 @pytest.mark.parametrize("ranks, special, reason", [  # as p50k_base has it, and o200k_harmony
-    ({b"ab": 257}, {"<|endoftext|>": 256}, "x has no token with id 256: ids must go to the merges"),
-    ({b"ab": 256}, {"<|a|>": 257, "<|b|>": 257}, "x gives one id to two special tokens")])
+    ({b"ab": 257}, {"<|endoftext|>": 256}, "x cannot be read: id 256 is no merge, but 257 is one"),
+    ({b"ab": 256}, {"<|a|>": 257, "<|b|>": 257},
+     r"special token '<\|b\|>' cannot have id 257: it must be a free number")])
 def test_a_tiktoken_encoding_that_does_not_fit_is_refused_with_the_reason(ranks, special, reason):
     ranks = {bytes([i]): i for i in range(256)} | ranks
-    encoding = SimpleNamespace(name="x", _mergeable_ranks=ranks, _special_tokens=special)
+    encoding = SimpleNamespace(name="x", _mergeable_ranks=ranks, _special_tokens=special,
+                               _pat_str=GPT2_SPLIT)
     with pytest.raises(ValueError, match=reason):
         Tokenizer.from_tiktoken(encoding)
 

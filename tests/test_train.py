@@ -1,6 +1,7 @@
 """train.py: a run learns, resumes as if it had never stopped, and is the same on two processes."""
 
 import contextlib
+import copy
 import dataclasses
 import json
 import math
@@ -130,6 +131,23 @@ def test_muon_takes_torchs_steps_within_bfloat16():
             optimizer.step()
     for p, twin in zip(ours, theirs):
         torch.testing.assert_close(p, twin, rtol=0, atol=5e-3)
+
+
+def test_muon_goes_on_from_a_state_dict_of_muon():
+    models = tiny("gpt2"), tiny("gpt2", seed=1)
+    ours, theirs = (build_optimizer(model, TrainConfig()) for model in models)
+
+    def step(model, optimizer):
+        model(*torch.arange(32).view(2, 1, 16))[1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step(models[0], ours)
+    models[1].load_state_dict(models[0].state_dict())
+    theirs.load_state_dict(copy.deepcopy(ours.state_dict()))
+    step(models[0], ours)
+    step(models[1], theirs)
+    assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))
 
 
 def test_in_groups_that_are_not_its_own_muon_is_adamw():
