@@ -66,7 +66,8 @@ BLANKS = 1 << 14  # so many in a row are more than tiktoken can take
 LARGEST_ID = 1 << 22  # a tokenizer lists what it has up to its last id
 CACHE = 1 << 16  # chunks whose ids a tokenizer remembers, none longer than 32 characters
 # A progress bar, where a terminal can draw one, if the work takes a second.
-QUIET = dict(disable=os.environ.get("TERM") == "dumb" or None, delay=1, leave=False)
+NO_BAR = sys.stderr is None or os.environ.get("TERM") == "dumb"  # None: closed, as by 2>&-
+QUIET = dict(disable=NO_BAR or None, delay=1, leave=False)
 FORMAT = "byte-level BPE, version 2"
 
 # GPT-2 writes bytes as characters that print: most stand for themselves, the others are moved up.

@@ -18,7 +18,7 @@ if __name__ == "__main__":  # `python chapters/sweep.py` works as well, from any
 from tqdm import tqdm
 
 from model import GPTConfig
-from tokenizer import parse_options, replacing, run_command
+from tokenizer import QUIET, parse_options, replacing, run_command
 from train import (TrainConfig, complete_options, find_shards, micro_batches, prepare_run,
                    run_folder, set_rate, smooth, split_batch, take_step)
 
@@ -50,7 +50,7 @@ def sweep(config, shape):
         config = replace(config, out=folder, resume=False)
         run = prepare_run(config, shape, lambda text: None, stack)
         _, n_passes = split_batch(config, 1)
-        for step in tqdm(range(N_STEPS), disable=not sys.stderr.isatty(), leave=False):
+        for step in tqdm(range(N_STEPS), **QUIET):
             rates.append(LOWEST * (HIGHEST / LOWEST) ** (step / (N_STEPS - 1)))
             set_rate(run.optimizer, rates[-1])
             xs, ys = zip(*micro_batches(run.batches, n_passes, run.model))

@@ -460,9 +460,10 @@ def test_texts_one_by_one_give_the_ids_of_each_with_special_tokens_if_asked_for(
     assert trained.eot in trained.encode_iterable(texts, special=True)
 
 
-@pytest.mark.parametrize("term, disable", [("dumb", "True"), ("xterm", "None")])
-def test_a_dumb_terminal_gets_no_progress_bars(term, disable):
-    code = "import tokenizer; print(tokenizer.QUIET['disable'])"
+@pytest.mark.parametrize("term, stream, disable", [
+    ("dumb", "sys.stderr", "True"), ("xterm", "None", "True"), ("xterm", "sys.stderr", "None")])
+def test_a_dumb_terminal_and_a_closed_stream_get_no_progress_bars(term, stream, disable):
+    code = f"import sys; sys.stderr = {stream}; import tokenizer; print(tokenizer.QUIET['disable'])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"TERM": term},
                           capture_output=True, text=True)
     assert done.stdout == f"{disable}\n"
