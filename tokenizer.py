@@ -88,18 +88,19 @@ def nearest(name, known):
 
 
 HINTS = {word: ours for words, ours in (  # options of other programs, and what is asked for here
-    ("max_iters num_iterations n_steps", "--max_steps"), ("lr matrix_lr", "--learning_rate"),
+    ("max_iters num_iterations lr_decay_iters n_steps", "--max_steps"), ("dataset", "--data"),
+    ("lr matrix_lr", "--learning_rate"), ("eval_only", "python evaluate.py RUN"),
     ("gradient_accumulation_steps total_batch_size device_batch_size",
      "--batch_size, in passes of --micro_batch_size"),
-    ("eval_interval", "--eval_every"), ("eval_iters", "--eval_sequences"), ("dataset", "--data"),
-    ("dtype", "--precision"), ("out_dir", "--out"), ("max_seq_len", "--block_size"),
-    ("model depth", "--size, or --n_layer, --n_head, --n_embd"), ("num_samples", "--n_samples"),
+    ("eval_interval", "--eval_every"), ("eval_iters", "--eval_sequences"),
+    ("dtype", "--precision"), ("out_dir", "--out"), ("max_seq_len n_ctx", "--block_size"),
+    ("model d_model depth", "--size, or --n_layer, --n_head, --n_embd"), ("num_samples", "--n_samples"),
     ("start", "--prompt"), ("temp", "--temperature"), ("max_tokens", "--max_new_tokens"),
     ("decay_lr", "--schedule=constant does not decay"), ("greedy", "--temperature=0"),
     ("init_from", "--resume goes on with a run, chapters.export reads GPT-2's weights"),
     ("compile", "there is nothing to compile, --kernels=auto takes the fastest functions"),
     ("always_save_checkpoint", "each validation saves one; --keep_last and the best stay"),
-    ("wandb_log wandb tensorboard", "python -m chapters.track RUN --to=wandb"),
+    ("wandb_log wandb_project wandb tensorboard", "python -m chapters.track RUN --to=wandb"),
     ("chat", "python -m chapters.talk RUN"), ("config", "options, or --config=config.json"),
 ) for word in words.split()}
 
@@ -117,8 +118,12 @@ class Parser(argparse.ArgumentParser):
             near = nearest(unknown[1], self._option_string_actions)
             word = "config" if word.endswith(".py") else word
             takes_data = unknown[1][0] != "-" and "--data" in self._option_string_actions
-            here = HINTS.get(word) or takes_data and f"--data={unknown[1]}"
+            hint = HINTS.get(word, "")
+            if re.match(r"(--\w+)?", hint)[0] not in {"", *self._option_string_actions}:
+                hint = ""  # an option of other commands
+            here = hint or takes_data and f"--data={unknown[1]}"
             message = f"unknown option {unknown[1]}" + (f"; here: {here}" if here else near)
+        message = re.sub("ignored explicit argument.*", "it takes no value", message)
         self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
 
 

@@ -38,7 +38,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import TokenLoader, check_shards, load_tokenizer, locked, prepare, read_card, read_split
+from data import TokenLoader, check_shards, load_tokenizer, prepare, read_card, read_split
 from model import (GPT, KERNELS, SIZES, GPTConfig, accelerator, check_ids, check_known,
                    check_options, has_bf16_units, load_model, option, read_safetensors, save_model)
 from sample import (PRECISIONS, checkpoints, complete, first_whole, load_run as load_finished,
@@ -121,7 +121,9 @@ def read_config(path):
         raise ValueError(f"{path} is missing: it says how a run goes on; copy the whole folder")
     saved = read_json(path)
     with reading(path):
-        saved["data"]["path"], saved["data"]["fingerprint"]  # they must be there
+        if lost := ({"data", "model", "train"} - {*saved}
+                    or {"fingerprint", "path"} - {*(saved["data"] or ())}):
+            raise ValueError(f"it lacks {', '.join(sorted(lost))}")
         return (check_fields(TrainConfig, saved["train"], path),
                 check_fields(GPTConfig, saved["model"], path), saved["data"])
 
@@ -746,6 +748,24 @@ def prepare_run(config, model_config, say, stack):
     if rank == 0:
         begin_folder(run, shape, say, stack)
     return run
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Keep other processes out of a folder, as long as this one lives; ValueError if one is in."""
+    with open(Path(folder, ".lock"), "ab") as file:
+        try:
+            if os.name == "nt":
+                import msvcrt
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ValueError(f"{folder} is in use by another process: wait for its end") from None
+        except OSError:  # some network file systems know no locks
+            pass
+        yield
 
 
 def begin_folder(run, shape, say, stack):

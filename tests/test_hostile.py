@@ -346,6 +346,15 @@ def test_files_in_json_can_be_edited_by_hand(tmp_path, config, shards, tokenizer
     assert Tokenizer.load(tmp_path / "tokenizer.json").special["<|aid|>"] >= 256
 
 
+@pytest.mark.parametrize("wrong, lost", [
+    (dict(), "data, model, train"), (dict(train={}, model={}), "data"),
+    (dict(train={}, model={}, data=None), "fingerprint, path"),
+    (dict(train={}, model={}, data=dict(path="x")), "fingerprint")])
+def test_a_config_says_what_it_lacks(tmp_path, wrong, lost):
+    write_json(tmp_path / "config.json", wrong)
+    assert refused(read_config, tmp_path / "config.json").endswith(f"it lacks {lost}")
+
+
 def test_a_misspelt_field_is_one_line_with_the_nearest(tmp_path, config):
     config["train"]["lerning_rate"] = config["train"].pop("learning_rate")
     write_json(tmp_path / "config.json", config)

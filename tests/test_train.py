@@ -676,6 +676,7 @@ def test_an_impossible_run_is_refused_and_leaves_nothing(shards, tmp_path, optio
     ("--precision=half", 1, "unknown precision 'half'"),
     ("--lr=1", 2, "unknown option --lr; here: --learning_rate"),
     ("--compile=False", 2, "nothing to compile"),
+    ("--bias=False", 2, "argument --bias/--no-bias: it takes no value"),
     ("--max-iters=5", 2, "here: --max_steps"),
     ("config/train_gpt2.py", 2, "--config=config.json"),
     ("my-book.txt", 2, "unknown option my-book.txt; here: --data=my-book.txt"),
