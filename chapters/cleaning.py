@@ -1,0 +1,250 @@
+"""
+Cleaning stages: functions from a text to a text, in the order in which they are applied.
+
+    for name in DEFAULT:
+        text = STAGES[name](text)
+
+Each is idempotent, needs no other and takes linear time.
+"""
+
+import re
+import unicodedata
+
+import regex
+
+from data import CONTROLS, ESCAPES, OVERSTRUCK
+
+# -----------------------------------------------------------------------------
+# Line ends, control characters, Unicode normalisation and white space: the default stages.
+
+LINE_ENDS = re.compile("\r\n|[\r\v\f\x85\u2028\u2029]")
+SPACES = re.compile("[\xa0\u1680\u2000-\u200a\u202f\u205f\u3000]")
+
+# A joiner is spelling behind letters of Arabic, Syriac, N'Ko, Indic, Burmese, Khmer and Mongolian
+# script, and glue between two emoji; tags spell the flag of a region behind a black one.
+JOINING = "[\u0610-\u061a\u061d-\u0dff\u0f00-\u109f\u1780-\u180d\u180f-\u18aa\ua840-\ua8ff]"
+EMOJI = "[\u2190-\u21ff\u2300-\u27bf\u2b00-\u2bff\ufe0f\u20e3\U0001f000-\U0001faff]"
+INVISIBLE = re.compile(
+    "(\U0001f3f4[\U000e0030-\U000e007a]{3,6}\U000e007f)|[\U000e0001\U000e0020-\U000e007f]"
+    f"|(?<!{JOINING})[\u200c\u180e]|(?<!{JOINING})(?:(?<!{EMOJI})\u200d|\u200d(?!{EMOJI}))"
+    "|[\xad\u061c\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]")
+
+# Characters that normalisation may put in another order: combining marks, and what begins with one.
+MARKS = regex.compile(r"(?:[^\p{ccc=0}]|[\u0f73\u0f75\u0f81\uff9e\uff9f]){32,}")
+
+
+def is_plain(text):
+    """Whether all is printable, or \\n: no controls, no invisible characters, no rare spaces."""
+    return text.replace("\n", "").isprintable()
+
+
+def line_ends(text):
+    """CR, CRLF, VT, FF, NEL, U+2028 and U+2029 are line ends: line_ends("a\\r\\nb") == "a\\nb"."""
+    return text if is_plain(text) else LINE_ENDS.sub("\n", text)
+
+
+def controls(text):
+    """No control characters, terminal escape sequences, zero-width and bidi marks, soft hyphens.
+    Joiners stay where a script or an emoji needs them; line ends are another stage's."""
+    if is_plain(text):
+        return text
+    if CONTROLS.search(text):
+        text = OVERSTRUCK.sub("", ESCAPES.sub("", text))
+        text = CONTROLS.sub(lambda char: char[0] if LINE_ENDS.match(char[0]) else "", text)
+    return text if text.isascii() else INVISIBLE.sub(r"\1", text)
+
+
+def normalize(text, form):
+    """unicodedata.normalize, but in linear time: that one sorts a run of n marks in n**2 steps."""
+    def in_order(run):
+        apart = [unicodedata.normalize(form.replace("C", "D"), mark) for mark in run[0]]
+        return "".join(sorted("".join(apart), key=unicodedata.combining))
+
+    return text if text.isascii() else unicodedata.normalize(form, MARKS.sub(in_order, text))
+
+
+def nfc(text):
+    """Unicode's form C, composed letters: nfc("e\\u0301") == "\\u00e9"."""
+    return normalize(text, "NFC")
+
+
+def nfkc(text):
+    """Unicode's form KC, which also makes full-width, superscript and joined letters plain ones."""
+    return normalize(text, "NFKC")
+
+
+def white_space(text):
+    """Each Unicode space a plain one, none at line ends, at most two blank lines in a row.
+    Runs of spaces within a line stay: code, tables and verse are aligned by them."""
+    text = text if text.isascii() or is_plain(text) else SPACES.sub(" ", text)
+    if " \n" in text or "\t\n" in text or text[-1:] in (" ", "\t"):
+        text = "\n".join([line.rstrip(" \t") for line in text.split("\n")])
+    return re.sub(r"\n{4,}", "\n\n\n", text).strip("\n")
+
+
+# -----------------------------------------------------------------------------
+# Options: letters, signs and English words.
+
+# Emoji of UTS #51: what is a picture by default, or by a mark behind it, and all that is joined.
+MARK = r"[\ufe0f\u20e3\u200d\p{Emoji_Modifier}\U000e0020-\U000e007f]"
+ONE = (rf"(?:[0-9#*]\ufe0f?\u20e3|\p{{Emoji_Presentation}}(?!\ufe0e)"
+       rf"|\p{{Extended_Pictographic}}(?={MARK})){MARK}*+"
+       rf"(?:(?<=\u200d)\p{{Extended_Pictographic}}{MARK}*+)*+")
+EMOJIS = regex.compile(rf"(?m)^(?:{ONE})++ ?| (?:{ONE})++(?=[\s.,;:!?]|\Z)|(?:{ONE})++")
+
+SIGNS = {"'": "‘’‚‛‹›′´", '"': "“”„‟«»″", "-": "\u2010\u2011‒–−", "--": "—―", "...": "…"}
+QUOTES = str.maketrans({sign: plain for plain, signs in SIGNS.items() for sign in signs})
+
+# Latin, Cyrillic, Greek letters of one shape; without the Greek ones that formulas use.
+ALIKE = ("AАΑ BВΒ CС. EЕΕ HНΗ IІΙ JЈ. KКΚ MМΜ N.Ν OОΟ PРΡ SЅ. TТΤ XХΧ YУΥ Z.Ζ "
+         "aа. cс. eе. iі. jј. oоο pр. sѕ. xх. yу. ËЁ. ëё. ÏЇΪ ïї.").split()
+SCRIPTS = "A-Za-z\xc0-\xd6\xd8-\xf6\xf8-\u024f\u1e00-\u1eff", "\u0400-\u052f", "\u0370-\u03ff"
+TO_SCRIPT = [str.maketrans({letter: row[i] for row in ALIKE if row[i] != "."
+                            for letter in row if letter != "."}) for i in range(3)]
+LATIN, CYRILLIC, GREEK = (f"[{script}]++(?!\\b)" for script in SCRIPTS)
+MIXED = re.compile(rf"(?<!\w)(?:{LATIN}|{CYRILLIC}|{GREEK})[{''.join(SCRIPTS)}]++(?!\w)")
+
+
+def emoji(text):
+    """No emoji: flags, keycaps, skin tones and families whole, with the space before them."""
+    return text if text.isascii() else EMOJIS.sub("", text)
+
+
+def one_script(word):
+    """The word of a match in the script of most of its letters, unless one has no twin there."""
+    n_letters = [len(re.findall(f"[{script}]", word[0])) for script in SCRIPTS]
+    n_letters[2] -= 0.5  # of a formula such as "ΔE" no half is Greek
+    for script, n, table in zip(SCRIPTS, n_letters, TO_SCRIPT):
+        moved = word[0].translate(table)
+        if n == max(n_letters) and re.fullmatch(f"[{script}]+", moved):
+            return moved
+    return word[0]
+
+
+def homographs(text):
+    """Look-alike letters within a word get one script: a Cyrillic a in "paypal" a Latin one."""
+    return text if text.isascii() else MIXED.sub(one_script, text)
+
+
+def quotes(text):
+    """Typographic quotes, dashes and the ellipsis as ASCII: quotes("\\u201ca\\u201d") == '"a"'."""
+    return text if text.isascii() else text.translate(QUOTES)
+
+
+def lower_case(text):
+    """Lower-case letters only."""
+    return text.lower()
+
+
+PAIRS = """
+abscence absence accomodate accommodate accomodation accommodation accross across acheive achieve
+acheivement achievement acknowlege acknowledge adress address agressive aggressive amatuer amateur
+anual annual apparant apparent appearence appearance arguement argument basicly basically
+becasue because becuase because begining beginning beleive believe beleived believed
+buisness business calender calendar catagory category cemetary cemetery cheif chief
+collegue colleague comming coming commitee committee completly completely concious conscious
+consistant consistent definately definitely definatly definitely desparate desperate
+diffrent different dilemna dilemma disapear disappear dissapointed disappointed embarass embarrass
+embarassing embarrassing enviroment environment excede exceed excercise exercise existance existence
+experiance experience febuary february foriegn foreign fourty forty freind friend freinds friends
+garantee guarantee gaurd guard goverment government grammer grammar greatful grateful
+happend happened harrass harass immediatly immediately independant independent interupt interrupt
+knowlege knowledge lenght length liason liaison libary library maintainence maintenance
+maintenence maintenance mispell misspell neccessary necessary necessery necessary nieghbor neighbor
+noticable noticeable occassion occasion occured occurred occurence occurrence occuring occurring
+parliment parliament peice piece percieve perceive performence performance preceeding preceding
+prefered preferred privelege privilege probly probably pronounciation pronunciation
+publically publicly questionaire questionnaire realy really reccomend recommend recieve receive
+recieved received recieving receiving recomend recommend refered referred remeber remember
+repitition repetition restarant restaurant rythm rhythm saftey safety sentance sentence
+seperate separate similiar similar sincerly sincerely speach speech strenght strength
+succesful successful successfull successful suprise surprise teh the tendancy tendency thier their
+tommorrow tomorrow tounge tongue truely truly untill until usefull useful vaccum vacuum
+visable visible wich which wierd weird writting writing yeild yield
+""".split()
+MISSPELLED = dict(zip(PAIRS[::2], PAIRS[1::2]))  # {wrong: right}
+MISSPELLING = re.compile(rf"(?i)(?<![\w@/.])(?:{'|'.join(MISSPELLED)})(?![\w@/]|\.\w)")
+
+# {short form with the word before: how it goes on in full}; 's and 'd mean several words and stay.
+TAILS = {("n't", " not"): "are could did do does had has have is might must should was were would",
+         ("n't've", " not have"): "could might must should would",
+         ("'re", " are"): "we you they who what there where how",
+         ("'ve", " have"): "i you we they who could might must should would",
+         ("'ll", " will"): "i you he she it we they who what this that there",
+         ("'m", " am"): "i", ("'s", " us"): "let", ("n't", "nnot"): "ca", ("on't", "ill not"): "w"}
+FULL = {before + short: (before, full) for (short, full), words in TAILS.items()
+        for before in words.split()}
+SHORT = re.compile(r"\b[A-Za-z]{1,6}(?:['\u2019][A-Za-z]{1,2}){1,2}\b")
+
+
+def cased(model, text):
+    """A lower-case text in the case of a model: cased("Teh", "the") == "The"."""
+    return text.upper() if model.isupper() else text.capitalize() if model[0].isupper() else text
+
+
+def misspellings(text):
+    """Common English misspellings put right: misspellings("Teh end") == "The end"."""
+    if MISSPELLED.keys().isdisjoint(re.findall("[a-z]+", text.lower())):
+        return text
+    return MISSPELLING.sub(lambda word: cased(word[0], MISSPELLED[word[0].lower()]), text)
+
+
+def in_full(short):
+    """The long form of a matched word such as "don't", with the case of each part kept."""
+    before, full = FULL.get(short[0].lower().replace("\u2019", "'"), (short[0], ""))
+    return short[0][:len(before)] + (full.upper() if short[0][len(before):].isupper() else full)
+
+
+def contractions(text):
+    """English short forms in full: contractions("I don't") == "I do not"; 's and 'd stay."""
+    return SHORT.sub(in_full, text) if "'" in text or "\u2019" in text else text
+
+
+# One order for all: nfc follows what can take a letter from its marks, white_space comes last.
+STAGES = {stage.__name__: stage for stage in (
+    line_ends, controls, nfkc, emoji, homographs, lower_case, nfc, quotes, misspellings,
+    contractions, white_space)}
+DEFAULT = ["line_ends", "controls", "nfc", "white_space"]
+
+# -----------------------------------------------------------------------------
+# Long documents to pieces.
+
+# No sentence ends with an abbreviation, an initial or a short number, or before a small letter.
+CLOSING = r"""['"\u2019\u201d\xbb)\]\u300d\u300f\uff09]"""
+STOPS = r"[\u3002\uff01\uff1f\u0964\u0965\u061f\u06d4]"  # need no space behind them
+NO_END = ("mr|mrs|ms|dr|prof|st|jr|sr|vs|nos?|figs?|eqs?|vol|pp|eds?|inc|ltd|corp?|dept|gen|col|lt|"
+          "sgt|capt|rev|hon|gov|sen|rep|jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec|approx|ca|nr")
+BLANK = r"\n(?:[ \t]*+\n)++"
+ENDING = (rf"(?<=[.!?\u2026]{CLOSING}*)(?<!(?:\b(?i:\p{{L}}|{NO_END})|(?<![\d.,])\d\d?)\.)\s++"
+          rf"(?!\p{{Ll}})|(?!{CLOSING}|{STOPS})(?<={STOPS}{CLOSING}*)\s*+|{BLANK}")
+PARAGRAPHS, SENTENCES, LINES, WORDS = map(regex.compile, (BLANK, ENDING, "\n", r"\s++"))
+
+
+def cut(text, limit, *levels):
+    """Pieces as long as the limit allows, which end where the first pattern matches; a part that is
+    itself too long is cut by the next pattern, or at last after `limit` characters."""
+    if limit < 1:
+        raise ValueError(f"limit={limit} must be at least 1 character")
+    if len(text) <= limit or not levels:
+        return [text[i:i + limit] for i in range(0, len(text), limit) if text.strip()]
+    pieces, start, end, begin = [], 0, 0, 0
+    borders = [border.span() for border in levels[0].finditer(text)]
+    for stop, after in [*borders, (len(text), len(text))]:  # the next part is text[begin:stop]
+        if stop - start > limit:  # does not go into the piece text[start:end]
+            pieces.append(text[start:end])
+            start = begin
+        if stop - start > limit:
+            pieces += cut(text[start:stop], limit, *levels[1:])
+            start = after
+        end, begin = stop, after
+    return [piece for piece in [*pieces, text[start:end]] if piece.strip()]
+
+
+def split_paragraphs(text, limit):
+    """A text in pieces of at most `limit` characters, at blank lines where there are enough."""
+    return cut(text, limit, PARAGRAPHS, SENTENCES, LINES, WORDS)
+
+
+def split_sentences(text, limit):
+    """Such pieces at ends of sentences: split_sentences("Yes. No.", 5) == ["Yes.", "No."]."""
+    return cut(text, limit, SENTENCES, LINES, WORDS)
