@@ -2,12 +2,14 @@
 Documents to batches: read, clean, drop duplicates, split, tokenize, write shards, read them back.
 
     python data.py                               # Python's own standard library, no network needed
-    python data.py book.txt notes/ https://example.org/book.txt --out=shards/mine
+    python data.py book.txt notes/ "more/*.csv" https://example.org/book.txt --out=shards/mine
     python data.py shakespeare                   # or tinystories, wikitext, fineweb10B
+    zcat rows.jsonl.gz | python data.py - --field=body
 
-A source is a name, a file, a folder or a URL. A file is .txt .md .py or .jsonl (field "text"), each
-also as .gz; a .txt file may hold many documents, <|endoftext|> between them. The result, never
-changed, and used again for the same content and options: tokenizer.json, train_000000.bin ...,
+A source is a name, a file, a folder, a pattern, a URL, - for standard input, or a folder of ready
+shards. A file is .txt .md .rst, a program, .json .jsonl .csv (field "text", or --field), each also
+as .gz .bz2 .xz .zst; in text <|endoftext|> may stand between documents. The result, never changed,
+and used again for the same content and options: tokenizer.json, train_000000.bin ...,
 val_000000.bin ... and card.json, which says what went in and what was lost.
 """
 
@@ -17,9 +19,14 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
 
 import ast
+import codecs
 import contextlib
-import gzip
+import csv
+import datetime
+import glob
 import hashlib
+import importlib
+import io
 import itertools
 import json
 import math
@@ -27,7 +34,9 @@ import os
 import platform
 import re
 import shutil
+import sys
 import tempfile
+import time
 import unicodedata
 import zipfile
 from collections import Counter
@@ -35,6 +44,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from urllib.error import URLError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
@@ -44,12 +54,17 @@ from tqdm import tqdm
 from tokenizer import (QUIET, SPECIAL_TOKENS, Parser, Tokenizer, check_fields, read_json, reading,
                        refuse_idle, replacing, room_for_merges, run_command, write_json)
 
-SEPARATOR = "<|endoftext|>"  # between the documents of a .txt file
-LONG_TEXT = 1 << 21  # characters; a .txt file of a longer text is read as several documents
+SEPARATOR = "<|endoftext|>"  # between the documents of a text file
+LONG_TEXT = 1 << 21  # characters; a longer text is read as several documents
+LARGE = 1 << 25  # characters or bytes: of a JSON value or a row, and to find out an encoding
 GROUP_BYTES = 1 << 23  # text tokenized at a time: the ids of a large corpus must not fill memory
 LEARN_BYTES = 200_000_000  # a tokenizer learns from a sample of this size: more changes little
-PAGE_ENDINGS = ".html", ".htm", ".xhtml", ".xht", ".shtml"
-PAGES = "python -m chapters.curate PAGE --out=FOLDER makes .txt files of web pages"
+TIMEOUT, WAITS = 30, (1, 4, 16)  # seconds: without a byte; before a download goes on
+PACKED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma", ".zst": "compression.zstd"}  # and modules
+PROGRAMS = ".py .c .h .cpp .cs .go .java .js .jl .kt .lua .php .pl .r .rb .rs .sh .sql .swift .ts"
+HEAVY = ".html .htm .xhtml .xht .shtml .epub .xml .mbox .srt .vtt .pdf .warc .wet".split()
+CURATE = "python -m chapters.curate FILE --out=FOLDER makes text of it"
+KINDS = "only .txt .md .rst .json .jsonl .csv and programs such as .py, each also packed as .gz"
 
 # Texts to download, each pinned to one revision: URL and sha256.
 HUB = "https://huggingface.co/datasets/"
@@ -66,13 +81,91 @@ KNOWN = {
 }
 FINEWEB = HUB + "kjj0/fineweb10B-gpt2/resolve/main/fineweb_"  # ready shards, behind these words
 NAMES = ["stdlib", *KNOWN, "fineweb10B"]
+LICENSES = dict(zip(NAMES, "PSF-2.0 none CDLA-Sharing-1.0 CC-BY-SA-3.0 ODC-By-1.0".split()))
+
+# -----------------------------------------------------------------------------
+# Encodings: UTF-8, or what a file says of itself, or what it looks like.
+
+# The characters beyond ASCII that are most frequent in texts of other encodings. In Latin scripts
+# they stand alone among ASCII letters.
+HAN = ("的一是不了在人有我他大中上来來个個这這们們为為和国國到地说說要就出也你对對生能而子那得于於着著下自之年过過"
+       "发發后後作里裡用道行所然家种種事成方多经經么麼去法学學如都同现現当當没动動面起看定天分还還进進好小部，。")
+FREQUENT = {
+    "cp1252": "éèêëàâäáãåæçíîïñóôöõøœúùûüß¿¡", "cp1254": "ışğçöüİâî",
+    "cp1257": "āčēģīķļņšūžąęėįųõäöüŠ", "cp1250 iso8859-2": "ąćęłńóśźżáčďěéíňřšťúůýžőűöüăâîşţ",
+    "cp1258": "ăâđêôơưàáãèéìíòóùú\u0300\u0301\u0303\u0309\u0323",
+    "cp1251 koi8-r cp866 iso8859-5": "оеаинтсрвлкмдпуяыі", "cp1253": "αοιετσνηυρπκμςάίό",
+    "cp1255": "יוהלאמשרבתנ", "cp1256": "اليمونرتبةعدسف",
+    "cp874": "านรอกเงลยมดวทสะใ\u0e31\u0e35\u0e48\u0e49", "gb18030": HAN, "big5": HAN,
+    "cp932 euc_jp": "ぁ-ん、。", "cp949": "이다는을의에가고지도로하은사를기한시인나어아서자리대있그들과만보"}
+QUOTES = "\u2013-\u2026«»"  # dashes, quotation marks, ellipsis: in every script
+MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32",  # of byte order
+         codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+DECLARED = re.compile(rb"(?i)(?:charset|coding) *[=:] *[\"']?(?!utf-?[13])([-\w.]+)")  # in HTML, XML and Python
+
+
+def count_others(text):
+    """How many characters of a text are beyond ASCII."""
+    return len(text) - len(text.encode("ascii", "ignore"))
+
+
+def decoded(raw, encoding):
+    """The text of bytes, of a text or of its start; None if they are not of this encoding."""
+    with contextlib.suppress(LookupError, UnicodeError):
+        "".encode(encoding)  # a LookupError for what is no encoding of text
+        return codecs.getincrementaldecoder(encoding)().decode(raw, len(raw) < LARGE)
+
+
+def detect(raw, declared=None):
+    """The encoding of a text by its first bytes: by a byte order mark, UTF-8 if it is that, as
+    `declared` or as it says itself, or the one with the most frequent letters; else UTF-8."""
+    for mark, encoding in MARKS.items():
+        if raw.startswith(mark):
+            return encoding
+    if b"\0" in raw[:8192]:  # in UTF-16 an ASCII character has one byte that is 0
+        even, odd = [raw[i:8192:2].count(0) / len(raw[:8192]) for i in (0, 1)]
+        if max(even, odd) < 0.25 or min(even, odd) > 0.01:
+            raise ValueError("a binary file, not text")
+        return "utf-16-be" if even > odd else "utf-16-le"
+    found, text = DECLARED.search(raw[:1024]), raw.decode("utf-8", "replace")
+    declared = declared or (found[1].decode() if found else "utf-8-sig")
+    if not raw.isascii() and text.count("\ufffd") < count_others(text) / 2:
+        return "utf-8-sig"
+    if decoded(raw, declared):
+        return declared
+    best, share = "utf-8-sig", 0.5
+    for encodings, letters in FREQUENT.items():
+        pattern = f"[{letters}{QUOTES}]"
+        if letters < "\u0250":
+            pattern = f"(?<![^\0-\x7f]){pattern}(?![^\0-\x7f])"
+        for encoding in encodings.split():
+            text = decoded(raw, encoding) or ""
+            if (new := len(re.findall(pattern, text)) / max(1, count_others(text))) > share:
+                best, share = encoding, new
+    return best
+
+
+def as_text(file, encoding=None, declared=None):
+    """A binary file as one of text; what is not of its encoding comes as lone surrogates, U+FFFD."""
+    encoding = encoding or detect(file.read(LARGE), declared)
+    file.seek(0)
+    errors = "surrogateescape" if encoding == "utf-8-sig" else "replace"
+    return io.TextIOWrapper(file, encoding, errors, newline="")
+
+
+def decode(raw, declared=None):
+    """The text of bytes in whatever encoding they are; ValueError for what is binary."""
+    return as_text(io.BytesIO(raw), None, declared).read()
+
 
 # -----------------------------------------------------------------------------
 # Reading and cleaning: a file becomes documents, one str each, in one spelling.
 
 
-def read_txt(file):
-    """Yield the documents of a .txt file, one or many; parts of those longer than LONG_TEXT."""
+def read_text(file, path):
+    """Yield the documents of a text, one or many; parts of those longer than LONG_TEXT."""
+    if path.parts[-2:] == ("pydoc_data", "topics.py"):  # a big dict, whose values are prose
+        yield from ast.literal_eval(ast.parse(file.read()).body[0].value).values()
     rest = ""
     while block := file.read(LONG_TEXT):
         *texts, rest = (rest + block).split(SEPARATOR)
@@ -85,28 +178,48 @@ def read_txt(file):
         yield rest
 
 
-def read_jsonl(file):
-    """Yield the field "text" of the JSON object in each line."""
-    for number, line in enumerate(file, 1):
-        with reading(f"{file.name}, line {number}"):
-            if line.strip():
-                yield json.loads(line)["text"] + ""  # a TypeError for what is no str
+def read_lines(file, path):
+    """Yield the value in each line, None where it is empty, an error where it is broken."""
+    for line in iter(lambda: file.readline(LARGE), ""):
+        try:
+            yield json.loads(line) if line.strip() else None
+        except (ValueError, RecursionError) as error:
+            yield error
 
 
-def read_whole(file):
-    """Yield the one document of a file; of pydoc_data/topics.py, a big dict, the texts in it."""
-    if Path(file.name).parts[-2:] == ("pydoc_data", "topics.py"):
-        yield from ast.literal_eval(ast.parse(file.read()).body[0].value).values()
-    else:
-        yield file.read()
+def read_list(file, path):
+    """Yield the values of a list, or a single one; of a JSON Lines file by this name, its lines."""
+    text = file.read(LARGE + 1)
+    if len(text) > LARGE:
+        raise ValueError(f"{path} has more than {LARGE:,} characters: write a value a line, .jsonl")
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return (yield from read_lines(io.StringIO(text), path))
+    yield from value if isinstance(value, list) else [value]
 
 
-READERS = {".txt": read_txt, ".md": read_whole, ".py": read_whole, ".jsonl": read_jsonl}
+def read_table(file, path):
+    """Yield each row as a dict, by the names in the first line, or the error that it is."""
+    csv.field_size_limit(LARGE)
+    rows = csv.DictReader(file)
+    while True:
+        try:
+            yield next(rows)
+        except csv.Error as error:
+            yield error
+        except StopIteration:
+            return
+
+
+READERS = {".txt": read_text, ".json": read_list, ".jsonl": read_lines, ".csv": read_table,
+           **dict.fromkeys([".md", ".rst", *PROGRAMS.split()], read_text)}
 
 
 def ending(path):
     """What says how a file is read: ending("notes.TXT.gz") == ".txt"."""
-    return Path(Path(path).name.lower().removesuffix(".gz")).suffix
+    path = Path(Path(path).name.lower())
+    return (path.with_suffix("") if path.suffix in PACKED else path).suffix
 
 
 def is_readable(path):
@@ -114,22 +227,42 @@ def is_readable(path):
     return os.path.isfile(path) and os.access(path, os.R_OK)
 
 
-def read_documents(path):
-    """Yield the documents of one file, plain or .gz, as they are; ValueError for any other file.
-    A byte that is not UTF-8 arrives as a lone surrogate, for clean() to count and replace."""
+def open_packed(path):
+    """Open a file to read its bytes, unpacked by what its name ends in."""
+    module = PACKED.get(Path(path).suffix.lower(), "builtins")
+    return importlib.import_module(module).open(path, "rb")
+
+
+def read_rows(path, take, encoding=None, skip=None):
+    """Yield take(row) for the rows of one file, plain or packed: texts, or values of JSON or CSV.
+    skip(reason) is told of each broken one; without it, and for other files, a ValueError."""
     path, kind = Path(path), ending(path)
     if not is_readable(path):
         raise ValueError(f"{path}: no such file, or one that you may not read, or a pipe")
     if kind not in READERS:
-        raise ValueError(f"{path}: can read only {' '.join(READERS)}, each also as .gz, not "
-                         f"{kind or 'a name without'}{f'; {PAGES}' * (kind in PAGE_ENDINGS)}")
-    opened = gzip.open if path.suffix.lower() == ".gz" else open
-    how = dict(encoding="utf-8-sig", errors="surrogateescape", newline="")
-    with reading(path), opened(path, "rt", **how) as file:
-        if b"\0" in file.buffer.peek(8192)[:8192]:
-            raise ValueError(f"{path} is a binary file, not text, which must be UTF-8: for UTF-16, "
-                             f"iconv -f UTF-16 -t UTF-8 {path} > NEW.txt")
-        yield from READERS[kind](file)
+        raise ValueError(f"{path}: cannot read {kind or 'a name without an ending'}: "
+                         f"{CURATE if kind in HEAVY else KINDS}")
+    with reading(path), open_packed(path) as file:
+        for number, row in enumerate(READERS[kind](as_text(file, encoding), path), 1):
+            try:
+                if isinstance(row, Exception):
+                    raise ValueError(str(row))
+                if row is not None:
+                    yield take(row)
+            except ValueError as error:
+                if not skip:
+                    raise ValueError(f"{path}, row {number}: {error}") from None
+                skip(f"{path}, row {number}: {error}")
+
+
+def read_documents(path, field="text", encoding=None, skip=None):
+    """Yield the documents of one file, as read_rows does; of JSON and CSV the texts in a field."""
+    def take(row):
+        text = row.get(field) if isinstance(row, dict) else row
+        if isinstance(text, str):
+            return text
+        raise ValueError(f"no text in field {field!r} of {row!r:.60}: --field=NAME names another")
+    return read_rows(path, take, encoding, skip)
 
 
 # What steers a terminal (ECMA-48): colors and such, strings, short ones; none within another.
@@ -150,9 +283,8 @@ def clean(text, counts=None):
         text = CONTROLS.sub("", OVERSTRUCK.sub("", ESCAPES.sub("", text)))
     counts["control characters"] -= len(text)
     if not text.isascii():
-        text, n_replaced = re.subn("[\ud800-\udfff]", "\ufffd", text)
-        counts["replaced bytes"] += n_replaced
-        text = unicodedata.normalize("NFC", text)
+        text = unicodedata.normalize("NFC", re.sub("[\ud800-\udfff]", "\ufffd", text))
+        counts["replaced bytes"] += text.count("\ufffd")
     text = "\n".join([line.rstrip() for line in text.split("\n")])
     return re.sub(r"\n{4,}", "\n\n\n", text).strip("\n")
 
@@ -184,6 +316,28 @@ def file_hash(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def fetch(url, part, is_page):
+    """Add to a file what it lacks of a URL's content; OSError or HTTPException if it still does."""
+    with open(part, "a+b") as file:
+        n_done = file.seek(max(0, file.seek(0, os.SEEK_END) - 2**16))
+        end = file.read()  # asked for once more: the content may have changed since
+        request = Request(url, headers={"User-Agent": "data.py", "Range": f"bytes={n_done}-"})
+        with urlopen(request, timeout=TIMEOUT) as response:
+            if response.headers.get_content_type() == "text/html" and not is_page:
+                raise ValueError(f"{url} is a web page, not text; {CURATE}")
+            if response.status != 206:  # this server sends all of it
+                n_done, end = file.truncate(0), b""
+            elif not end.startswith(response.read(len(end))):
+                file.truncate(0)
+                raise OSError("its content has changed")
+            n_bytes = n_done + int(response.headers.get("Content-Length") or 0)
+            bar = dict(desc=part.stem, total=n_bytes, initial=n_done + len(end), **QUIET)
+            with tqdm.wrapattr(file, "write", **bar) as counted:
+                shutil.copyfileobj(response, counted)
+            if n_bytes > n_done and file.tell() != n_bytes:
+                raise OSError(f"cut off at {file.tell():,} of {n_bytes:,} bytes")
+
+
 def download(url, path, sha256=None):
     """Fetch url to path, unless it is there; what was cut off continues where it stopped. Raises
     ValueError without a connection, for a page unless path is .html, for a wrong sha256."""
@@ -191,26 +345,23 @@ def download(url, path, sha256=None):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    n_done = max(0, part.stat().st_size - 1) if part.exists() else 0  # to ask for none is an error
-    request = Request(url, headers={"User-Agent": "data.py (urllib)", "Range": f"bytes={n_done}-"})
     try:
-        with urlopen(request, timeout=30) as response:
-            if response.headers.get_content_type() == "text/html" and path.suffix != ".html":
-                raise ValueError(f"{url} is a web page, not text; {PAGES}")
-            n_done = n_done if response.status == 206 else 0  # 200: this server sends all of it
-            n_bytes = n_done + int(response.headers.get("Content-Length") or 0)
-            bar = dict(desc=path.name, total=n_bytes, initial=n_done, **QUIET)
-            with open(part, "ab") as file, tqdm.wrapattr(file, "write", **bar) as counted:
-                file.truncate(n_done)
-                shutil.copyfileobj(response, counted)
-                if file.seek(0, os.SEEK_END) < n_bytes:
-                    raise OSError(f"cut off at {file.tell():,} of {n_bytes:,} bytes")
-    except (OSError, HTTPException) as error:
-        raise ValueError(f"{url}: {error}; start again to go on, or take stdlib") from None
-    if sha256 not in (None, file_hash(part)):
-        part.unlink()
-        raise ValueError(f"{url} has not the expected sha256 {sha256}: removed")
-    return part.replace(path)
+        for wait in (*WAITS, None):
+            try:
+                fetch(url, part, path.suffix == ".html")
+                break
+            except (OSError, HTTPException) as error:  # a URLError: no such server
+                if wait is None or (isinstance(error, URLError)
+                                    and getattr(error, "code", 0) not in (429, 500, 502, 503, 504)):
+                    raise ValueError(f"{url}: {error}; start again to go on, or take stdlib") from None
+                time.sleep(wait)
+        if sha256 not in (None, file_hash(part)):
+            os.truncate(part, 0)
+            raise ValueError(f"{url} has not the expected sha256 {sha256}: removed")
+        return part.replace(path)
+    finally:
+        if part.exists() and not part.stat().st_size:
+            part.unlink()
 
 
 def walk(folder, skip=(), seen=None):
@@ -227,16 +378,27 @@ def walk(folder, skip=(), seen=None):
             yield from walk(path, skip, seen)
 
 
+def is_ready(source):
+    """Whether a source is a folder of shards that others made, or the name of such ones."""
+    return source == "fineweb10B" or any(Path(source).glob("*train*.bin"))
+
+
 def find_files(source, downloads, n_shards=1):
     """The files of one source, in a fixed order. Raises ValueError where there is none."""
+    path = Path(source)
     if source == "stdlib":  # without encodings, whose tables teach a small model to write tables
         skip = "test tests idle_test site-packages dist-packages encodings".split()
         return [path for path in walk(Path(os.__file__).parent, skip) if path.suffix == ".py"]
     if source == "fineweb10B":
         names = ["val_000000.bin"] + [f"train_{i:06d}.bin" for i in range(1, n_shards + 1)]
         return [download(FINEWEB + name, downloads / source / name) for name in names]
+    if source == "-":
+        kind = ".jsonl" if sys.stdin.buffer.peek(1)[:1] == b"{" else ".txt"
+        with replacing(downloads / f"stdin{kind}") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file)
+        return [downloads / f"stdin{kind}"]
     if re.match("https?://", source):
-        name = re.sub(r"[^\w.-]+", "-", Path(urlsplit(source).path).name)
+        name = re.sub(r"[^\\w.-]+", "-", Path(urlsplit(source).path).name)
         name += "" if ending(name) in READERS else ".txt"
         return [download(source, downloads / f"{text_hash(source).hex()[:8]}-{name}")]
     if source in KNOWN:
@@ -246,11 +408,17 @@ def find_files(source, downloads, n_shards=1):
         if not text.exists():  # WikiText is one text: only a heading shows where an article starts
             with zipfile.ZipFile(path) as archive, replacing(text) as file:
                 articles = archive.read("wikitext-2-raw/wiki.train.raw")
-                file.write(re.sub(rb"(?m)^(?= = [^=\n][^\n]* = $)", SEPARATOR.encode(), articles))
+                file.write(re.sub(rb"(?m)^(?= = [^=\\n][^\\n]* = $)", SEPARATOR.encode(), articles))
         return [text]
-    if not (path := Path(source)).exists():
+    if is_ready(source):
+        if (path / "meta.pkl").exists() or (path / "card.json").exists():
+            raise ValueError(f"{source}: its shards have a tokenizer of their own; give the text")
+        return sorted(path.glob("*.bin"))
+    paths = [path] if path.exists() else sorted(map(Path, glob.glob(source, recursive=True)))
+    if not paths:
         raise ValueError(f"{source}: no such file or folder, and not one of {', '.join(NAMES)}")
-    return [*walk(path)] if path.is_dir() else [path]
+    return [file for path in paths
+            for file in (walk(path, ["card.json"]) if path.is_dir() else [path])]
 
 
 # -----------------------------------------------------------------------------
@@ -281,6 +449,8 @@ def write_shards(arrays, folder, split, n_vocab, shard_tokens=10**8):
 
 def read_shard(path):
     """The tokens of a shard as a memory map. Raises ValueError for a foreign or damaged file."""
+    if Path(path).name in ("train.bin", "val.bin"):  # nanoGPT's have no header
+        return np.memmap(path, "<u2", "r")
     magic, version, n_tokens, *_ = [*np.fromfile(path, "<i4", 3).tolist(), 0, 0, 0]
     if (magic, version) not in FORMATS:
         raise ValueError(f"{path}: not a token shard (magic {magic}, version {version})")
@@ -302,7 +472,8 @@ def read_split(folder, split="train"):
 class Card:
     """What card.json says of a folder of shards."""
     fingerprint: str  # the sha256 of content and options
-    sources: list     # of {"name", "files", "skipped": [name and reason]}
+    date: str         # of the day it was made
+    sources: list     # of {"name", "license", "files", "skipped": [place and reason], "curated"}
     python: str       # the version, which decides what stdlib is
     options: dict     # of prepare()
     counts: dict      # documents and bytes, and what was lost
@@ -355,34 +526,42 @@ class Documents:
         return self.file.read(self.ends[i] - self.starts[i]).decode()
 
 
-def gather(found, file):
+def gather(found, file, license=None, **how):
     """Read and clean all files into one -> (Documents, each text once; the sources, as a card has
-    them; counts of what is lost). A file that cannot be read is left out, whole; where its source
-    has no other, a ValueError."""
+    them; counts of what is lost). Broken documents and files that cannot be read are left out and
+    named; where a source is a single such file, a ValueError."""
     sources, sizes, counts = [], [], Counter()
     for source, paths in found.items():
-        skipped = []
+        skipped, n_files = [], 0
+
+        def skip(reason, what="skipped documents"):
+            counts[what] += 1
+            if len(skipped) < 100:
+                skipped.append("".join(c if c.isprintable() else " " for c in reason)[:200])
         for path in tqdm(paths, "read", unit=" files", **QUIET):
             start, n_before, n_chars, lost = file.tell(), len(sizes), 0, Counter()
             try:
-                for text in read_documents(path):
+                for text in read_documents(path, skip=skip, **how):
                     text = clean(text, lost)
                     n_chars += len(text)
                     sizes.append(file.write(text.encode()))
                 if lost["replaced bytes"] > n_chars / 100:
-                    raise ValueError(f"{path}: {lost['replaced bytes'] / n_chars:.0%} of its "
-                                     "characters are not UTF-8: convert it, if it is KOI8-R by "
-                                     f"iconv -f KOI8-R -t UTF-8 {path} > NEW.txt")
+                    raise ValueError(
+                        f"{path}: {lost['replaced bytes'] / n_chars:.0%} of its characters are not "
+                        f"{how.get('encoding') or 'UTF-8'}: --encoding=NAME says what they are")
                 counts.update(lost)
+                n_files += 1
             except ValueError as error:
                 if len(paths) == 1:
                     raise
                 file.seek(start)
                 del sizes[n_before:]
-                skipped.append("".join(c if c.isprintable() else " " for c in str(error))[:200])
-        n_files = len(paths) - len(skipped)
-        sources.append(dict(name=source, files=n_files, skipped=skipped[:100]))
-        counts["skipped files"] += len(skipped)
+                skip(str(error), "skipped files")
+        card = Path(source, "card.json")  # what chapters/curate.py did
+        curated = read_json(card) if card.exists() else {}
+        sources.append(dict(
+            name=source, license=license or curated.get("license") or LICENSES.get(source),
+            files=n_files, skipped=skipped, curated=curated))
     ends = np.cumsum(sizes, dtype=np.int64)
     documents = Documents(file, ends - sizes, ends)
     repeated = exact_duplicates(documents)
@@ -394,16 +573,26 @@ def gather(found, file):
 
 def split(documents, val_ratio=None):
     """Return Documents to train on, Documents to validate on, and in words what decides. Whole
-    documents go by their own hash, so none changes sides when others come or go."""
+    documents go by their own hash, so none changes sides when others come or go; but no long one
+    becomes most of what validates."""
     starts, ends, are_few = documents.starts, documents.ends, len(documents) < 20
     ratio = val_ratio or (0.1 if are_few else 0.05)
-    if are_few:
-        rule = f"fewer than 20 documents: the last {ratio:.0%} of each validates"
-        cuts = starts + [len(text[:int(len(text) * (1 - ratio))].encode()) for text in documents]
+    hashes = [int.from_bytes(text_hash(text)[:8], "big") / 2**64 for text in documents]
+    chosen, room = [], 2 * ratio * documents.n_bytes * (not are_few)
+    for i in np.argsort(hashes):
+        if hashes[i] > ratio and chosen:
+            break
+        if ends[i] - starts[i] <= room:
+            chosen.append(i)
+            room -= ends[i] - starts[i]
+    if chosen:
+        rule = (f"documents with a sha256 (as a fraction of 1) below {ratio} validate, at least "
+                f"one, and at most {2 * ratio:.0%} of all bytes")
+        cuts = ends.copy()
+        cuts[chosen] = starts[chosen]
     else:
-        rule = f"documents with a sha256 (as a fraction of 1) below {ratio} validate, at least one"
-        hashes = [int.from_bytes(text_hash(text)[:8], "big") / 2**64 for text in documents]
-        cuts = np.where(np.array(hashes) > max(ratio, min(hashes)), ends, starts)
+        rule = f"documents are few: the last {ratio:.0%} of each validates"
+        cuts = starts + [len(text[:int(len(text) * (1 - ratio))].encode()) for text in documents]
     train, val = Documents(documents.file, starts, cuts), Documents(documents.file, cuts, ends)
     if not train or not val:
         raise ValueError(f"{documents.n_bytes:,} bytes of text do not split at val_ratio={ratio}")
@@ -429,25 +618,6 @@ def count_tokens(shards, tokenizer):
                 tokens=int(uses.sum()))
 
 
-@contextlib.contextmanager
-def locked(folder):
-    """Keep other processes out of a folder, as long as this one lives; ValueError if one is in."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with open(Path(folder, ".lock"), "ab") as file:
-        try:
-            if os.name == "nt":
-                import msvcrt
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise ValueError(f"{folder} is in use by another process: wait for its end") from None
-        except OSError:  # some network file systems know no locks
-            pass
-        yield
-
-
 def load_tokenizer(tokenizer):
     """The tokenizer of a file, or of the name "gpt2"; one that is loaded already comes back."""
     if tokenizer == "gpt2":
@@ -470,43 +640,40 @@ def is_free(folder, fingerprint):
 
 @contextlib.contextmanager
 def new_shards(folder, fingerprint):
-    """A hidden folder to write shards into: complete, it gets its name or, where that is an empty
-    folder or one of these shards, damaged, its files go there. After an error it is gone."""
+    """A hidden folder to write shards into, which move to `folder`, new or empty or with the same
+    ones, when all is done; after an error there is nothing."""
     real = folder.resolve()
-    part = real.with_name(f".{real.name}.part")
-    with locked(part):
-        try:
-            if not is_free(folder, fingerprint):
-                raise ValueError(f"{folder} holds other shards or files: choose another --out")
-            for path in part.glob("[!.]*"):  # of a process that was killed
-                path.unlink()
-            yield part
-            with contextlib.suppress(PermissionError):  # Windows renames no folder in use
-                if not real.exists():
-                    part.replace(real)
-            if part.exists():
-                real.mkdir(exist_ok=True)
-                for path in real.glob("*.bin"):  # whoever has opened it reads on
-                    path.unlink()
-                for path in sorted(part.glob("[!.]*"), reverse=True):  # card.json is the last
-                    path.replace(real / path.name)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+    real.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{real.name}.", dir=real.parent) as part:
+        if not is_free(folder, fingerprint):
+            raise ValueError(f"{folder} holds other shards or files: choose another --out")
+        yield Path(part)
+        real.mkdir(exist_ok=True)
+        for path in real.glob("*.bin"):  # whoever has opened it reads on
+            path.unlink()
+        for path in sorted(Path(part).iterdir(), reverse=True):  # card.json is the last
+            path.replace(real / path.name)
 
 
-def build(folder, fingerprint, found, tokenizer, options, say):
+def build(folder, fingerprint, found, tokenizer, options, how, say):
     """All stages: read, clean, split, train a tokenizer, write the shards and, last, the card."""
     with (new_shards(folder, fingerprint) as out,
           tempfile.TemporaryFile(dir=out.parent) as file):
-        if "fineweb10B" in found:
-            val, *train = map(read_shard, found["fineweb10B"])
-            sources = [dict(name="fineweb10B", files=1 + len(train), skipped=[])]
-            splits, counts, rule = dict(train=train, val=[val]), {}, "as published"
+        [(first, paths), *_] = found.items()
+        if is_ready(first):
+            splits = {name: [read_shard(path) for path in paths if name in path.name]
+                      for name in ("train", "val")}
+            sources = [dict(name=first, license=how["license"] or LICENSES.get(first),
+                            files=len(paths), skipped=[], curated={})]
+            counts, rule = {}, "as published"
         else:
-            documents, sources, counts = gather(found, file)
+            documents, sources, counts = gather(found, file, **how)
+            skipped = [line for source in sources for line in source["skipped"]]
+            if not documents:
+                raise ValueError(f"no text in {', '.join(found)}{': '.join(['', *skipped[:1]])}")
             lost = ", ".join(f"{n:,} {what}" for what, n in counts.items() if n) or "nothing"
             say(f"{len(documents):,} documents, {documents.n_bytes / 1e6:.1f} MB; lost: {lost}")
-            for line in [line for source in sources for line in source["skipped"][:3]]:
+            for line in skipped[:3]:
                 say(f"skipped: {line}")
             counts.update(documents=len(documents), bytes=documents.n_bytes)
             train, val, rule = split(documents, options["val_ratio"])
@@ -515,8 +682,8 @@ def build(folder, fingerprint, found, tokenizer, options, say):
                 tokenizer = Tokenizer.train(sample, options["vocab_size"])
                 say(f"tokenizer: {tokenizer.n_vocab:,} of {options['vocab_size']:,} tokens")
             splits = dict(train=tokenize(train, tokenizer), val=tokenize(val, tokenizer))
-        card = dict(fingerprint=fingerprint, sources=sources, python=platform.python_version(),
-                    options=options, counts=counts, split=rule)
+        card = dict(fingerprint=fingerprint, date=str(datetime.date.today()), sources=sources,
+                    python=platform.python_version(), options=options, counts=counts, split=rule)
         for name, arrays in splits.items():
             write_shards(arrays, out, name, tokenizer.n_vocab)
             counted = card[name] = count_tokens(read_split(out, name), tokenizer)
@@ -528,27 +695,31 @@ def build(folder, fingerprint, found, tokenizer, options, say):
 
 
 def prepare(sources, out=None, vocab_size=4096, tokenizer=None, val_ratio=None, n_shards=1,
-            say=print):
+            field="text", encoding=None, license=None, say=print):
     """Turn sources (names, files, folders, URLs) into a folder of shards, if there is none yet ->
     its Path: `out`, or shards/NAME OF THE FIRST, where that holds other content with a part of the
     fingerprint. tokenizer: a file, "gpt2" or a Tokenizer; None trains one of vocab_size."""
     sources = [*map(str, [sources] if isinstance(sources, (str, Path)) else sources)]
-    if "" in sources or "fineweb10B" in sources[1:] + sources[:-1]:
+    are_ready = any(map(is_ready, filter(None, sources)))
+    if "" in sources or are_ready and len(sources) > 1:
         raise ValueError(f"{sources}: each must have a name; ready shards do not mix with others")
     if val_ratio is not None and not 0 < val_ratio < 1:
         raise ValueError(f"val_ratio={val_ratio} must be above 0 and below 1")
     if not 1 <= n_shards <= 103:
         raise ValueError(f"fineweb10B has 1 to 103 training shards, not {n_shards}")
-    if tokenizer is not None or "fineweb10B" in sources:
+    with reading(f"--encoding={encoding}: text"):
+        "".encode(encoding or "utf-8")
+    if tokenizer is not None or are_ready:
         tokenizer, vocab_size = load_tokenizer("gpt2" if tokenizer is None else tokenizer), None
     else:
         room_for_merges(vocab_size, SPECIAL_TOKENS)  # a ValueError before anything is read
     folder = Path("shards", folder_name(sources[0])) if out is None else Path(out)
     found = {name: find_files(name, folder.parent / "downloads", n_shards) for name in sources}
     options = dict(vocab_size=vocab_size, tokenizer=tokenizer and tokenizer.hash(),
-                   val_ratio=val_ratio, version=2)  # raised when the same gives other shards
+                   val_ratio=val_ratio, field=field, encoding=encoding,
+                   version=3)  # raised when the same gives other shards
     contents = [[ending(path), file_hash(path)] for paths in found.values() for path in paths
-                if "fineweb10B" in found or ending(path) in READERS and is_readable(path)]
+                if are_ready or ending(path) in READERS and is_readable(path)]
     fingerprint = text_hash(json.dumps([options, contents])).hex()
     if out is None and not is_free(folder, fingerprint):
         folder = Path(f"{folder}-{fingerprint[:8]}")
@@ -556,7 +727,8 @@ def prepare(sources, out=None, vocab_size=4096, tokenizer=None, val_ratio=None, 
         if check_shards(folder, ("train", "val", "token")).fingerprint == fingerprint:
             say(f"{folder}: used again, the content and the options are the same")
             return folder
-    build(folder, fingerprint, found, tokenizer, options, say)
+    how = dict(field=field, encoding=encoding, license=license)
+    build(folder, fingerprint, found, tokenizer, options, how, say)
     return folder
 
 
@@ -604,20 +776,22 @@ class TokenLoader(Iterator):
 def main():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("sources", nargs="*", default=["stdlib"], help=f"paths, URLs, or {', '.join(NAMES)}")
+    add("sources", nargs="*", default=["stdlib"], help=f"paths, URLs, -, or {', '.join(NAMES)}")
     add("--out", help="folder to write (default shards/NAME OF THE FIRST SOURCE)")
     add("--vocab_size", type=int, help="default 4096")
     add("--tokenizer", help="use this tokenizer.json, or gpt2, and train none")
     add("--val_ratio", type=float, help="share to validate on (default 0.05; few documents: 0.1)")
-    add("--shards", type=int, help="of fineweb10B, 200 MB each (default 1)")
+    add("--field", help="of JSON and CSV files, the one with the text (default text)")
+    add("--encoding", help="of the files; else UTF-8, or what they say or look like")
+    add("--license", help="of the text, for its card")
+    add("--shards", dest="n_shards", type=int, help="of fineweb10B, 200 MB each (default 1)")
     typed = {k: v for k, v in vars(parser.parse_intermixed_args()).items() if v is not None}
-    if "fineweb10B" in typed["sources"]:
-        refuse_idle(typed, ["vocab_size", "val_ratio"], "beside fineweb10B")
-    else:
-        refuse_idle(typed, ["shards"], "without fineweb10B")
+    if any(map(is_ready, typed["sources"])):
+        refuse_idle(typed, "vocab_size val_ratio field encoding".split(), "beside ready shards")
+    if "fineweb10B" not in typed["sources"] and "n_shards" in typed:
+        raise ValueError("--shards would not act without fineweb10B: leave it out")
     refuse_idle(typed, ["vocab_size"] * ("tokenizer" in typed), "beside --tokenizer")
-    n_shards = typed.pop("shards", 1)
-    print(f"next: python train.py --data={prepare(**typed, n_shards=n_shards)}")
+    print(f"next: python train.py --data={prepare(**typed)}")
 
 
 if __name__ == "__main__":

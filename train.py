@@ -21,7 +21,6 @@ import copy
 import json
 import math
 import os
-import re
 import shutil
 import sys
 import time
@@ -33,6 +32,7 @@ from itertools import accumulate
 from pathlib import Path
 from statistics import mean, median
 
+import regex
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -201,7 +201,7 @@ def peak_memory(device="cpu"):
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")  # Linux
-    found = status.exists() and re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+    found = status.exists() and regex.search(r"VmHWM:\s+(\d+) kB", status.read_text())
     return 1024 * int(found[1]) if found else None
 
 
@@ -236,7 +236,7 @@ def memory_explained(n_sequences, block_size, device):
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not re.search("MemoryError|out of memory|allocate memory", repr(error)):
+        if not regex.search("MemoryError|out of memory|allocate memory", repr(error)):
             raise
         raise ValueError(f"out of memory with {n_sequences} sequences of {block_size} tokens on "
                          f"{device}: take a smaller --micro_batch_size, --recompute, or a smaller "
@@ -862,9 +862,9 @@ def announce_resumed(run, n_steps, progress, say):
     last = (read_log(run.folder) or [{}])[-1].get("lr")
     if progress == 1:
         say("this run is finished: a larger --max_steps, --epochs or --minutes trains on")
-    elif last and rate > 2 * last:
-        say(f"the learning rate jumps from {last:.1e} to {rate:.1e}, as the schedule is longer "
-            "now: --rewarm begins a new one, with a warm-up")
+    elif last and rate > 2 * last and not run.config.rewarm:
+        say(f"the learning rate jumps from {last:.1e} to {rate:.1e}, as the schedule is longer or "
+            "another now: --rewarm begins a new one, with a warm-up")
 
 
 def announce(run, n_steps, row):
@@ -997,7 +997,7 @@ def train(config, model_config=None, say=tqdm.write):
 
 def summarize(run, seconds, stopped):
     """What train() returns: losses in nats a token, None if not finite; the signal that stopped it
-    or 0; the first words of the validation text to go on with ..."""
+    or 0; two whole words of the validation text to go on with ..."""
     rows, val = read_log(run.folder) or [{}], read_card(run.shards).val
     bits = run.val_loss and run.val_loss / math.log(2) * val["tokens"] / val["bytes"]
     text = run.tokenizer.decode(read_split(run.shards, "val")[0][1:50].tolist())
@@ -1005,7 +1005,7 @@ def summarize(run, seconds, stopped):
                 val_loss=run.val_loss, bits_per_byte=bits, seconds=seconds,
                 tokens_per_second=round(median(row.get("tokens_per_second") or 0 for row in rows)),
                 how=f"{run.model.device}, {run.config.precision}, {run.config.kernels} kernels",
-                words=" ".join(re.findall(r"[^\W_]+", text)[:2])[:20],
+                words=" ".join(regex.findall(r"[^\W_]+", text)[1:3])[:20],  # the first may be cut
                 skipped=sum("skipped" in row for row in rows))
 
 
@@ -1021,6 +1021,9 @@ def main():
         sys.exit(128 + summary["stopped"])
     elif summary and summary["val_loss"] is None:
         raise ValueError("the validation loss is not finite at step {step}: python -m "
+                         "chapters.doctor {folder} says more".format(**summary))
+    elif summary and summary["skipped"] == summary["step"]:
+        raise ValueError("all {step} steps were skipped, so the model learned nothing: python -m "
                          "chapters.doctor {folder} says more".format(**summary))
     elif summary:
         print(sample_lines(*load_finished(summary["folder"]), 200, seed=1))

@@ -22,7 +22,7 @@ from conftest import ROOT, run, tiny
 from test_train import command, configure, same, weights
 
 import train as module
-from data import TokenLoader, locked, prepare
+from data import TokenLoader, prepare
 from sample import checkpoints, first_whole
 from train import (Recorder, TrainConfig, is_spike, load_run, new_run, read_log, save_run,
                    snapshot, take_step, train, why_skip)
@@ -295,7 +295,8 @@ def test_two_runs_do_not_share_a_folder(shards, tmp_path):
     resumed, new = (dataclasses.replace(config, **options) for options in
                     (dict(resume=True), dict(out=str(tmp_path / "new"))))
     for second in resumed, new:
-        with locked(second.out), pytest.raises(ValueError, match="in use by another process"):
+        Path(second.out).mkdir(exist_ok=True)
+        with module.locked(second.out), pytest.raises(ValueError, match="in use by another process"):
             train(second, shape, **QUIET)
         train(second, shape, **QUIET)
 
