@@ -33,7 +33,7 @@ import regex
 import torch
 from tqdm import tqdm
 
-from data import check_shards, read_split
+from data import check_shards, file_hash, read_split, text_hash
 from model import cap_logits, check_known, check_options, option, read_header
 from sample import (checkpoints, load_run, new_cache, newest_run, pick_checkpoint, pick_device,
                     pick_precision, warn)
@@ -501,10 +501,11 @@ class EvaluateConfig:
 
 
 def write_scores(path, report):
-    """Write scores.json. Scores that it has of other tasks stay, if weights and settings agree."""
+    """Write scores.json. Its scores of other tasks stay, if weights, settings and code agree."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
         old = read_json(path)
-        if all(old[name] == report[name] for name in {"weights", *old} & {*report} - VARIES):
+        needed = {"weights", "code", *old} & {*report} - VARIES
+        if all(old[name] == report[name] for name in needed):
             scores = [row for row in old["scores"] if row["task"] not in report["tasks"]]
             tasks = dict.fromkeys([*(row["task"] for row in scores), *report["tasks"]])
             report = old | report | dict(scores=scores + report["scores"], tasks=[*tasks])
@@ -540,9 +541,11 @@ def score_run(checkpoint, questions, config, tasks):
                          chance=None, n=len(asked), unit="questions",
                          left_out=len(questions[name]) - len(asked)) | more.get(metric, {})
             results[name, metric] = score, asked, vectors
+    code = sorted([*Path(__file__).parent.glob("*.py"), *EXAMS.parent.glob("*.py")])
     write_scores(folder / "scores.json", asdict(config) | dict(
         run=str(folder), checkpoint=checkpoint.name, device=device, precision=precision,
         weights=read_header(checkpoint)[1].get("sha256"), tasks=[*fitting],
+        code=text_hash(str([*map(file_hash, code)])).hex(),
         scores=[score for score, _, _ in results.values()]))
     return results
 

@@ -572,6 +572,7 @@ def main():
         refuse_idle(typed | sampling, idle if name in typed else (), f"beside --{name}")
     refuse_idle(typed, () if "beams" in typed else ["length_penalty"], "without --beams")
     command, config = Command(**typed), sampling_config(sampling)
+    refuse_idle(typed, ["n_samples"] * (config.temperature < COLD), "beside --temperature=0")
     folder = newest_run() if command.run is None else command.run
     device = pick_device(command.device)
     precision, dtype = pick_precision(command.precision, device)

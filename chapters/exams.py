@@ -100,7 +100,8 @@ def format_question(name, row):
         question = (format_mosaic if ready else EXAMS[name].format)(row)
         if "target" in question or is_question(question) and (
                 len(question["choices"]) > 1 or name == "lambada"):
-            return question
+            own = row.get("between")
+            return question | (dict(between=own) if isinstance(own, str) else {})
     except (KeyError, ValueError, TypeError, AttributeError, IndexError):
         pass
     raise ValueError(f"this is no row of {name}: {row!r:.60}")

@@ -11,7 +11,6 @@ counts by BLEU, ROUGE-L and F1 how much it is like the text that really follows.
 
 import itertools
 import random
-import re
 import string
 import sys
 from collections import Counter, defaultdict
@@ -21,6 +20,7 @@ if __name__ == "__main__":  # `python chapters/probes.py` works as well, from an
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
+import regex
 from tqdm import tqdm
 
 from chapters.prompts import LETTERS, is_word, joined, words_of
@@ -43,7 +43,7 @@ def plain_words(text):
     """The words of an answer without case, punctuation and articles, as SQuAD compares them
     (arXiv:1606.05250): plain_words("The cat's  hat.") == ["cats", "hat"]."""
     text = "".join(char for char in text.lower() if char not in string.punctuation)
-    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+    return regex.sub(r"\b(a|an|the)\b", " ", text).split()
 
 
 def f1(text, target):
@@ -55,7 +55,7 @@ def f1(text, target):
 def rouge_l(text, target):
     """The F1 of the longest series of words that two texts have in common, in order, 0 to 1: Lin,
     https://aclanthology.org/W04-1013."""
-    text, target = (re.findall(r"[^\W_]+", text.lower()) for text in (text, target))
+    text, target = (regex.findall(r"[^\W_]+", text.lower()) for text in (text, target))
     row = [0] * (len(target) + 1)
     for word in text:  # row[j]: the longest of the words so far and the first j of target
         before, row = row, [0]
@@ -137,7 +137,7 @@ def cloze_rows(texts, n_rows=200, seed=0):
 
 
 def writing_rows(texts, n_rows=200, seed=0):
-    """40 words to continue, and the 20 that follow."""
+    """40 words to continue, of which a short context keeps the last, and the 20 that follow."""
     rng, texts = random.Random(seed), [*map(words_of, texts)]
     starts = [(words, i) for words in texts for i in range(40, len(words) - 20, 20)]
     if not starts:

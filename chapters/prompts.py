@@ -15,7 +15,8 @@ import regex
 
 from evaluate import UNSPACED, WORD, space_between
 
-PAIR = rf"(?:(?={UNSPACED})\p{{L}}\p{{M}}*){{2}}"  # two letters of a script without spaces
+# Two letters of a script without spaces, or two syllables of Hangul, say as much as three or four.
+PAIR = rf"(?:(?={UNSPACED})\p{{L}}\p{{M}}*){{2}}|\p{{Hangul}}{{2,}}"
 LETTERS = regex.compile(rf"\b(?:(?!{UNSPACED})[\p{{L}}\p{{M}}]){{3,}}\b|{PAIR}")
 
 # -----------------------------------------------------------------------------
@@ -33,8 +34,8 @@ def joined(words):
 
 
 def is_word(word, least):
-    """Whether a word has letters alone: least or more, or two of a script without spaces."""
-    return word.isalpha() and len(word) >= least or regex.fullmatch(PAIR, word) is not None
+    """Whether a word has letters alone, with the signs on them: least or more, or a PAIR."""
+    return regex.fullmatch(rf"[\p{{L}}\p{{M}}]{{{least},}}|{PAIR}", word) is not None
 
 
 # -----------------------------------------------------------------------------

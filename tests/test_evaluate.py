@@ -498,6 +498,23 @@ def test_scores_of_other_tasks_stay_while_weights_and_settings_do(command, folde
     assert tasks(more, "--tasks=perplexity") == ["perplexity"]
 
 
+@pytest.mark.parametrize("name", ["model.py", "chapters/probes.py"])
+def test_scores_of_other_tasks_go_when_the_code_changes(command, folder, tmp_path, monkeypatch,
+                                                        name):
+    monkeypatch.setattr(evaluate, "__file__", str(tmp_path / "evaluate.py"))
+    monkeypatch.setattr(evaluate, "EXAMS", tmp_path / "chapters" / "exams.py")
+    (tmp_path / "chapters").mkdir()
+
+    def tasks(task, code):
+        (tmp_path / name).write_text(code)
+        command(f"--tasks={task}", "--max_tokens=2000")
+        return json.loads((folder / "scores.json").read_text("utf-8"))["tasks"]
+
+    assert tasks("perplexity", "a = 1") == ["perplexity"]
+    assert tasks("continuation", "a = 1") == ["perplexity", "continuation"]
+    assert tasks("perplexity", "a = 2") == ["perplexity"]
+
+
 @pytest.mark.parametrize("words, idle", [
     (["--tasks=perplexity", "--n_questions=9", "--seed=1"], "--n_questions --seed"),
     (["--tasks=continuation", "--stride=9"], "--stride"),

@@ -89,6 +89,13 @@ def test_ready_questions_of_other_benchmarks_are_asked_in_the_tasks_words():
     assert pairs_of(asked[0]) == pairs_of(asked[1])
 
 
+@pytest.mark.parametrize("row", [ROWS["arc_easy"],
+                                 dict(query="海上明月", choices=["共", "a"], gold=1)])
+def test_a_row_of_any_form_may_say_what_stands_before_its_choices(row):
+    question = format_question("arc_easy", row | dict(between="--"))
+    assert all(end.startswith("--") for _, end in pairs_of(question))
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_a_row_that_lacks_a_part_or_has_one_of_another_kind_is_refused(name):
     row, wrong = ROWS[name], [[], None, "query"]
@@ -249,6 +256,15 @@ def test_letters_of_every_script_make_words(text):
     assert len(PROBES["copying"]([text], 5, 0)) == 5
 
 
+@pytest.mark.parametrize("words", ["사람 시간 세계 나라 학교 친구 바다 하늘 나무",
+                                   "मनुष्य किताब रास्ता पानी रोशनी माता पिता जंगल",
+                                   "خَيْرٌ كِتَابٌ وَقْتٌ نُورٌ بَيْتٌ مَاءٌ طَرِيقٌ نَهْرٌ"])
+@pytest.mark.parametrize("name", ["cloze", "planted", "copying", "brackets"])
+def test_syllables_and_signs_on_letters_make_words(name, words):
+    text = " ".join(Random(0).choices(words.split(), k=400))
+    assert len(PROBES[name]([text], 5, 0)) == 5
+
+
 def test_questions_by_a_rule_come_to_an_end():
     assert len(PROBES["arithmetic"]([], 10**9, 0)) == 10_000
 
@@ -277,6 +293,7 @@ def test_rouge_l_by_hand_and_as_its_library_has_it():
 
 def test_rouge_l_counts_words_of_every_script():
     assert rouge_l("кот видит пса", "кот видит дом") == pytest.approx(2 / 3)
+    assert rouge_l("मनुष्य की किताब", "मनुष्य की रोशनी") == pytest.approx(2 / 3)
 
 
 def test_bleu_by_hand():

@@ -535,6 +535,8 @@ def test_help_names_each_option_with_its_default():
     (["--prompt=a", "--file=b"], "error: --prompt would not act beside --file: leave it out"),
     (["--temperature=1e-7", "--top_p=0.9", "--seed=1"],
      "error: --top_p --seed would not act beside --temperature=0: leave it out"),
+    (["--temperature=0", "--n_samples=3"],
+     "error: --n_samples would not act beside --temperature=0: leave it out"),
     (["--length_penalty=2"], "error: --length_penalty would not act without --beams: leave it out"),
     (["--logit_bias=a=" + "9" * 400], "error: logit_bias=a=" + "9" * 400 + " must be one token and "
      "a number, such as ' the=-2'; 'a' makes 1 tokens"),

@@ -416,7 +416,10 @@ def test_a_finished_run_says_that_its_rate_jumps_and_rewarm_climbs(shards, tmp_p
     assert rates[8] > 2 * rates[7] and any(
         "jumps from 1.7e-03 to 5.7e-03" in line and "--rewarm" in line for line in said)
     more = dict(resume=True, max_steps=16, out=str(tmp_path / "warm"))
-    train(dataclasses.replace(config, **more | dict(rewarm=True, eval_every=3)), **QUIET)
+    said.clear()
+    warm = dataclasses.replace(config, **more | dict(rewarm=True, eval_every=3))
+    train(warm, say=said.append)
+    assert not any("jumps" in line for line in said)
     warm = [row["lr"] for row in read_log(tmp_path / "warm")]
     assert warm[8:11] == pytest.approx([0.005, 0.01, 0.01])  # in two steps, as in the beginning
     assert warm[10:] == sorted(warm[10:], reverse=True) and warm[15] < 0.004
@@ -527,6 +530,22 @@ def test_a_run_that_ends_without_a_number_says_so(shards, tmp_path, monkeypatch,
     code, (*_, line) = mistake(main, monkeypatch, capsys, *command(shards, tmp_path / "run",
                                                                    "--max_steps=2"))
     assert code == 1 and "not finite at step 2: python -m chapters.doctor" in line
+
+
+def test_a_run_that_took_no_step_at_all_says_so(shards, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("train.why_skip", lambda *_: "not finite")
+    code, lines = mistake(main, monkeypatch, capsys, *command(shards, tmp_path / "run"))
+    assert code == 1 and lines == ["error: all 8 steps were skipped, so the model learned nothing: "
+                                   f"python -m chapters.doctor {tmp_path / 'run'} says more"]
+
+
+@pytest.mark.parametrize("text, words", [
+    ("ort inside, the story goes on", "inside the"), ("राम मनुष्य की किताब है", "मनुष्य की"),
+    ("ий мир и 'весь' дом", "мир и"), ("word", "")])
+def test_the_words_to_go_on_with_are_whole_in_every_script(shards, tmp_path, monkeypatch, text,
+                                                           words):
+    monkeypatch.setattr("train.Tokenizer.decode", lambda *_: text)
+    assert train(*configure(shards, tmp_path / "run", max_steps=1), **QUIET)["words"] == words
 
 
 def test_a_run_that_does_not_fit_starts_only_by_force(shards, tmp_path, monkeypatch):
