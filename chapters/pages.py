@@ -1,0 +1,250 @@
+"""
+A web page's bytes become its main text, or all of its visible text.
+
+    from chapters.pages import html_to_text, visible_text
+
+The page is cut at its tags into blocks: paragraphs, headings, list items, table rows. A block goes
+if an element around it says that it is beside the text (<nav>, class="sidebar"), or if most of it
+is links; what is left between these stays where it is long enough. Link density and length come
+from boilerpipe (Kohlschütter, Fankhauser and Nejdl, WSDM 2010), judging a short block by those
+around it from jusText (Pomikálek, 2011). It all takes linear time, whatever is in the page.
+"""
+
+import codecs
+import contextlib
+import html
+import re
+from collections import Counter, namedtuple
+from functools import lru_cache
+from itertools import chain, groupby
+
+from data import DECLARED, decode
+
+# Pages that name the first mean the second, which has more characters, as browsers know.
+MEANT = {"iso8859-1": "cp1252", "ascii": "cp1252", "iso8859-9": "cp1254", "gb2312": "gb18030",
+         "gbk": "gb18030", "shift_jis": "cp932", "euc_kr": "cp949"}
+
+
+def page_text(page, declared=None):
+    """The characters of a page: as its byte order mark says, as UTF-8 if it is that, as `declared`
+    by the server or else by the page itself, as data.decode finds; ValueError for a binary one."""
+    found = DECLARED.search(page[:1024])
+    name = declared or (found[1].decode() if found else "utf-8")
+    with contextlib.suppress(LookupError, ValueError):  # what is no charset is left to data.decode
+        name = codecs.lookup(name.strip(" \"'")).name
+    return decode(page, MEANT.get(name, name)).removeprefix("\ufeff")
+
+
+# -----------------------------------------------------------------------------
+# Blocks: a page as a list of pieces of text, and what is known about each.
+
+HIDDEN = re.compile(r"(?is)<!--.*?(?:-->|\Z)|<(script|style|template)\b"
+                    r"(?:[^<>]*/>|.*?(?:</\1\s*>|\Z))")
+# It matches whatever begins like a tag, so that what was searched once for a > is not searched
+# again; without its > (the last group) it is text: "if a <b or c".
+TAG = re.compile(r"""<(/?)([a-zA-Z!?][^\s/<>]*)"""
+                 r"""((?:[^<>=]|=\s*(?:"[^"]*"|'[^']*')?+)*+)(>?)""")
+INLINE = {*"a abbr acronym b bdi bdo big cite code data del dfn em font i img ins kbd label mark q "
+          "ruby s samp small span strike strong sub sup time tt u var wbr".split()}
+
+# What says that an element is beside the text: its tag, or a word in its class, id or role.
+BESIDE = {*"aside button dialog fieldset footer form iframe menu nav noscript object select svg "
+          "textarea title".split()}
+BESIDE_WORDS = re.compile(
+    r"(?<![a-z])(?:nav|menu|breadcrumb|side-?bar|masthead|top-?bar|toolbar|banner|cookie|consent|"
+    r"gdpr|privacy|shar(?:e|ing)|social|related|recommend|suggest|trending|popular|newsletter|"
+    r"subscri|sign-?up|log-?in|promo|advert|sponsor|comment|disqus|skip|paginat|pager|popup|modal|"
+    r"overlay|complementary|contentinfo|search|copyright|line-?n|visually|sr-only|print-?only|"
+    r"(?:foot|footer|tags?|ads?|toc|meta|byline|edit|editsection|rail)(?![a-z]))"
+    r"|(?<![a-z-])(?:widget|header(?![a-z-]))|display:\s*none")
+MAIN_WORDS = re.compile(r"(?<![a-z])(?:main(?![a-z])|articlebody|entry-?content|mw-content-text)")
+# An id of four words is made of a heading, and says nothing of where it stands.
+NAMES = re.compile(r"""(?i)\b(?:(?:class|role|itemprop|style)\s*=\s*("[^"]*"|'[^']*'|[^\s"'>]+)"""
+                   r"""|id\s*=\s*["']?([a-z\d]+(?:[-_][a-z\d]+){,2})(?=["'\s]|$))""")
+
+VOID = {*"area base basefont col embed frame hr input link meta param source track".split()}
+# The end tags of these are often left out: what ends each when it opens; <p> ends at any block.
+ENDS = {"p": {"p"}, "li": {"p", "li"}, "dt": {"p", "dt", "dd"}, "dd": {"p", "dt", "dd"},
+        "td": {"p", "td", "th"}, "th": {"p", "td", "th"}, "tr": {"p", "td", "th", "tr"}}
+HEADINGS = {"h1", "h2", "h3", "h4", "h5", "h6"}
+
+
+# Of how many characters are links; a tag of HEADINGS, li, pre, or p for all others; the numbers of
+# the table row and cell and of the element that it stands in (0: in none).
+Block = namedtuple("Block", "text linked tag row cell element")
+
+
+@lru_cache(4096)  # the items of a list, the pages of a site have the same
+def role(tag, attributes):
+    """-> (what an element is: "main", "header", "beside", or None for most; what its kind shares).
+    role("div", ' id="ad-7"') == ("beside", 'div "ad-"')"""
+    names = " ".join(map("".join, NAMES.findall(attributes)))
+    kind = f"{tag} {re.sub('[0-9]+', '', names)}"
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", "-", names).lower()
+    if tag in ("main", "article") or MAIN_WORDS.search(words):
+        return "main", kind
+    if tag == "header":
+        return "header", kind
+    return "beside" if tag in BESIDE or BESIDE_WORDS.search(words) else None, kind
+
+
+class Page:
+    """The blocks of a page, and its elements with a role: (the one around, role, kind)."""
+
+    def __init__(self, text):
+        self.blocks, self.elements, self.stack, self.is_open = [], [(0, None, "")], [], Counter()
+        self.element = self.row = self.cell = self.n_cells = 0
+        self.pieces, self.linked, self.in_link, self.tag = [], 0, False, "p"
+        text, *parts = TAG.split(HIDDEN.sub("", text))
+        self.add(text)
+        for slash, name, attributes, end, text in zip(*(parts[i::5] for i in range(5))):
+            tag = name.lower()
+            if not end:
+                self.add(f"<{slash}{name}{attributes}")
+            elif tag == "a":
+                self.in_link = not slash and "href" in attributes.lower()
+            elif tag == "br":
+                self.pieces.append("\n")
+            elif tag not in INLINE:
+                self.finish()
+                (self.close if slash else self.open)(tag, attributes)
+            self.add(text)
+        self.finish()
+
+    def add(self, text):
+        self.pieces.append(text if self.is_open["pre"] else text.replace("\n", " "))
+        self.linked += self.in_link and len(text.strip())
+
+    def finish(self):
+        """What was added since the last block is one."""
+        text = "".join(self.pieces)
+        if "&" in text:  # int() refuses a number of thousands of digits
+            text = html.unescape(re.sub(r"(&#\d{9})\d+", r"\1", text))
+        if not self.is_open["pre"]:
+            text = "\n".join([" ".join(line.split()) for line in text.split("\n")]).strip()
+        if text.strip():
+            at = self.row, self.cell, self.element
+            self.blocks.append(Block(text.strip("\n"), self.linked, self.tag, *at))
+            self.tag = "pre" if self.is_open["pre"] else "p"
+        self.pieces, self.linked = [], 0
+
+    def open(self, tag, attributes):
+        if tag in VOID or attributes.endswith("/") or tag[0] in "!?":
+            return
+        while self.stack and self.stack[-1][0] in ENDS.get(tag, ENDS["p"]):
+            self.leave()
+        self.stack.append((tag, self.row, self.cell, self.element))
+        self.is_open[tag] += 1
+        found, kind = role(tag, attributes[:1000])
+        if found and tag not in ("html", "body"):
+            self.elements.append((self.element, found, kind))
+            self.element = len(self.elements) - 1
+        if tag in ("tr", "td", "th"):
+            self.n_cells += 1
+            self.row, self.cell = self.n_cells if tag == "tr" else self.row, self.n_cells
+        if tag in HEADINGS or tag in ("li", "pre"):
+            self.tag = tag
+
+    def close(self, tag, _):
+        self.tag = "p"
+        if tag in ENDS:  # one that is left out must not end what stands around
+            if self.stack and self.stack[-1][0] == tag:
+                self.leave()
+        elif self.is_open[tag]:
+            while self.leave() != tag:
+                pass
+
+    def leave(self):
+        tag, self.row, self.cell, self.element = self.stack.pop()
+        self.is_open[tag] -= 1
+        return tag
+
+
+# -----------------------------------------------------------------------------
+# Which blocks are the main text.
+
+NOTICE = re.compile(r"(?i)\W*(?:©|\(c\)|copyright\b|all rights reserved|skip to |share (?:on|this)"
+                    r"|(?:we|this (?:web)?site) (?:[\w ]+ )?uses? [^.]*cookies)")
+
+
+def size(blocks):
+    """In bytes, for a Chinese word has fewer letters: about as many as other languages need."""
+    return sum(len(block.text.encode("utf-8", "replace")) for block in blocks)
+
+
+def without_asides(page):
+    """-> (the blocks that stand in nothing that is beside the text, whether the page says where its
+    main text is; then they are those). What holds most of the text is not beside it, by whatever
+    name, and neither are elements of one kind that do together, as the posts of a thread."""
+    sizes, alike = [0] * len(page.elements), Counter()
+    for block in page.blocks:
+        sizes[block.element] += len(block.text) - block.linked
+    for i in range(len(sizes) - 1, 0, -1):  # an element comes after the one around it
+        around, _, kind = page.elements[i]
+        sizes[around] += sizes[i]
+        alike[kind] += sizes[i] * (kind != page.elements[around][2])
+    beside, depth = [False], [0]
+    for around, found, kind in page.elements[1:]:
+        alone = found == "beside" or found == "header" and not depth[around]
+        beside.append(beside[around] or alone and alike[kind] <= sizes[0] / 2)
+        depth.append(depth[around] + (found == "main"))
+    blocks, is_marked = [block for block in page.blocks if not beside[block.element]], False
+    for level in 1, 2:  # <main>, then an <article> in it
+        inner = [block for block in blocks if depth[block.element] >= level]
+        if size(inner) > size(blocks) / (6 - 2 * level):
+            blocks, is_marked = inner, True
+    return blocks, is_marked
+
+
+def join_rows(blocks):
+    """The cells of a table's row as one block, but for those of a layout, where a cell is long or
+    has several blocks."""
+    joined = []
+    for row, cells in groupby(blocks, key=lambda block: block.row):
+        cells = [*cells]
+        alone = row and len({block.cell for block in cells}) == len(cells)
+        if alone and all(len(block.text) < 200 and block.tag != "pre" for block in cells):
+            cells = [cells[0]._replace(text=" | ".join([block.text for block in cells]),
+                                       linked=sum(block.linked for block in cells))]
+        joined += cells
+    return joined
+
+
+def is_boilerplate(block):
+    """Whether a block is a notice or, unless it is a heading or code, mostly links."""
+    return len(block.text) < 300 and NOTICE.match(block.text) is not None or (
+        block.linked > 0.5 * len(block.text) and block.tag not in HEADINGS | {"pre"})
+
+
+def main_blocks(page):
+    """The blocks of the runs between boilerplate that are not too short; all where there is no such
+    run. Where the page marks its main text, boilerplate goes at its two ends alone."""
+    blocks, is_marked = without_asides(page)
+    blocks = join_rows(blocks)
+    groups = [(bad, [*run]) for bad, run in groupby(blocks, key=is_boilerplate)]
+    runs = [run for i, (bad, run) in enumerate(groups)
+            if not bad or is_marked and 0 < i < len(groups) - 1]
+    runs = [[*chain(*runs)]] if is_marked else runs
+    for run in runs:
+        while run and run[-1].tag in HEADINGS:  # it heads what went
+            run.pop()
+    longest = max(map(size, runs), default=0)
+    least = max(min(100, longest), longest / 10)
+    kept = [block for run in runs if size(run) >= least for block in run]
+    return kept if size(kept) > size(blocks) / 5 else blocks
+
+
+def html_to_text(page, declared=None):
+    """The main text of a page, without menus, footers, cookie lines and the like. List items and
+    table rows have a line each, all else is apart by an empty one."""
+    text, last = "", None
+    for block in main_blocks(Page(page_text(page, declared))):
+        is_next = last and (block.tag == last.tag == "li" or 0 < last.row != block.row > 0)
+        text += ("\n" if is_next else "\n\n") * bool(last) + "- " * (block.tag == "li") + block.text
+        last = block
+    return text
+
+
+def visible_text(page, declared=None):
+    """All that a reader sees of a page: visible_text(b"<p>a &lt; <b>b</b>") == "a < b"."""
+    return "\n".join([block.text for block in Page(page_text(page, declared)).blocks])
