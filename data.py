@@ -286,7 +286,8 @@ def clean(text, counts=None):
         text = CONTROLS.sub("", OVERSTRUCK.sub("", ESCAPES.sub("", text)))
     counts["control characters"] -= len(text)
     if not text.isascii():
-        text = unicodedata.normalize("NFC", re.sub("[\ud800-\udfff]", "\ufffd", text))
+        text = re.sub("[\ud800-\udfff]", "\ufffd", text).replace("\ufeff", "")  # a mark of joined files
+        text = unicodedata.normalize("NFC", text)
         counts["replaced bytes"] += text.count("\ufffd")
     text = "\n".join([line.rstrip() for line in text.split("\n")])
     return re.sub(r"\n{4,}", "\n\n\n", text).strip("\n")
@@ -375,9 +376,9 @@ def walk(folder, skip=(), seen=None):
     for path in sorted(folder.iterdir()):
         if path.name[0] == "." or path.name in skip:
             continue
-        if not path.is_dir():
-            yield path
-        elif path.resolve() not in seen and os.access(path, os.R_OK | os.X_OK):
+        if not path.is_dir() or not os.access(path, os.R_OK | os.X_OK):
+            yield path  # what cannot be read is named by whoever tries
+        elif path.resolve() not in seen:
             yield from walk(path, skip, seen)
 
 
@@ -475,7 +476,6 @@ def read_split(folder, split="train"):
 class Card:
     """What card.json says of a folder of shards."""
     fingerprint: str  # the sha256 of content and options
-    date: str         # of the day it was made
     sources: list     # of {"name", "license", "files", "skipped": [place and reason], "curated"}
     python: str       # the version, which decides what stdlib is
     options: dict     # of prepare()
@@ -486,6 +486,7 @@ class Card:
     tokenizer: str    # its hash()
     vocab_size: int
     checksums: dict   # {file name: sha256}
+    date: str = ""    # of the day it was made
 
     def __post_init__(self):
         counts = [split.get(n) for split in (self.train, self.val) for n in ("tokens", "bytes")]
@@ -595,7 +596,9 @@ def split(documents, val_ratio=None):
         cuts[chosen] = starts[chosen]
     else:
         rule = f"documents are few: the last {ratio:.0%} of each validates"
-        cuts = starts + [len(text[:int(len(text) * (1 - ratio))].encode()) for text in documents]
+        lengths = [len(text) - int(len(text) * ratio) for text in documents]
+        cuts = starts + [len(text[:max(n, text.find(" ", n))].encode())  # before a word
+                         for text, n in zip(documents, lengths)]
     train, val = Documents(documents.file, starts, cuts), Documents(documents.file, cuts, ends)
     if not train or not val:
         raise ValueError(f"{documents.n_bytes:,} bytes of text do not split at val_ratio={ratio}")

@@ -138,7 +138,7 @@ def test_text_of_a_user_makes_no_special_token_and_what_is_learned_stands_out(tm
 
 
 @pytest.mark.parametrize("content, words, message", [
-    ("[]", [], "none of 0 chats"), ('{"messages": []}', [], "chat 1"),
+    ("[]", [], "none of 0 chats"), ('{"messages": []}', [], "none of 1"),
     ('{"messages": [{"role": "user"}]}', [], "chat 1"), ("", ["--block_size=0"], "none of 0")])
 def test_a_wrong_file_ends_in_one_line(tmp_path, monkeypatch, capsys, content, words, message):
     (tmp_path / "chats.jsonl").write_text(content)
