@@ -286,7 +286,7 @@ def clean(text, counts=None):
         text = CONTROLS.sub("", OVERSTRUCK.sub("", ESCAPES.sub("", text)))
     counts["control characters"] -= len(text)
     if not text.isascii():
-        text = re.sub("[\ud800-\udfff]", "\ufffd", text).replace("\ufeff", "")  # a mark of joined files
+        text = re.sub("[\ud800-\udfff]", "\ufffd", text).replace("\ufeff", "")  # of joined files
         text = unicodedata.normalize("NFC", text)
         counts["replaced bytes"] += text.count("\ufffd")
     text = "\n".join([line.rstrip() for line in text.split("\n")])

@@ -1,137 +1,233 @@
 """
-Web pages to plain text that data.py reads.
+From files of any kind to documents that one can trust: read, clean, mask, filter, drop copies.
 
-    python -m chapters.curate page.html saved/ https://example.org/ --out=texts
-    python data.py texts
+    python -m chapters.curate pages/ dump.warc.gz book.epub --out=texts/web
+    python -m chapters.curate texts/raw --out=texts/good --languages en de --near=0.7 --lines
+    python -m chapters.curate rows.jsonl --out=texts/good --like=good.txt --unlike=bad.txt
+    python data.py texts/web
+    python -m chapters.curate card shards/web       # what was done to them, with pictures
 
-A page is a file (.html .htm .xhtml .xht .shtml, each also as .gz), a folder of them, or a URL. One
-.txt file is written for each, under the name that the page has in its folder.
+The stages run in the order of --help; each is a pure function of a text, or of all of them. `none`
+leaves a stage out. --out gets documents.jsonl ({"text", "source"} a line) and card.json: how many
+documents each stage took and left, why, and five examples of each. data.py puts it into its own.
 """
 
-import gzip
-import html
+import datetime
+import json
 import re
 import sys
 import tempfile
-import zlib
-from collections import Counter
+from collections import deque
+from dataclasses import asdict
 from pathlib import Path
 
 if __name__ == "__main__":  # `python chapters/curate.py` works as well, from any folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data import PAGE_ENDINGS, download, ending, folder_name, is_readable, walk
-from tokenizer import Parser, reading, replacing, run_command
+import numpy as np
+from tqdm import tqdm
 
-# -----------------------------------------------------------------------------
-# From a page to its text.
+from chapters import formats
+from chapters.near import contaminated, near_duplicates, repeated_lines
+from chapters.pages import html_to_text
+from chapters.privacy import mask_pii
+from chapters.rules import quality
+from chapters.stages import CurateConfig, count, merge, new_record, run_batch
+from data import (READERS, Documents, download, ending, find_files, is_readable, new_shards,
+                  open_packed, read_documents, text_hash)
+from tokenizer import (QUIET, on_all_cores, parse_options, reading, refuse_idle, replacing,
+                       run_command, write_json)
 
-HIDDEN = re.compile(r"(?is)<!--.*?(?:-->|\Z)|<(script|style|template)\b.*?(?:</\1\s*>|\Z)")
-PRE = re.compile(r"(?is)<pre\b[^<>]*>(.*?)(?:</pre\s*>|\Z)")  # the one place for white space
-TAG = re.compile(r"""</?([a-zA-Z!?][^\s/<>]*)(?:"[^"]*"|'[^']*'|[^<>"'])*>""")
-INLINE = "a abbr b cite code em font i img kbd mark q s small span strong sub sup tt u var".split()
-
-
-def html_to_text(page):
-    """The visible text of a web page: html_to_text(b"<p>a &lt; <b>b</b>").strip() == "a < b".
-    A byte that is not UTF-8 arrives as a lone surrogate, as data.py counts and replaces it."""
-    parts = PRE.split(HIDDEN.sub("", page.decode("utf-8-sig", "surrogateescape")))
-    for i, part in enumerate(parts):  # the odd ones come from a <pre>
-        part = part if i % 2 else re.sub(r"\s+", " ", part)
-        part = TAG.sub(lambda tag: "" if tag[1].lower() in INLINE else "\n", part)
-        parts[i] = html.unescape(part)
-        if i % 2 == 0:
-            parts[i] = re.sub(r"\s+", lambda run: "\n" if "\n" in run[0] else " ", parts[i]).strip()
-    return "\n".join(parts)
+__all__ = ["html_to_text", "mask_pii", "near_duplicates", "quality"]  # by their public names
+PAGES = ".html", ".htm", ".xhtml", ".xht", ".shtml"
+BATCH_CHARS = 1 << 21  # of the texts that a process works on at a time
 
 
 # -----------------------------------------------------------------------------
-# The command: pages to a folder of .txt files.
+# Reading: a file of any kind becomes (place, text) pairs.
 
 
-def stem(path):
-    """The name of a page without its ending, None for another file: stem("b/A.htm.gz") == "A"."""
-    name = path.name[:-3] if path.suffix.lower() == ".gz" else path.name
-    return Path(name).stem if ending(path) in PAGE_ENDINGS else None
-
-
-def read_page(path):
-    """The bytes of a page; ValueError for a damaged or binary file."""
-    if not is_readable(path):
-        raise ValueError(f"{path}: no such file, or one that you may not read, or a pipe")
-    with reading(path):
-        page = path.read_bytes()
-        try:
-            page = gzip.decompress(page) if path.suffix.lower() == ".gz" else page
-        except gzip.BadGzipFile as error:  # an OSError that does not name the file
-            raise ValueError(str(error)) from None
-    if b"\0" in page[:8192]:
-        raise ValueError(f"{path} is a binary file, not a page (a page must be UTF-8)")
-    return page
-
-
-def find_pages(source, folder):
-    """Yield (path, name of its text) for the pages of a source; a URL is downloaded to `folder`."""
-    path = Path(source)
-    if re.match("https?://", source):
-        name = f"{folder_name(source)}-{zlib.crc32(source.encode()):08x}"
-        yield download(source, Path(folder, f"{name}.html")), name
-    elif source and path.is_dir():
-        pages = [page for page in walk(path) if stem(page)]
-        if not pages:
-            raise ValueError(f"{source}: no pages ({' '.join(PAGE_ENDINGS)}) in it")
-        for page in pages:
-            yield page, str(page.relative_to(path).with_name(stem(page)))
-    elif not source or not path.exists():
-        raise ValueError(f"{source or 'an empty name'}: no such file or folder")
-    elif stem(path) is None:
-        raise ValueError(f"{source}: not a page, which ends in {' '.join(PAGE_ENDINGS)}")
+def read_any(path, config, skip):
+    """Yield the documents of one file; skip(reason) is told of those that are broken."""
+    kind, path = ending(path), Path(path)
+    if kind in READERS or not is_readable(path):
+        yield from read_documents(path, config.field, config.encoding or None, skip)
+    elif kind in PAGES:
+        with reading(path), open_packed(path) as file:
+            yield html_to_text(file.read(), config.encoding or None)
+    elif kind in formats.READERS:
+        packed = "".join(path.suffixes[-2:]).lower() not in formats.RAW
+        with reading(path), open_packed(path) if packed else open(path, "rb") as file:
+            for document in formats.READERS[kind](file):
+                if isinstance(document, ValueError):
+                    skip(f"{path}, {document}")
+                else:
+                    yield document
     else:
-        yield path, stem(path)
+        raise ValueError(f"{path}: cannot read {kind or 'a name without an ending'}, only "
+                         f"{' '.join([*PAGES, *formats.READERS])} and what data.py reads")
 
 
-def readable_pages(source, folder, say):
-    """The (path, name) of the pages of a source that can be read; ValueError if it has one page."""
-    pages, readable = [*find_pages(source, folder)], []
-    for page, name in pages:
-        try:
-            read_page(page)
-            readable.append((page, name))
-        except ValueError as error:
-            if len(pages) == 1:
-                raise
-            say("".join(char if char.isprintable() else " " for char in f"skipped: {error}"))
-    return readable
+def find(source, downloads):
+    """The files of a source; a URL is taken for a page where its name does not say what it is."""
+    if re.match("https?://", source) and ending(source) not in (*READERS, *formats.READERS):
+        return [download(source, Path(downloads, re.sub(r"\W+", "-", source)[-80:] + ".html"))]
+    return find_files(source, Path(downloads))
 
 
-def curate(sources, out, say=print):
-    """Write the text of each page to a .txt file below `out` -> their paths. It begins when all
-    sources are found; of several pages in a folder those that cannot be read are left out."""
-    paths, counts = set(), Counter()
-    with tempfile.TemporaryDirectory() as folder:
-        for page, name in [page for source in sources
-                           for page in readable_pages(source, folder, say)]:
-            path = Path(out, f"{name}.txt")
-            while path in paths:  # two pages of one name
-                counts[name] += 1
-                path = Path(out, f"{name}-{counts[name] + 1}.txt")
-            with replacing(path) as file:
-                file.write(html_to_text(read_page(page)).encode("utf-8", "surrogateescape"))
-            paths.add(path)
-    return sorted(paths)
+def read_all(config, found, sources):
+    """Yield batches of (place, text) of all files; sources gets what a card says of each."""
+    batch, n_chars = [], 0
+    for source, paths in found.items():
+        n_files, skipped = 0, []
+        for path in tqdm(paths, "curate", unit=" files", **QUIET):
+            try:
+                for number, text in enumerate(read_any(path, config, skipped.append), 1):
+                    batch.append((f"{path}, {number}", text))
+                    n_chars += len(text)
+                    if n_chars > BATCH_CHARS:
+                        yield batch
+                        batch, n_chars = [], 0
+                n_files += 1
+            except ValueError as error:
+                skipped.append(str(error))
+        sources.append(dict(name=source, files=n_files, n_skipped=len(skipped), skipped=[
+            "".join(c if c.isprintable() else " " for c in line)[:200] for line in skipped[:100]]))
+    yield batch
+
+
+# -----------------------------------------------------------------------------
+# Stages that look at all texts: from (place, text) pairs to those that are left.
+
+
+class Rows(Documents):
+    """Texts that lie in a file as {"text", "source"}, a JSON object each."""
+
+    def row(self, i):
+        return json.loads(Documents.__getitem__(self, i))
+
+    def __getitem__(self, i):
+        return self.row(i)["text"]
+
+
+def write_rows(pairs, file):
+    """Write (place, text) pairs to a file -> Rows."""
+    sizes = [file.write(json.dumps(dict(text=text, source=place)).encode() + b"\n")
+             for place, text in pairs]
+    ends = np.cumsum(sizes, dtype=np.int64)
+    return Rows(file, ends - sizes, ends)
+
+
+def first_ones(pairs, record):
+    """Yield the pairs whose text did not occur before; of each 16 bytes are remembered."""
+    seen = set()
+    for place, text in pairs:
+        key = text_hash(text)[:16]
+        count(record, place, text, [] if key in seen else [text], {"copy": 1})
+        if key not in seen:
+            seen.add(key)
+            yield place, text
+
+
+def new_lines(pairs, record):
+    """Yield the pairs without the long lines that occurred before in any of them."""
+    ahead = deque()
+    for left in repeated_lines(ahead.append(pair) or pair[1] for pair in pairs):
+        place, text = ahead.popleft()
+        count(record, place, text, [left] if left.strip() else [], {"repeated lines": 1})
+        if left.strip():
+            yield place, left
+
+
+def without(rows, positions, record, last):
+    """Rows without some; the record, after the `last` one, says what goes."""
+    for i in positions:
+        row = rows.row(i)
+        count(record, row["source"], row["text"], [], {record["name"]: 1})
+        record["bytes"] -= len(row["text"].encode())
+    record["documents"] += last["documents"] - len(positions)
+    record["bytes"] += last["bytes"]
+    return Rows(rows.file, *np.delete([rows.starts, rows.ends], positions, axis=1))
+
+
+# -----------------------------------------------------------------------------
+# The command.
+
+
+def run_stages(config, found, file, sources, records):
+    """All stages from files to Rows; sources and records get what the card says of them."""
+    read, per_text = new_record("read"), []
+
+    def jobs():
+        for batch in read_all(config, found, sources):
+            for place, text in batch:
+                count(read, place, text, [text], {})
+            yield config, batch
+
+    def texts():
+        for batch, new in on_all_cores(run_batch, jobs()):
+            merge(per_text, new)
+            yield from batch
+
+    pairs, over_all = texts(), []
+    for stage, name, wanted in ((first_ones, "copies", config.exact),
+                                (new_lines, "lines", config.lines)):
+        if wanted:
+            over_all.append(new_record(name))
+            pairs = stage(pairs, over_all[-1])
+    rows = write_rows(pairs, file)
+    records += [read, *per_text, *over_all]
+    if config.near:
+        records.append(new_record("near-duplicates"))
+        rows = without(rows, near_duplicates(rows, config.near, config.ngram, config.hashes,
+                                             config.bands, config.seed), *records[:-3:-1])
+    if config.against != "none":
+        questions = [text for path in np.atleast_1d(config.against)
+                     for text in read_documents(path, config.field)]
+        records.append(new_record("contaminated"))
+        rows = without(rows, contaminated(rows, questions), *records[:-3:-1])
+    return rows
+
+
+def curate(config, say=print):
+    """Apply the stages to all sources and write what is left to a new folder -> its card, a dict.
+    ValueError, and no folder, if nothing is left or `out` holds anything."""
+    out, sources, records = Path(config.out), [], []
+    found = {source: find(source, out.parent / "downloads") for source in config.sources}
+    with new_shards(out, "") as new, tempfile.TemporaryFile(dir=new.parent) as file:
+        rows = run_stages(config, found, file, sources, records)
+        for record in records:
+            why = ", ".join(f"{n:,} {reason}" for reason, n in record["reasons"].most_common(4))
+            say(f"{record['name']:<16}{record['documents']:>9,} documents "
+                f"{record['bytes'] / 1e6:9.1f} MB  changed {record['changed']:,}, "
+                f"dropped {record['dropped']:,}{f': {why}' if why else ''}")
+        for line in [line for source in sources for line in source["skipped"]][:3]:
+            say(f"skipped: {line}")
+        if not len(rows):
+            raise ValueError(f"no text is left of {', '.join(found)}")
+        with replacing(new / "documents.jsonl") as lines:
+            for i in range(len(rows)):
+                lines.write(Documents.__getitem__(rows, i).encode())
+        card = dict(license=config.license, date=str(datetime.date.today()), sources=sources,
+                    options=asdict(config), stages=records)
+        write_json(new / "card.json", card)
+    return card
 
 
 def main():
-    parser = Parser(__doc__)
-    parser.add_argument("sources", nargs="+", metavar="PAGE", help="files, folders or URLs")
-    parser.add_argument("--out", required=True, help="folder for the .txt files")
-    args = parser.parse_intermixed_args()
-    if not args.out:
-        raise ValueError("--out is empty: give the name of a folder")
-    paths = curate(args.sources, args.out)
-    n_bytes = sum(path.stat().st_size for path in paths)
-    print(f"{len(paths):,} pages, {n_bytes / 1e6:.1f} MB of text")
-    print(f"next: python data.py {args.out}")
+    if sys.argv[1:2] == ["card"]:
+        from chapters import datacard
+        return datacard.main(sys.argv[2:])
+    [options] = parse_options(__doc__, CurateConfig)
+    config = CurateConfig(**options)
+    if not config.out or not config.sources:
+        raise ValueError("give one or more sources, and --out=FOLDER for their documents")
+    if not config.near:
+        refuse_idle(options, "ngram hashes bands seed".split(), "beside --near=0")
+    refuse_idle(options, ["keep"] * (not config.like), "without --like")
+    refuse_idle(options, ["max_chars"] * (config.split == "none"), "without --split")
+    curate(config)
+    print(f"next: python data.py {config.out}")
 
 
 if __name__ == "__main__":

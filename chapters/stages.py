@@ -1,0 +1,173 @@
+"""
+The options of curate, its stages that look at one text at a time, and what is counted of each. A
+stage is a pure function from a text to (list of texts, {reason: n}): an empty list drops it,
+another text changes it, several cut it.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from chapters import cleaning
+from chapters.classify import language, quality_classifier, toxicity
+from chapters.privacy import KINDS, mask_pii
+from chapters.rules import DEFAULT, THRESHOLDS, quality
+from data import read_documents
+from model import check_options, option
+
+PIECES = {"paragraphs": cleaning.split_paragraphs, "sentences": cleaning.split_sentences}
+N_EXAMPLES, EXCERPT = 5, 160  # kept of a stage; characters of each
+
+
+def chosen(words, known, option):
+    """The known names that words give, whole or by their first part, in the order of `known`:
+    chosen("c4", ["gopher_hashes", "c4_policies"], "rules") == ["c4_policies"]."""
+    words = {words} if isinstance(words, str) else {*words}
+    if wrong := words - {"none", *known, *(name.split("_")[0] for name in known)}:
+        raise ValueError(f"--{option}={min(wrong)}: must be none or of {' '.join(known)}")
+    return [name for name in known if {name, name.split("_")[0]} & words and "none" not in words]
+
+
+@dataclass(frozen=True)
+class CurateConfig:
+    """Documents and stages."""
+    sources: list = option([], "files, folders, patterns, URLs, - or names data.py knows",
+                           positional=True)
+    out: str = option("", "folder to write")
+    field: str = option("text", "of JSON and CSV files, the one with the text")
+    encoding: str = option("", "of the files; else what they say or look like")
+    license: str = option("unknown", "of the text, for its card")
+    clean: str | list = option(cleaning.DEFAULT, f"of {' '.join(cleaning.STAGES)}", many=True)
+    split: str = option("none", "cut long documents", known=lambda: ["none", *PIECES])
+    max_chars: int = option(20_000, "characters of a document that is cut", low=100)
+    mask: str | list = option([*KINDS], "personal data to hide", many=True)
+    rules: str | list = option([*DEFAULT], "names of chapters.rules, or their first word",
+                               many=True)
+    languages: str | list = option("all", "keep these: en de ...", many=True)
+    toxic: float = option(1.0, "drop what is more toxic (chapters.classify)", below=1.01)
+    like: str = option("", "file of documents to be like, and")
+    unlike: str = option("", "one of documents to be unlike: a classifier learns the difference")
+    keep: float = option(0.5, "probability of --like from which a document is kept", below=1.01)
+    exact: bool = option(True, "drop copies")
+    lines: bool = option(False, "drop long lines that occurred before")
+    near: float = option(0.8, "drop near-duplicates, of this Jaccard similarity; 0: none",
+                         below=1.01)
+    ngram: int = option(5, "words in a row that near-duplicates are compared by", low=1, below=100)
+    hashes: int = option(128, "of a document for --near", low=1, below=10_001)
+    bands: int = option(16, "of hashes, of which one must be equal", low=1, below=10_001)
+    against: str | list = option("none", "files of questions that no text may have", many=True)
+    seed: int = option(0, "of --near")
+
+    def __post_init__(self):
+        check_options(self)
+        for name, known in (("clean", cleaning.STAGES), ("mask", KINDS), ("rules", THRESHOLDS)):
+            chosen(getattr(self, name), known, name)
+        if bool(self.like) != bool(self.unlike):
+            raise ValueError("--like and --unlike need each other: a file of documents each")
+
+
+@lru_cache(maxsize=1)
+def quality_scores(like, unlike):
+    """The score of a document by a classifier trained on two files, once in each process."""
+    good, bad = ([*read_documents(path)] for path in (like, unlike))
+    return quality_classifier(good, bad)[0].score
+
+
+def change(function):
+    """A stage that puts function(text) in the place of a text."""
+    return lambda text: ([function(text)], {})
+
+
+def drop(reason):
+    """A stage that drops the texts for which reason(text) is one, a str."""
+    def stage(text):
+        why = reason(text)
+        return ([], {why: 1}) if why else ([text], {})
+    return stage
+
+
+def mask(kinds):
+    """A stage that masks personal data."""
+    def stage(text):
+        masked, counts = mask_pii(text, kinds)
+        return [masked], counts
+    return stage
+
+
+def text_stages(config):
+    """{name: stage} of a CurateConfig, in the order in which they are applied."""
+    clean = chosen(config.clean, cleaning.STAGES, "clean")
+    stages = {name: change(cleaning.STAGES[name]) for name in clean}
+    if config.split != "none":
+        stages[config.split] = lambda text: (PIECES[config.split](text, config.max_chars), {})
+    stages["empty"] = drop(lambda text: None if text.strip() else "empty")
+    if config.languages != "all":
+        wanted = {*np.atleast_1d(config.languages)}
+        stages["languages"] = drop(lambda text: (name := language(text)[0]) not in wanted and name)
+    if rules := chosen(config.rules, THRESHOLDS, "rules"):
+        stages["rules"] = drop(lambda text: quality(text, rules))
+    if config.like:
+        score = quality_scores(config.like, config.unlike)
+        stages["quality"] = drop(lambda text: score(text) < config.keep and "unlike")
+    if config.toxic < 1:
+        stages["toxic"] = drop(lambda text: toxicity(text) > config.toxic and "toxic")
+    if kinds := chosen(config.mask, KINDS, "mask"):
+        stages["mask"] = mask(kinds)
+    return stages
+
+
+# -----------------------------------------------------------------------------
+# What a stage did, counted, with a few examples.
+
+
+def new_record(name, examples=()):
+    """A record of a stage: the documents and bytes that it leaves, how many it changed or dropped,
+    why, and examples."""
+    return dict(name=name, documents=0, bytes=0, changed=0, dropped=0, reasons=Counter(),
+                examples=[*examples])
+
+
+def example(place, before, after, reasons):
+    """What a stage did to a text, as an excerpt around the first difference."""
+    after = after[0] if len(after) == 1 else ""
+    at = next((i for i, (a, b) in enumerate(zip(before, after)) if a != b), 0)
+    around = slice(max(0, at - 40), at + EXCERPT - 40)
+    return dict(place=place, before=before[around], after=after[around], why=" ".join(reasons))
+
+
+def count(record, place, before, after, reasons):
+    """Count in a record that a stage made the texts `after` of a text."""
+    record["documents"] += len(after)
+    record["bytes"] += sum(len(text.encode()) for text in after)
+    if after != [before]:
+        record["changed" if after else "dropped"] += 1
+        record["reasons"].update(reasons)
+        if len(record["examples"]) < N_EXAMPLES:
+            record["examples"].append(example(place, before, after, reasons))
+
+
+def run_batch(config, batch):
+    """Apply the stages to a batch of (place, text) -> (what is left of it, a record per stage).
+    A pure function of what it is given, so that processes and machines can share the batches."""
+    records = []
+    for name, stage in text_stages(config).items():
+        record, left = new_record(name), []
+        for place, text in batch:
+            texts, reasons = stage(text)
+            count(record, place, text, texts, reasons)
+            left += [(place, new) for new in texts]
+        records.append(record)
+        batch = left
+    return batch, records
+
+
+def merge(total, records):
+    """Add the records of a batch to the list of those of all batches before."""
+    total += [new_record(record["name"]) for record in records[len(total):]]
+    for mine, new in zip(total, records):
+        for name in "documents", "bytes", "changed", "dropped":
+            mine[name] += new[name]
+        mine["reasons"].update(new["reasons"])
+        mine["examples"] += new["examples"][:N_EXAMPLES - len(mine["examples"])]
