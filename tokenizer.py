@@ -65,9 +65,8 @@ PATIENCE = 10  # seconds of work for a split, and one more for each 10,000 chara
 BLANKS = 1 << 14  # so many in a row are more than tiktoken can take
 LARGEST_ID = 1 << 22  # a tokenizer lists what it has up to its last id
 CACHE = 1 << 16  # chunks whose ids a tokenizer remembers, none longer than 32 characters
-# A progress bar, where a terminal can draw one, if the work takes a second.
-NO_BAR = sys.stderr is None or os.environ.get("TERM") == "dumb"  # None: closed, as by 2>&-
-QUIET = dict(disable=NO_BAR or None, delay=1, leave=False)
+# A progress bar, where a terminal can draw one (2>&- closes it), if the work takes a second.
+QUIET = dict(disable=not sys.stderr or os.getenv("TERM") == "dumb" or None, delay=1, leave=False)
 FORMAT = "byte-level BPE, version 2"
 
 # GPT-2 writes bytes as characters that print: most stand for themselves, the others are moved up.
@@ -119,9 +118,8 @@ class Parser(argparse.ArgumentParser):
             near = nearest(unknown[1], self._option_string_actions)
             word = "config" if word.endswith(".py") else word
             takes_data = unknown[1][0] != "-" and "--data" in self._option_string_actions
-            hint = HINTS.get(word, "")
-            if re.match(r"(--\w+)?", hint)[0] not in {"", *self._option_string_actions}:
-                hint = ""  # an option of other commands
+            hint, own = HINTS.get(word, ""), {"", *self._option_string_actions}  # no other command's
+            hint *= re.match(r"(--\w+)?", hint)[0] in own
             here = hint or takes_data and f"--data={unknown[1]}"
             message = f"unknown option {unknown[1]}" + (f"; here: {here}" if here else near)
         message = re.sub("ignored explicit argument.*", "it takes no value", message)
