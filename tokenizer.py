@@ -118,7 +118,7 @@ class Parser(argparse.ArgumentParser):
             near = nearest(unknown[1], self._option_string_actions)
             word = "config" if word.endswith(".py") else word
             takes_data = unknown[1][0] != "-" and "--data" in self._option_string_actions
-            hint, own = HINTS.get(word, ""), {"", *self._option_string_actions}  # no other command's
+            hint, own = HINTS.get(word, ""), {"", *self._option_string_actions}  # of this command
             hint *= re.match(r"(--\w+)?", hint)[0] in own
             here = hint or takes_data and f"--data={unknown[1]}"
             message = f"unknown option {unknown[1]}" + (f"; here: {here}" if here else near)
