@@ -1,15 +1,16 @@
 """
-Which language, how good, how toxic: one small classifier on hashed n-grams, trained here.
+Three filters trained from scratch: what language a text is in, how good it is, how toxic.
 
     python -m chapters.classify                            # tables of held-out accuracy
     python -m chapters.classify language FILE ...          # the language of each document
     python -m chapters.classify quality --like=good.txt --unlike=bad.txt FILE ...
 
-languages.jsonl holds sentences in 19 languages and 9 scripts (fields language, text, use: train or
-test), toxic.jsonl short English texts (text, toxic: 0 or 1, use), all written for this course: no
-weights are shipped, both classifiers are trained when first asked, in a second or two. Limits: the
-language of a text is one of the 19 or "und"; toxic knows the few hundred texts it saw, mild ones:
-it ranks lines for a person to look at, and misses what is new, disguised or in another language.
+All three are the Classifier of chapters/ngrams.py. No weights are shipped: those of language and
+toxicity are trained on first use, in a second or two, from languages.jsonl (language, text, use)
+and toxic.jsonl (text, toxic: 0 or 1, use), written for this course; use is train or test. Limits:
+of languages that languages.jsonl lacks, those in a script of their own are "und", but one close to
+another often passes for it, as Czech does for Polish. The toxic texts are few, mild and English:
+what is disguised, new or in another language is missed, and a quotation can pass for an insult.
 """
 
 import json
@@ -23,28 +24,28 @@ if __name__ == "__main__":  # `python chapters/classify.py` works as well, from 
 
 import numpy as np
 
-from chapters.ngrams import Classifier, area, code_points, only_letters, precision_recall
+from chapters.ngrams import Classifier, code_points, only_letters, precision_recall, roc_auc
 from data import read_documents
-from tokenizer import Parser, run_command
+from tokenizer import Parser, refuse_idle, run_command
 
 HERE = Path(__file__).parent
 CERTAIN = 0.4  # a language less probable than this is "und"
-MOST = 2000  # documents of a kind that a quality classifier learns from: 100 kB of memory each
+MOST_DOCUMENTS = 2000  # of each kind, for a quality classifier: one takes 100 kB while it learns
 TOXIC_THRESHOLDS = 0.3, 0.5, 0.7, 0.9
 
 # -----------------------------------------------------------------------------
-# What is made of it: a language, a quality, a share of toxic lines.
+# Language, quality, toxicity.
 
 
 def read_examples(name, use):
-    """The rows of a .jsonl file of this folder that have this use, train or test."""
+    """The rows for one use, "train" or "test", of a .jsonl file in this folder."""
     lines = (HERE / name).read_text("utf-8").splitlines()
     return [row for row in map(json.loads, lines) if row["use"] == use]
 
 
 @lru_cache(maxsize=1)
 def language_classifier():
-    """The Classifier, and for each block of 128 characters whether a training text uses it."""
+    """The Classifier, and a table: which blocks of 128 characters the training texts use."""
     rows = read_examples("languages.jsonl", "train")
     texts, labels = [row["text"] for row in rows], [row["language"] for row in rows]
     known = np.zeros(0x110000 >> 7, bool)
@@ -53,9 +54,10 @@ def language_classifier():
 
 
 def language(text):
-    """(ISO 639-1 code, probability) of the language that the first 2,000 characters are in: "und"
-    where there are no letters, where most are of a script none of the 19 languages has, and where
-    none is CERTAIN. language("Guten Morgen, wie geht es dir?")[0] == "de"."""
+    """(ISO 639-1 code, probability), from the first 2,000 characters, which are enough. The code is
+    "und", undetermined, for a text without letters, for one whose letters are mostly of a script
+    that no training text uses, and where no language reaches CERTAIN.
+    language("Guten Morgen, wie geht es dir?")[0] == "de"."""
     classifier, known = language_classifier()
     codes = code_points(only_letters(text[:classifier.settings.limit]))
     letters = codes[codes != ord(" ")]
@@ -68,31 +70,34 @@ def language(text):
 
 
 def quality_classifier(good, bad, seed=0):
-    """Learn to tell two lists of documents apart, by at most MOST of each -> (Classifier, whose
-    score(text) is the probability of a good one; how right it is on each fifth document, which it
-    has not seen: area, precision and recall at 0.5)."""
+    """Learn what tells good documents from bad ones -> (Classifier, whose score(text) is the
+    probability of good; its AUC, and precision and recall at 0.5, on a fifth of the documents, held
+    out). GPT-3's training text was chosen by such a classifier (arXiv:2005.14165, appendix A)."""
     random, seen, held_out = np.random.RandomState(seed), [], []
     for label, texts in enumerate((bad, good)):
-        texts = [*dict.fromkeys(texts)]  # of copies, none may be on both sides
+        texts = [*dict.fromkeys(texts)]  # else a copy could be on both sides
         if len(texts) < 10:
             raise ValueError(f"{len(texts)} different {'good' if label else 'bad'} documents are "
-                             "too few, give at least 10: a .jsonl file holds one a line")
-        rows = [(texts[i], label) for i in random.permutation(len(texts))[:MOST]]
+                             "too few: give at least 10, such as a .jsonl file with one a line")
+        rows = [(texts[i], label) for i in random.permutation(len(texts))[:MOST_DOCUMENTS]]
         held_out += rows[::5]
         seen += [row for i, row in enumerate(rows) if i % 5]
     classifier = Classifier.train(*zip(*seen), characters=3, words=2, buckets=2**16, limit=3000,
                                   l2=1e-5, steps=100, seed=seed)
     texts, truth = zip(*held_out)
     scores = classifier.probabilities(texts)[:, 1]
-    return classifier, dict(area=area(scores, truth), **precision_recall(scores, truth, 0.5))
+    return classifier, dict(AUC=roc_auc(scores, truth), **precision_recall(scores, truth, 0.5))
 
 
 @lru_cache(maxsize=1)
 def toxic_classifier():
-    """The Classifier of toxic.jsonl; the strength of its l2 was chosen by cross-validation."""
+    """The Classifier of toxic.jsonl. Ordinary English sentences beside its harmless twins make a
+    false alarm rarer; l2 was chosen by cross-validation."""
     rows = read_examples("toxic.jsonl", "train")
+    rows += [row | dict(toxic=0) for row in read_examples("languages.jsonl", "train")
+             if row["language"] == "en"]
     return Classifier.train([row["text"] for row in rows], [row["toxic"] for row in rows],
-                            words=2, buckets=2**16, l2=1e-3, steps=100, rate=0.2)
+                            words=2, buckets=2**16, l2=1e-4, steps=100, rate=0.2)
 
 
 def toxicity(text):
@@ -104,7 +109,7 @@ def toxicity(text):
 
 
 # -----------------------------------------------------------------------------
-# How right it is.
+# Tables of what was held out.
 
 
 def pieces(size=None):
@@ -142,35 +147,47 @@ def toxic_table():
     """Yield the lines of a table: precision and recall at each threshold."""
     rows = read_examples("toxic.jsonl", "test")
     scores, truth = [toxicity(row["text"]) for row in rows], [row["toxic"] for row in rows]
-    yield f"toxic lines: {sum(truth)} of {len(truth)} held out, area {area(scores, truth):.3f}"
+    yield f"toxic lines: {sum(truth)} of {len(truth)} held out, AUC {roc_auc(scores, truth):.3f}"
     yield "threshold  precision    recall"
     for threshold in TOXIC_THRESHOLDS:
         figures = precision_recall(scores, truth, threshold)
         yield f"{threshold:9}{figures['precision']:11.1%}{figures['recall']:10.1%}"
 
 
+def judge(paths, verdict):
+    """Print a line for each document in files: verdict(text), and how the text begins."""
+    for text in (text for path in paths for text in read_documents(path)):
+        print(verdict(text), " ".join(text[:200].split())[:60], sep="  ")
+
+
+def judge_quality(like, unlike, paths):
+    """Train on two files, print how right that is on held-out documents, and judge others."""
+    classifier, figures = quality_classifier([*read_documents(like)], [*read_documents(unlike)])
+    print("held out:", ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
+    judge(paths, lambda text: f"{classifier.score(text):.3f}")
+
+
 def main():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("command", nargs="?", default="table", choices=["table", "language", "quality"])
-    add("files", nargs="*", metavar="FILE", help="whose documents are judged, one a line")
+    add("files", nargs="*", metavar="FILE", help="each of its documents is judged")
     add("--like", metavar="FILE", help="quality: good documents")
     add("--unlike", metavar="FILE", help="quality: bad documents")
     args = parser.parse_intermixed_args()
-    if args.command == "quality":
-        if not (args.like and args.unlike):
-            raise ValueError("quality needs --like=good.txt and --unlike=bad.txt")
-        good, bad = [*read_documents(args.like)], [*read_documents(args.unlike)]
-        classifier, figures = quality_classifier(good, bad)
-        print("held out:", ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
-    elif args.command == "table":
+    named = [name for name in ("like", "unlike") if getattr(args, name)]
+    if args.command != "quality":
+        refuse_idle(named, ["like", "unlike"], f"beside {args.command}")
+    if (args.command == "table") == bool(args.files) and args.command != "quality":
+        raise ValueError("table takes no files" if args.files else "language needs a file to judge")
+    if args.command == "table":
         print(*language_tables(), "", *toxic_table(), sep="\n")
-    for text in (text for path in args.files for text in read_documents(path)):
-        start = " ".join(text[:200].split())[:60]
-        if args.command == "language":
-            print("{} {:.3f}  {}".format(*language(text), start))
-        elif args.command == "quality":
-            print(f"{classifier.score(text):.3f}  {start}")
+    elif args.command == "language":
+        judge(args.files, lambda text: "{} {:.3f}".format(*language(text)))
+    elif len(named) < 2:
+        raise ValueError("quality needs both --like=good.txt and --unlike=bad.txt")
+    else:
+        judge_quality(args.like, args.unlike, args.files)
 
 
 if __name__ == "__main__":

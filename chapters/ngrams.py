@@ -5,8 +5,9 @@ Text classification from scratch: hashed n-grams into multinomial logistic regre
     classifier.probabilities(["morning"])          # (texts, classes), columns as settings.labels
     classifier.save("languages.npz")               # Classifier.load reads it
 
-chapters/classify.py makes of it language identification and filters of quality and toxicity. The
-features are those of fastText's classifier (arXiv:1607.01759), each with a weight of its own.
+chapters/classify.py builds language identification and the quality and toxicity filters on it. The
+features are fastText's (arXiv:1607.01759), hashed (arXiv:0902.2206), but each bucket has a weight
+for each class, not an embedding: so the loss is convex, and any optimum is the best one.
 """
 
 import json
@@ -21,7 +22,7 @@ from tokenizer import check_fields, reading, replacing
 NOT_LETTERS = re.compile(r"[\s\d!-@\[-`{-¿×÷\u2000-\u2bff\u3000-\u303f\uff00-\uff20]+")
 WORD = re.compile(r"\w+|[^\w\s]")
 MULTIPLIER = np.uint32(0x9E3779B1)  # odd, its bits well mixed: 2**32 over the golden ratio
-CHARACTERS, BLOCKS, WORDS = np.arange(1, 4, dtype=np.uint32)  # so that "a" is not the word "a"
+CHARACTERS, BLOCKS, WORDS = np.arange(1, 4, dtype=np.uint32)  # seeds: "a" is not the word "a"
 
 # -----------------------------------------------------------------------------
 # Features: how often each n-gram occurs, counted in buckets that a hash chooses.
@@ -31,10 +32,10 @@ CHARACTERS, BLOCKS, WORDS = np.arange(1, 4, dtype=np.uint32)  # so that "a" is n
 class Settings:
     """What decides the features, saved beside the weights."""
     labels: list
-    characters: int = 4    # n-grams of 1 to so many characters: letters, and spaces between words
-    words: int = 0         # n-grams of 1 to so many words; a punctuation mark is a word
-    buckets: int = 2**14
-    limit: int = 2000      # a text is judged by so many characters, its first
+    characters: int = 4    # n-grams of 1 to this many characters: letters, a space between words
+    words: int = 0         # n-grams of 1 to this many words; a punctuation mark is a word
+    buckets: int = 2**14   # rows of weights; n-grams with the same hash share one
+    limit: int = 2000      # only this many characters of a text are read, its first
 
     def __post_init__(self):
         kinds = {type(label) for label in self.labels}
@@ -49,17 +50,19 @@ class Settings:
 
 
 def only_letters(text):
-    """Lower case, one space for all that is no letter: only_letters("It's 5!") == " it s "."""
+    """Lower case, with a space for any run of other characters and at both ends, so that an n-gram
+    can tell where a word begins: only_letters("It's 5!") == " it s "."""
     return " " + NOT_LETTERS.sub(" ", text.lower()).strip() + " "
 
 
 def code_points(text):
+    """A text as an array of uint32, one a character; lone surrogates are kept."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
 
 
 def ngram_buckets(codes, n, buckets, seed):
-    """The bucket of each run of 1 to n codes: a polynomial in the codes, modulo 2**32, whose top
-    bits, after one more product, are the bucket. The same on every machine, unlike hash()."""
+    """The bucket of each run of 1 to n codes (uint32): the top bits of a polynomial in the codes,
+    modulo 2**32. Unlike Python's hash(), it is the same in every process."""
     shift = np.uint32(33 - int(buckets).bit_length())
     hashes, found = np.full(len(codes) + 1, seed), []
     for size in range(min(n, len(codes))):
@@ -69,8 +72,9 @@ def ngram_buckets(codes, n, buckets, seed):
 
 
 def features(text, settings):
-    """The buckets of a text's n-grams, each as often as it occurs; never none. Each character also
-    counts as its block of 128 in Unicode: a rare Chinese one, never seen, is still Chinese."""
+    """The buckets of a text's n-grams, repeated as often as they occur; there is at least one. Each
+    character also counts as its block of 128 in Unicode: a Chinese one never seen in training is
+    known to be Chinese."""
     text, size = text[:settings.limit], settings.buckets
     codes = code_points(only_letters(text))
     found = [ngram_buckets(codes, settings.characters, size, CHARACTERS),
@@ -83,12 +87,12 @@ def features(text, settings):
 
 
 # -----------------------------------------------------------------------------
-# How right scores are.
+# Metrics.
 
 
-def area(scores, truth):
-    """Area under the ROC curve: how often a true one scores above a false one, a tie counts half.
-    area([0.9, 0.2], [1, 0]) == 1."""
+def roc_auc(scores, truth):
+    """Area under the ROC curve: the share of pairs of a positive and a negative in which the
+    positive scores higher; a tie counts half. roc_auc([0.9, 0.2], [1, 0]) == 1."""
     scores, truth = np.asarray(scores), np.asarray(truth, bool)
     false = np.sort(scores[~truth])
     below, up_to = (np.searchsorted(false, scores[truth], side) for side in ("left", "right"))
@@ -96,7 +100,7 @@ def area(scores, truth):
 
 
 def precision_recall(scores, truth, threshold):
-    """Of what scores at least threshold, how much is true; of what is true, how much does."""
+    """Precision and recall where a score of at least the threshold is positive, in a dict."""
     found, truth = np.asarray(scores) >= threshold, np.asarray(truth, bool)
     hits = int((found & truth).sum())
     return dict(precision=hits / max(1, int(found.sum())), recall=hits / max(1, int(truth.sum())))
@@ -106,24 +110,25 @@ def precision_recall(scores, truth, threshold):
 # Multinomial logistic regression on such features.
 
 
-def softmax(logits):
+def softmax(scores):
     """Probabilities (N, classes)."""
-    exps = np.exp(logits - logits.max(axis=1, keepdims=True))
+    exps = np.exp(scores - scores.max(axis=1, keepdims=True))
     return exps / exps.sum(axis=1, keepdims=True)
 
 
-def sum_weights(weights, rows):
-    """Logits (N, classes): a text's weights are added up and divided by the root of their number.
-    So the evidence of a longer text counts for more, but not as if its n-grams were independent."""
-    # The product of a row and a matrix is several times as fast as .sum(axis=0).
+def logits(weights, rows):
+    """Logits (N, classes): the weights of a text's n-grams, added up and divided by the square root
+    of their number. A longer text is judged with more confidence, but not with as much as if its
+    n-grams were independent."""
+    # A vector times a matrix is several times as fast as .sum(axis=0).
     return np.stack([np.full(len(row), len(row) ** -0.5, np.float32) @ weights.take(row, axis=0)
                      for row in rows])
 
 
 def loss_and_gradient(weights, rows, truth, l2):
-    """Mean cross-entropy + l2 / 2 * |weights|^2, and its gradient. rows: N arrays of buckets,
-    truth: (N, classes), a 1 in each row."""
-    probabilities = softmax(sum_weights(weights, rows))
+    """Mean cross-entropy plus l2 / 2 times the sum of squared weights, and its gradient (buckets,
+    classes). rows: the features of N texts; truth: one-hot, (N, classes)."""
+    probabilities = softmax(logits(weights, rows))
     loss = -np.log((probabilities * truth).sum(axis=1)).mean() + l2 / 2 * (weights**2).sum()
     sizes = np.array([len(row) for row in rows])
     errors = (probabilities - truth) / (len(rows) * sizes[:, None] ** 0.5)      # (N, classes)
@@ -133,15 +138,16 @@ def loss_and_gradient(weights, rows, truth, l2):
 
 
 class Classifier:
-    """Weights (buckets, classes) and Settings. There is no bias: the space is in every text."""
+    """Settings and weights (buckets, classes). There is no bias: every text has spaces, and their
+    weights serve as one."""
 
     def __init__(self, settings, weights):
         self.settings, self.weights = settings, weights
 
     @classmethod
     def train(cls, texts, labels, l2=1e-6, steps=60, rate=0.3, batch_size=256, seed=0, **options):
-        """Fit texts to their labels (all int or all str) by Adagrad on batches; options are those
-        of Settings. The same arguments give the same weights."""
+        """Fit weights to texts and their labels, all int or all str, by Adagrad on mini-batches.
+        The options are the fields of Settings; the same arguments give the same weights."""
         texts, labels = [*texts], [*labels]
         if len(texts) != len(labels):
             raise ValueError(f"{len(texts)} texts have {len(labels)} labels")
@@ -160,12 +166,12 @@ class Classifier:
         return cls(settings, weights)
 
     def probabilities(self, texts):
-        """Of each text for each of settings.labels: (N, classes)."""
+        """(N, classes): for each text the probability of each of settings.labels."""
         rows = [features(text, self.settings) for text in texts]
-        return softmax(sum_weights(self.weights, rows)) if rows else self.weights[:0]
+        return softmax(logits(self.weights, rows)) if rows else self.weights[:0]
 
     def score(self, text):
-        """The probability of the last label: where labels are 0 and 1, of 1."""
+        """The probability of the last label: of 1, where the labels are 0 and 1."""
         return float(self.probabilities([text])[0, -1])
 
     def save(self, path):
@@ -175,7 +181,7 @@ class Classifier:
 
     @classmethod
     def load(cls, path):
-        """Read what save() wrote; ValueError for a file that is something else. Runs no code."""
+        """Read what save() wrote; ValueError for any other file. No code in it can run."""
         with reading(path), np.load(path, allow_pickle=False) as file:
             settings = check_fields(Settings, json.loads(str(file["settings"])), path)
             weights = file["weights"]

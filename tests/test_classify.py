@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from chapters import classify, ngrams
 from chapters.classify import language, quality_classifier, read_examples, toxicity
-from chapters.ngrams import (Classifier, Settings, area, features, loss_and_gradient,
-                             ngram_buckets, only_letters, precision_recall, softmax)
+from chapters.ngrams import (Classifier, Settings, features, loss_and_gradient,
+                             ngram_buckets, only_letters, precision_recall, roc_auc, softmax)
 
 COLOURS = ["red rose", "red wine", "a red car", "blue sky", "blue sea", "so blue"]
 NAMES = ["red"] * 3 + ["blue"] * 3
@@ -199,13 +199,13 @@ def test_what_cannot_be_learned_is_refused(texts, labels, options, reason):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_area_is_how_often_a_true_one_is_above_a_false_one(seed):
+def test_auc_is_how_often_a_positive_scores_above_a_negative(seed):
     random = Random(seed)
     scores, truth = [random.randrange(5) for _ in range(40)], [0, 1] * 20
     pairs = [(a, b) for a, x in zip(scores, truth) if x for b, y in zip(scores, truth) if not y]
     expected = sum((a > b) + (a == b) / 2 for a, b in pairs) / len(pairs)
-    assert area(scores, truth) == pytest.approx(expected)
-    assert area([0.9, 0.2], [1, 0]) == 1
+    assert roc_auc(scores, truth) == pytest.approx(expected)
+    assert roc_auc([0.9, 0.2], [1, 0]) == 1
 
 
 def test_precision_and_recall_count_hits():
@@ -265,7 +265,7 @@ def test_toxic_lines_rank_above_harmless_twins():
     rows = read_examples("toxic.jsonl", "test")
     scores, truth = [toxicity(row["text"]) for row in rows], [row["toxic"] for row in rows]
     figures = precision_recall(scores, truth, 0.5)
-    assert area(scores, truth) > 0.9 and min(figures.values()) > 0.75
+    assert roc_auc(scores, truth) > 0.9 and min(figures.values()) > 0.75
 
 
 def test_the_toxicity_of_a_text_is_the_mean_of_its_lines():
@@ -286,7 +286,7 @@ BAD = documents("click here buy now cheap !!! free offer login and the")
 
 def test_a_quality_classifier_tells_unseen_documents_apart():
     classifier, figures = quality_classifier(GOOD, BAD)
-    assert figures == dict(area=1, precision=1, recall=1)
+    assert figures == dict(AUC=1, precision=1, recall=1)
     new = documents("the cell grows and membrane proteins", seed=9)[0]
     assert classifier.score(new) > 0.5 > classifier.score("free offer !!! click now")
 
@@ -294,7 +294,7 @@ def test_a_quality_classifier_tells_unseen_documents_apart():
 def test_a_quality_classifier_finds_nothing_where_there_is_nothing():
     texts = documents("one two three four five six seven eight", 200)
     _, figures = quality_classifier(texts[::2], texts[1::2])
-    assert 0.3 < figures["area"] < 0.7
+    assert 0.3 < figures["AUC"] < 0.7
 
 
 def test_copies_of_a_document_do_not_count_as_held_out():
@@ -314,7 +314,7 @@ def test_the_commands_print_a_line_for_each_document(tmp_path, call):
     good, bad = write_jsonl(tmp_path / "g.jsonl", GOOD), write_jsonl(tmp_path / "b.jsonl", BAD)
     out, err = call(classify, "quality", f"--like={good}", f"--unlike={bad}", good)
     first, *scores = out.splitlines()
-    assert first == "held out: area 1.000, precision 1.000, recall 1.000" and err == ""
+    assert first == "held out: AUC 1.000, precision 1.000, recall 1.000" and err == ""
     assert len(scores) == 60 and all(float(line.split()[0]) > 0.5 for line in scores)
 
 
@@ -327,7 +327,10 @@ def test_without_arguments_the_tables_are_printed(call):
 
 
 @pytest.mark.parametrize("words, reason", [
-    (["quality", "--like=a.txt"], "quality needs --like=good.txt and --unlike=bad.txt"),
+    (["quality", "--like=a.txt"], "quality needs both --like=good.txt and --unlike=bad.txt"),
+    (["quality"], "quality needs both"), (["language"], "language needs a file to judge"),
+    (["table", "a.txt"], "table takes no files"),
+    (["language", "a.txt", "--like=b.txt"], "--like would not act beside language"),
     (["language", "none.txt"], "none.txt"), (["quality", "--like=none.txt", "--unlike=b"], "none")])
 def test_a_mistake_is_one_line(monkeypatch, capsys, words, reason):
     code, (line,) = mistake(classify.main, monkeypatch, capsys, *words)
