@@ -182,10 +182,10 @@ def read_text(file, path):
 
 
 def read_lines(file, path):
-    """Yield the value in each line, None where it is empty, an error where it is broken."""
-    for line in iter(lambda: file.readline(LARGE), ""):
+    """Yield the value in each line that is not empty, an error where it is broken."""
+    for line in filter(str.strip, iter(lambda: file.readline(LARGE), "")):
         try:
-            yield json.loads(line) if line.strip() else None
+            yield json.loads(line)
         except (ValueError, RecursionError) as error:
             yield error
 
@@ -250,8 +250,7 @@ def read_rows(path, take, encoding=None, skip=None):
             try:
                 if isinstance(row, Exception):
                     raise ValueError(str(row))
-                if row is not None:
-                    yield take(row)
+                yield take(row)
             except ValueError as error:
                 if not skip:
                     raise ValueError(f"{path}, row {number}: {error}") from None

@@ -131,10 +131,13 @@ def new_record(name, examples=()):
 
 def example(place, before, after, reasons):
     """What a stage did to a text, as an excerpt around the first difference."""
-    after = after[0] if len(after) == 1 else ""
-    at = next((i for i, (a, b) in enumerate(zip(before, after)) if a != b), 0)
-    around = slice(max(0, at - 40), at + EXCERPT - 40)
-    return dict(place=place, before=before[around], after=after[around], why=" ".join(reasons))
+    after = "\n--------\n".join(after)
+    both = min(len(before), len(after))
+    at = next((i for i in range(both) if before[i] != after[i]), both)
+    before, after = ["".join(c if c.isprintable() or c == "\n" else f"\\u{ord(c):04x}"
+                             for c in text[max(0, at - 40):at + EXCERPT - 40])
+                     for text in (before, after)]
+    return dict(place=place, before=before, after=after, why=" ".join(reasons))
 
 
 def count(record, place, before, after, reasons):

@@ -384,8 +384,8 @@ def test_only_sound_rows_of_a_log_are_read(tmp_path):
 def test_a_line_that_is_no_question_is_refused(tmp_path, line):
     (tmp_path / "rows.jsonl").write_bytes(line.encode("utf-8", "surrogatepass"))
     assert "rows.jsonl" in refused(read_rows, tmp_path / "rows.jsonl")
-    if line.strip("\x85\u2028"):
-        assert "rows.jsonl, line 1" in refused(list, read_documents(tmp_path / "rows.jsonl"))
+    if line.strip("\x85\u2028") and line != '"x"':  # a text alone is a document, too
+        assert "rows.jsonl, row 1" in refused(list, read_documents(tmp_path / "rows.jsonl"))
 
 
 # -----------------------------------------------------------------------------
