@@ -55,11 +55,10 @@ def word_hashes(text):
 
 
 def combine(columns, number=0):
-    """One uint64 of several: a polynomial in MULTIPLIER modulo 2**64, its upper half upon the lower
-    one, whose bits would depend on a part of the columns' bits."""
+    """One uint64 of several: a polynomial in MULTIPLIER, modulo 2**64."""
     for column in columns:
         number = number * MULTIPLIER + column
-    return number ^ (number >> 32)
+    return number
 
 
 def gram_hashes(ids, n):
@@ -71,7 +70,8 @@ def gram_hashes(ids, n):
 def shingles(text, n):
     """The sorted numbers of a text's different runs of n words; a shorter text is one run."""
     ids = word_hashes(text)
-    return np.unique(gram_hashes(ids, min(n, len(ids))))
+    hashes = np.sort(gram_hashes(ids, min(n, len(ids))))
+    return hashes[np.append(True, hashes[1:] != hashes[:-1])]  # np.unique takes twice the time
 
 
 def jaccard(a, b):

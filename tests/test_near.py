@@ -12,9 +12,9 @@ import pytest
 from conftest import ROOT, mistake
 
 from chapters import near
-from chapters.near import (add_new, band_keys, bucket_pairs, clusters, contaminated, jaccard, leaks,
-                           near_clusters, near_duplicates, permutations, probability,
-                           repeated_lines, shingles, signature, words)
+from chapters.near import (add_new, band_keys, bucket_pairs, candidates, clusters, contaminated,
+                           jaccard, leaks, near_clusters, near_duplicates, permutations,
+                           probability, repeated_lines, shingles, signature, words)
 from data import Documents, split
 
 OPTIONS = dict(threshold=0.8, n=5, hashes=128, bands=16, seed=0)
@@ -205,6 +205,12 @@ def test_with_a_hash_a_band_all_is_found_that_brute_force_finds():
         similar_pairs(texts, texts, 0.6), len(texts)) != []
 
 
+def test_a_similarity_of_the_threshold_is_enough():
+    options = dict(n=1, hashes=64, bands=64)
+    assert near_duplicates(["a b c d", "a b c d e", "a b c"], 0.8, **options) == [1]
+    assert near_duplicates(["a b c d", "a b c d e", "a b c"], 0.81, **options) == []
+
+
 def test_the_order_of_texts_decides_only_which_is_first():
     texts = corpus(seed=3)
     found = {frozenset(texts[i] for i in cluster) for cluster in near_clusters(texts, **OPTIONS)}
@@ -246,6 +252,13 @@ def test_the_pairs_of_a_bucket_are_all_of_a_small_one_and_few_of_a_large_one(siz
     assert len({*pairs}) == len(pairs) <= near.NEIGHBORS * size
     assert len(pairs) == size * (size - 1) / 2 or size > near.NEIGHBORS + 1
     assert clusters(pairs, size) == [[*range(size)]]
+
+
+def test_the_members_of_a_bucket_are_compared_in_their_order():
+    keys = np.random.RandomState(0).randint(0, 3, (500, 2), np.uint64)
+    pairs = [*candidates(keys)]
+    assert len(pairs) > 5000 and all(i < j for i, j in pairs)
+    assert all((keys[i] == keys[j]).any() for i, j in pairs)
 
 
 def test_pages_that_share_a_frame_are_compared_with_few_others(monkeypatch):
@@ -320,9 +333,9 @@ def test_hostile_text_ends(opening):
 
 def test_lines_that_occurred_before_go_unless_short_blank_or_indented():
     a, b = "This line is the footer of every page here.", "This other line of the page is long, too."
-    texts = [f"{a}\n\nshort\n{b}", f"short\n\n{a}\nnew\n  {a}", f"  {a}\n{b}\n\t{b}", a, ""]
+    texts = [f"{a}\n\nshort\n{b}", f"short\n\n{a}\nnew\n  {a}", f"\t{a}\n{b}\n\t{a}", a, ""]
     assert [*repeated_lines(texts)] == [
-        f"{a}\n\nshort\n{b}", f"short\n\nnew\n  {a}", f"  {a}\n\t{b}", "", ""]
+        f"{a}\n\nshort\n{b}", f"short\n\nnew\n  {a}", f"\t{a}\n\t{a}", "", ""]
     assert [*repeated_lines(texts, least=1)][1] == f"\nnew\n  {a}"
 
 
