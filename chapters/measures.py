@@ -22,6 +22,7 @@ DENSE = "CJK", "HANGUL"   # scripts of which one character says as much as two l
 UNSPACED_LETTERS = "[\u0e00-\u1fff\u3005-\u3007\u3040-\ufaff\U00020000-\U0003ffff]"
 END_MARKS = frozenset(".!?…。！？．｡।॥؟۔።։။៕།")  # of a sentence
 CLOSING = "\"'”’»」』)）"  # what may follow them
+BEHIND = CLOSING + " \xa0\u202f"
 ELLIPSES = "...", "…"
 
 # -----------------------------------------------------------------------------
@@ -56,7 +57,7 @@ def has_words(line, n, script):
 
 def has_end_mark(line):
     """Whether a line ends as a sentence does: has_end_mark('He said: "Yes."')."""
-    return line.rstrip(CLOSING)[-1:] in END_MARKS
+    return line.rstrip(BEHIND)[-1:] in END_MARKS
 
 
 @lru_cache(1)

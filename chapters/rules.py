@@ -58,15 +58,15 @@ WORD = re.compile(r"[^\s!-/:-@\[-`{-~،؛؟।॥۔“”„«»…–—]+")  #
 def c4_keeps(line, script):
     """Whether C4 keeps a line: it ends a sentence, has 5 words and is no notice. (The paper of 2020
     asks for 3 words a line and 5 sentences a page; its last version and the code for 5 and 3.)"""
-    if script not in UNMARKED and (not has_end_mark(line) or line.endswith(ELLIPSES)):
-        return False
+    ends = (has_end_mark(line) or line.endswith(("\"", "”"))) and not line.endswith(ELLIPSES)
     lower = line.lower()
-    return (has_words(line, 5, script) and not any(notice in lower for notice in NOTICES)
+    return ((ends or script in UNMARKED) and has_words(line, 5, script)
+            and not any(notice in lower for notice in NOTICES)
             and (len(line) <= 1000 or max(map(len, split_words(line, script))) <= 1000))
 
 
 def c4_lines(text):
-    """The lines that C4 keeps: c4_lines("Menu\nWe saw a dog today.") == "We saw a dog today."."""
+    """The lines that C4 keeps: c4_lines("Menu\\nWe saw a dog today.") == "We saw a dog today."."""
     script = main_script(text)
     lines = filter(None, map(str.strip, text.split("\n")))
     return "\n".join(line for line in lines if c4_keeps(line, script))

@@ -139,9 +139,11 @@ def test_rules_find_repetition_in_scripts_without_spaces():
     texts = [text for text in GOOD if main_script(text) in UNSPACED]
     assert len(texts) >= 4
     for text in texts:
-        assert quality("\n".join([text[:60].replace("\n", "")] * 9)).startswith("gopher_dup")
-        assert quality(text[:60].replace("\n", "") * 9) == "gopher_duplicate_5_gram"
-        assert quality(text.split("\n")[0] + text[:9] * 40).startswith("gopher_top")
+        line = text[:60].replace("\n", "")
+        m = Measures("\n".join([line] * 9))
+        assert RULES["gopher_duplicate_lines"](m) and RULES["gopher_duplicate_10_gram"](m)
+        assert RULES["gopher_duplicate_5_gram"](Measures(line * 9))
+        assert RULES["gopher_top_3_gram"](Measures(text[:120] + text[:9] * 40))
 
 
 def test_most_bad_examples_are_dropped_and_few_good_ones():
@@ -171,7 +173,8 @@ def test_the_examples_in_the_docstrings_are_true():
 
 @pytest.mark.parametrize("line, stays", [
     ("This line is a sentence.", True), ("This line is not a sentence", False),
-    ("He said that it was \"over.\"", True), ("And then it was over...", False),
+    ("He said that it was \"over.\"", True), ("« Et il était parti hier . »", True),
+    ("He called it \"the end\"", True), ("And then it was over...", False),
     ("Only four words here.", False), ("Please turn on JavaScript to go on.", False),
     ("We have a Privacy Policy for you.", False), ("See " + "a" * 1001 + " of it all.", False),
     ("我们昨天去了公园看花。", True), ("我们去。", False), ("Мы были вчера в парке.", True),
