@@ -11,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 
 from chapters import cleaning
-from chapters.classify import language, quality_classifier, toxicity
+from chapters.classify import language, language_classifier, quality_classifier, toxicity
 from chapters.privacy import KINDS, mask_pii
 from chapters.rules import DEFAULT, THRESHOLDS, quality
 from data import read_documents
@@ -64,6 +64,8 @@ class CurateConfig:
         check_options(self)
         for name, known in (("clean", cleaning.STAGES), ("mask", KINDS), ("rules", THRESHOLDS)):
             chosen(getattr(self, name), known, name)
+        if self.languages != "all":
+            chosen(self.languages, language_classifier()[0].settings.labels, "languages")
         if bool(self.like) != bool(self.unlike):
             raise ValueError("--like and --unlike need each other: a file of documents each")
 

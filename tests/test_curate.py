@@ -1,99 +1,228 @@
-"""Facts about chapters/curate.py: pages become text."""
+"""Facts about chapters/curate.py and chapters/stages.py: files become documents one can trust."""
 
+import bz2
 import gzip
+import json
+import lzma
 import os
-from pathlib import Path
+import random
 
+import numpy as np
 import pytest
 from conftest import mistake
 
-from chapters import curate
-from chapters.curate import html_to_text
-from data import clean, read_documents
+from chapters import curate, datacard, stages
+from chapters.curate import CurateConfig
+from chapters.near import jaccard, shingles
+from data import prepare, read_split
+from tokenizer import Tokenizer
+
+RANDOM = random.Random(0)
+WORDS = ("the of and to in that river house small people work year light road song old bread "
+         "window teacher morning letter garden winter street paper water story friend").split()
 
 
-def test_the_example_in_the_docstring_is_true():
-    assert html_to_text(b"<p>a &lt; <b>b</b>").strip() == "a < b"
+def story(n=120, seed=None):
+    """Sentences of random words, of more than n words, that pass the rules."""
+    rng, text = random.Random(seed) if seed is not None else RANDOM, ""
+    while len(text.split()) < n:
+        sentence = " ".join(rng.choices(WORDS, k=rng.randint(9, 15))).capitalize()
+        text += f"{sentence}, with {rng.randint(100, 99999)} of them.\n"
+    return text
 
 
-def test_html_becomes_what_a_reader_sees():
-    page = """<!DOCTYPE html><html><head><title>T</title><style>p { x }</style></head>
-        <body></script><![if IE]><script>if (a < b) "</p>";</script><h1>Fish &amp; chips</h1>
-        <p>One <b>bold</b>
-        word<br>and&nbsp;&eacute;<ul><li>a<li>b</ul><pre>if x:\n    y</pre>end"""
-    text = html_to_text(page.encode())
-    assert clean(text) == "T\nFish & chips\nOne bold word\nand é\na\nb\nif x:\n    y\nend"
+def write(folder, **contents):
+    """Files in a folder: name_ending="text" or bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        content = content if isinstance(content, bytes) else content.encode()
+        (folder / ".".join(name.split("__"))).write_bytes(content)
+    return folder
 
 
-def test_the_command_writes_one_text_for_each_page(tmp_path, call):
-    (tmp_path / "site" / "deep").mkdir(parents=True)
-    for name in "a.html", "deep/a.htm":
-        (tmp_path / "site" / name).write_text(f"<p>{name}")
-    (tmp_path / "site" / "a.txt").write_text("no page")
-    (tmp_path / "a.html.gz").write_bytes(gzip.compress(b"<p>packed \xff"))
-    out, _ = call(curate, tmp_path / "site", tmp_path / "a.html.gz", f"--out={tmp_path / 'out'}")
-    texts = {str(path.relative_to(tmp_path / "out")): clean(*read_documents(path))
-             for path in (tmp_path / "out").rglob("*.txt")}
-    assert texts == {"a.txt": "a.html", "deep/a.txt": "deep/a.htm", "a-2.txt": "packed \ufffd"}
-    assert out.splitlines()[-1] == f"next: python data.py {tmp_path / 'out'}"
+def rows_of(out):
+    return [json.loads(line) for line in (out / "documents.jsonl").read_text().splitlines()]
 
 
-def test_a_folder_is_read_through_its_links_and_without_what_cannot_be_read(tmp_path, call):
-    site, other = tmp_path / "site", tmp_path / "other"
-    for folder in site, other:
-        folder.mkdir()
-    for path in site / "a.HTM", site / "b.xht", other / "c.shtml", site / ".hidden.html":
-        path.write_text(f"<p>{path.stem}")
-    for name, content in ("bad.html.gz", b"no gzip"), ("binary.html", b"\0"), ("x.pdf", b"x"):
-        (site / name).write_bytes(content)
-    os.mkfifo(site / "pipe.html")
-    for name, target in ("more", other), ("loop", site), ("none.html", site / "none"):
-        (site / name).symlink_to(target)
-    out, _ = call(curate, site, f"--out={tmp_path / 'out'}")
-    texts = {str(path.relative_to(tmp_path / "out")): path.read_text()
-             for path in (tmp_path / "out").rglob("*.*")}
-    assert texts == {"a.txt": "a", "b.txt": "b", "more/c.txt": "c"}
-    assert [Path(line.split()[1].strip(":")).name for line in out.splitlines()[:4]] == [
-        "bad.html.gz", "binary.html", "none.html", "pipe.html"]
+def run(source, out, **options):
+    """curate one source -> (its card, the texts that are left)."""
+    sources = [str(source)] if not isinstance(source, list) else [*map(str, source)]
+    config = CurateConfig(sources=sources, out=str(out), **options)
+    card = curate.curate(config, say=lambda line: None)
+    return card, [row["text"] for row in rows_of(out)]
 
 
-def test_no_text_is_written_when_a_later_source_is_refused(tmp_path, call):
-    (tmp_path / "a.html").write_text("<p>a")
-    for bad in "none.html", "":
-        assert "--out is empty" in call(curate, tmp_path / "a.html", "--out=")[1]
-        out = tmp_path / "out"
-        _, notes = call(curate, tmp_path / "a.html", bad and tmp_path / bad, f"--out={out}")
-        assert "no such file" in notes and not out.exists()
+def stage_of(card, name):
+    return next(stage for stage in card["stages"] if stage["name"] == name)
 
 
-@pytest.mark.parametrize("part", ["<!--", "<script>", "<pre>", "<pre", "\"<a", "<a '",
-                                  "</script ", "<a \"'"])
-def test_a_page_of_nothing_but_openings_comes_to_an_end(part):
-    assert len(html_to_text(part.encode() * 50_000)) <= len(part) * 50_000
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory):
+    """A folder of documents of several kinds, some of which do not pass."""
+    texts = [story(seed=i) for i in range(30)]
+    near = texts[3].replace("river", "rivers", 1)
+    rows = [*texts, texts[0], near, "Too short.", "lorem ipsum " + story(), texts[5] + "\u200b\r\n",
+            story() + " Write to joe.bloggs@example.org today."]
+    lines = "\n".join(json.dumps(dict(text=text)) for text in rows) + "\nbroken {\n"
+    return write(tmp_path_factory.mktemp("curate") / "raw", rows__jsonl=lines,
+                 page__html=f"<nav><a href=/>Home</a></nav><main><p>{story()}</p></main>",
+                 more__md__gz=gzip.compress(story().encode()), note__png=b"x",
+                 deep__txt__bz2=bz2.compress(story().encode()),
+                 table__csv__xz=lzma.compress(f'id,text\n1,"{story()}"\n'.encode()))
 
 
-def test_what_is_opened_and_not_closed_goes_to_the_end():
-    assert html_to_text(b"<p>a<!-- b <p>c") == html_to_text(b"<p>a<script>b</p>c") == "a"
-    assert html_to_text(b"a<pre>  b\n  c") == "a\n  b\n  c\n"
+def test_the_examples_in_the_docstrings_are_true():
+    assert stages.chosen("c4", ["gopher_hashes", "c4_policies"], "rules") == ["c4_policies"]
 
 
-def test_a_url_is_fetched_as_a_page(tmp_path, monkeypatch):
-    def download(url, path):
-        path.write_text(f"<p>{url}")
-        return path
-    monkeypatch.setattr(curate, "download", download)
-    [path] = curate.curate(["https://example.org/my%20page.php?x=1"], tmp_path)
-    assert path.read_text() == "https://example.org/my%20page.php?x=1"
+def test_each_stage_is_counted_and_what_it_drops_is_missing_from_the_next(raw, tmp_path):
+    card, texts = run(raw, tmp_path / "out")
+    counts = [stage["documents"] for stage in card["stages"]]
+    assert counts[0] == 40 and counts[-1] == len(texts) == 35
+    for before, stage in zip(counts, card["stages"][1:]):
+        assert stage["documents"] == before - stage["dropped"]
+    assert stage_of(card, "rules")["reasons"] == {"gopher_word_count": 1, "c4_lorem_ipsum": 1}
+    assert stage_of(card, "copies")["dropped"] == 2  # one of them is equal once it is clean
+    assert stage_of(card, "near-duplicates")["dropped"] == 1
+    assert stage_of(card, "mask")["reasons"] == {"email": 1}
+    assert card["stages"][-1]["bytes"] == sum(len(text.encode()) for text in texts)
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("none.html", None, "no such file"), ("a.pdf", b"x", "not a page"),
-    ("a.html", b"\0", "binary file"), ("a.html.gz", b"no gzip", "a.html.gz"),
-    ("empty", "folder", "no pages")])
-def test_what_is_no_page_ends_in_one_line(tmp_path, monkeypatch, capsys, name, content, message):
-    path = tmp_path / name
-    path.mkdir() if content == "folder" else content is not None and path.write_bytes(content)
-    words = path, f"--out={tmp_path / 'out'}"
+def test_examples_say_where_what_and_why(raw, tmp_path):
+    card, _ = run(raw, tmp_path / "out")
+    [example] = stage_of(card, "mask")["examples"]
+    assert "joe.bloggs@example.org" in example["before"] and example["why"] == "email"
+    assert "joe.bloggs" not in example["after"] and "rows.jsonl, " in example["place"]
+    assert all(len(stage["examples"]) <= 5 for stage in card["stages"])
+    [example] = stage_of(card, "controls")["examples"]
+    assert "\\u200b" in example["before"] and "\\u200b" not in example["after"]
+
+
+def test_what_is_left_passes_every_stage_again_unchanged(raw, tmp_path):
+    _, texts = run(raw, tmp_path / "out")
+    card, again = run(tmp_path / "out", tmp_path / "again")
+    assert again == texts
+    assert not any(stage["changed"] or stage["dropped"] for stage in card["stages"])
+
+
+def test_broken_documents_and_foreign_files_are_named_and_end_nothing(raw, tmp_path):
+    [source] = run(raw, tmp_path / "out")[0]["sources"]
+    assert source["files"] == 5 and source["n_skipped"] == 2
+    assert "note.png" in source["skipped"][0] and "rows.jsonl, row 37" in source["skipped"][1]
+
+
+def test_batches_on_many_processes_give_what_one_gives(raw, tmp_path, monkeypatch):
+    _, alone = run(raw, tmp_path / "alone")
+    monkeypatch.setattr(curate, "BATCH_CHARS", 2000)
+    card, texts = run(raw, tmp_path / "many")
+    assert texts == alone and card["stages"][0]["documents"] == 40
+    assert [len(stage["examples"]) <= 5 for stage in card["stages"]]
+
+
+def test_no_near_duplicate_is_on_the_other_side_of_the_split(tmp_path):
+    texts = []
+    for i in range(60):  # families of four versions, each a little changed
+        words = story(seed=1000 + i).split(" ")
+        for _ in range(4):
+            words[RANDOM.randrange(len(words))] = "changed"
+            texts.append(" ".join(words))
+    RANDOM.shuffle(texts)
+    lines = "\n".join(json.dumps(dict(text=text)) for text in texts)
+    _, left = run(write(tmp_path / "raw", rows__jsonl=lines), tmp_path / "out", near=0.7)
+    out = prepare(tmp_path / "out", tmp_path / "shards", 300, val_ratio=0.3, say=lambda line: None)
+    tokenizer = Tokenizer.load(out / "tokenizer.json")
+    train, val = [[shingles(text, 5) for text in tokenizer.decode(
+        np.concatenate(read_split(out, split)).tolist()).split("<|endoftext|>")[1:]]
+        for split in ("train", "val")]
+    assert len(left) == 60 == len(train) + len(val) and len(val) > 5
+    assert max(jaccard(a, b) for a in train for b in val) < 0.7
+
+
+def test_the_card_of_shards_says_what_was_done_to_their_text(raw, tmp_path):
+    card, _ = run(raw, tmp_path / "out", license="CC0-1.0")
+    out = prepare(tmp_path / "out", tmp_path / "shards", 300, say=lambda line: None)
+    [source] = json.loads((out / "card.json").read_text())["sources"]
+    assert source["license"] == "CC0-1.0" and source["files"] == 1 and not source["skipped"]
+    assert source["curated"] == json.loads((tmp_path / "out" / "card.json").read_text())
+
+
+def test_long_documents_are_cut_and_lose_nothing_but_white_space(tmp_path):
+    text = "\n\n".join(story(60) for _ in range(9))
+    for split in "paragraphs", "sentences":
+        _, texts = run(write(tmp_path / "raw", a__txt=text), tmp_path / split, split=split,
+                       max_chars=1000, rules="none")
+        assert len(texts) > 3 and max(map(len, texts)) <= 1000
+        assert "".join("".join(texts).split()) == "".join(text.split())
+
+
+def test_lines_that_occurred_before_go_and_questions_are_taken_out(tmp_path):
+    line = "All rights are reserved by the owners of this page and of all the others."
+    question = "which of the old songs did the teacher sing in the garden that winter morning"
+    texts = [f"{line}\n{story()}", f"{story()}\n{line}", f"{story()} {question.upper()}? Yes."]
+    folder = write(tmp_path / "raw", rows__jsonl="\n".join(
+        json.dumps(dict(text=text)) for text in texts))
+    write(tmp_path, exam__jsonl=json.dumps(dict(text=question)))
+    card, left = run(folder, tmp_path / "out", lines=True, against=str(tmp_path / "exam.jsonl"))
+    assert [line in text for text in left] == [True, False]
+    assert stage_of(card, "contaminated")["dropped"] == 1
+
+
+def test_a_language_and_what_is_like_a_file_can_be_asked_for(tmp_path):
+    german = "Der alte Lehrer geht am Morgen durch den Garten und liest seine Briefe. " * 9
+    folder = write(tmp_path / "raw", a__txt=german, b__txt=story())
+    _, texts = run(folder, tmp_path / "out", languages="de", rules="none")
+    assert [text.strip() for text in texts] == [german.strip()]
+    good, bad = [story() for _ in range(30)], ["buy cheap pills now " * 30 + str(i) for i in range(30)]
+    for name, rows in ("good", good), ("bad", bad):
+        write(tmp_path, **{f"{name}__jsonl": "\n".join(json.dumps(dict(text=t)) for t in rows)})
+    write(tmp_path / "mixed", a__txt=story(), b__txt="buy cheap pills right now " * 25)
+    card, texts = run(tmp_path / "mixed", tmp_path / "liked", rules="none",
+                      like=str(tmp_path / "good.jsonl"), unlike=str(tmp_path / "bad.jsonl"))
+    assert len(texts) == 1 and "pills" not in texts[0]
+
+
+def test_a_failure_leaves_no_folder_and_no_folder_is_written_over(raw, tmp_path, monkeypatch):
+    write(tmp_path / "mine", notes__txt="precious")
+    with pytest.raises(ValueError, match="mine holds other shards or files"):
+        run(raw, tmp_path / "mine")
+
+    def breaks(*words):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(curate, "near_duplicates", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        run(raw, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"]
+    assert os.listdir(tmp_path / "mine") == ["notes.txt"]
+
+
+def test_the_page_of_a_card_shows_its_numbers_and_no_markup_of_a_document(raw, tmp_path, call):
+    evil = f"{story()} <script>alert(1)</script> me@example.org"
+    run([raw, write(tmp_path / "evil", a__txt=evil)], tmp_path / "out", rules="none")
+    monkey = call(curate, "card", tmp_path / "out")
+    assert monkey[0] == f"card: {tmp_path / 'out' / 'card.html'}\n"
+    page = (tmp_path / "out" / "card.html").read_text()
+    assert "<script" not in page and "&lt;script&gt;" in page
+    assert "near-duplicates" in page and page.count("data:image/png;base64,") == 1
+    assert datacard.cell(1234) == '<td class="n">1,234</td>'
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--out=o"], "one or more sources"), (["raw"], "one or more sources"),
+    (["none.txt", "--out=o"], "no such file"), (["raw", "--out=o", "--rules=gopherr"], "--rules=gop"),
+    (["raw", "--out=o", "--clean", "nfc", "x"], "--clean=x: must be none or of line_ends"),
+    (["raw", "--out=o", "--near=2"], "near=2.0"), (["raw", "--out=o", "--near=nan"], "near=nan"),
+    (["raw", "--out=o", "--split=words"], "split"), (["raw", "--out=o", "--like=a.txt"], "--unlike"),
+    (["raw", "--out=o", "--near=0", "--bands=4"], "--bands would not act beside --near=0"),
+    (["raw", "--out=o", "--keep=0.4"], "--keep would not act without --like"),
+    (["raw", "--out=o", "--hashes=10"], "a multiple of bands"),
+    (["raw", "--out=o", "--near=0", "--against=none.txt"], "none.txt"),
+    (["raw", "--out=o", "--languages=xx"], "xx"),
+    (["empty", "--out=o"], "no text is left of empty"), (["card"], "FOLDER"),
+    (["card", "raw"], "card.json"), (["raw", "--out=raw"], "raw holds other shards or files")])
+def test_a_wrong_input_ends_in_one_line(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "raw", a__txt=story())
+    (tmp_path / "empty").mkdir()
     code, lines = mistake(curate.main, monkeypatch, capsys, *words)
-    assert code == 1 and len(lines) == 1 and message in lines[0] and name in lines[0]
-    assert not (tmp_path / "out").exists()
+    assert code in (1, 2) and len(lines) == 1 and message in lines[0]
+    assert sorted(os.listdir(tmp_path)) == ["empty", "raw"] and os.listdir("raw") == ["a.txt"]
