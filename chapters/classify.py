@@ -24,7 +24,8 @@ if __name__ == "__main__":  # `python chapters/classify.py` works as well, from 
 
 import numpy as np
 
-from chapters.ngrams import Classifier, code_points, only_letters, precision_recall, roc_auc
+from chapters.ngrams import (Classifier, code_points, letter_features, logits, only_letters,
+                             precision_recall, roc_auc, softmax)
 from data import read_documents
 from tokenizer import Parser, refuse_idle, run_command
 
@@ -63,7 +64,9 @@ def language(text):
     letters = codes[codes != ord(" ")]
     if len(letters) == 0 or known[letters >> 7].mean() <= 0.5:
         return "und", 0.0
-    probabilities = classifier.probabilities([text])[0]
+    # As classifier.probabilities([text]) would, without finding the letters again.
+    row = letter_features(codes, classifier.settings)
+    probabilities = softmax(logits(classifier.weights, [row]))[0]
     best = int(probabilities.argmax())
     name = classifier.settings.labels[best] if probabilities[best] >= CERTAIN else "und"
     return name, float(probabilities[best])

@@ -71,19 +71,22 @@ def ngram_buckets(codes, n, buckets, seed):
     return np.concatenate(found or [hashes[:0]]).astype(np.int32)
 
 
+def letter_features(codes, settings):
+    """The buckets of the n-grams of code points. Each also counts as its block of 128 in Unicode:
+    a Chinese character never seen in training is known to be Chinese."""
+    return np.concatenate([
+        ngram_buckets(codes, settings.characters, settings.buckets, CHARACTERS),
+        ngram_buckets(codes >> 7, 1, settings.buckets, BLOCKS)])
+
+
 def features(text, settings):
-    """The buckets of a text's n-grams, repeated as often as they occur; there is at least one. Each
-    character also counts as its block of 128 in Unicode: a Chinese one never seen in training is
-    known to be Chinese."""
-    text, size = text[:settings.limit], settings.buckets
-    codes = code_points(only_letters(text))
-    found = [ngram_buckets(codes, settings.characters, size, CHARACTERS),
-             ngram_buckets(codes >> 7, 1, size, BLOCKS)]
-    if settings.words:
-        words = [zlib.crc32(word.encode("utf-8", "surrogatepass"))
-                 for word in WORD.findall(text.lower())]
-        found.append(ngram_buckets(np.array(words, np.uint32), settings.words, size, WORDS))
-    return np.concatenate(found)
+    """The buckets of a text's n-grams, repeated as often as they occur; there is at least one."""
+    text = text[:settings.limit]
+    found = letter_features(code_points(only_letters(text)), settings)
+    words = WORD.findall(text.lower()) if settings.words else []
+    hashes = [zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in words]
+    return np.concatenate([found, ngram_buckets(np.array(hashes, np.uint32), settings.words,
+                                                settings.buckets, WORDS)])
 
 
 # -----------------------------------------------------------------------------

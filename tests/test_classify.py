@@ -102,6 +102,13 @@ def test_case_digits_and_marks_are_no_features_of_letters():
     assert (features("Ein HAUS?", settings) == features("«ein»  haus 42", settings)).all()
 
 
+def test_a_character_and_a_block_of_the_same_number_are_two_features():
+    assert ord("む") >> 7 == ord("a")
+    settings = Settings([0, 1], characters=1, buckets=2**24)
+    a, mu, blank = ({*features(text, settings).tolist()} for text in ("a", "む", ""))
+    assert a & mu == blank and len(a - blank) == 1 and len(mu - blank) == 2
+
+
 def test_a_word_feature_sees_marks_and_order():
     settings = Settings([0, 1], characters=1, words=2)
     counts = [Counter(features(text, settings).tolist()) for text in ("a b", "b a", "a b!")]
@@ -248,6 +255,12 @@ def test_a_text_without_known_letters_is_undetermined(text):
 def test_a_word_or_two_of_another_script_do_not_hide_a_language():
     assert language("В этой программе есть кнопка OK и поле URL для адреса")[0] == "ru"
     assert language("Guten Morgen, wie geht es dir? 早上好")[0] == "de"
+
+
+def test_the_probability_of_a_language_is_the_classifiers():
+    classifier, _ = classify.language_classifier()
+    for _, text in [*classify.pieces()][::29]:
+        assert language(text)[1] == classifier.probabilities([text]).max()
 
 
 def test_a_long_text_is_judged_by_its_beginning():
