@@ -62,8 +62,8 @@ def combine(columns, number=0):
 
 
 def gram_hashes(ids, n):
-    """A number for each n ids (uint64) in a row, nearly always another for others."""
-    count = max(0, len(ids) - n + 1)
+    """A number for each n ids in a row, nearly always another for others."""
+    ids, count = np.asarray(ids).astype(np.uint64), max(0, len(ids) - n + 1)
     return combine(ids[i:i + count] for i in range(n))
 
 

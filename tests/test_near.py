@@ -332,7 +332,7 @@ def test_hostile_text_ends(opening):
 
 
 def test_lines_that_occurred_before_go_unless_short_blank_or_indented():
-    a, b = "This line is the footer of every page here.", "This other line of the page is long, too."
+    a, b = "This is the footer of each page of a site", "This second line of every page is long, too"
     texts = [f"{a}\n\nshort\n{b}", f"short\n\n{a}\nnew\n  {a}", f"\t{a}\n{b}\n\t{a}", a, ""]
     assert [*repeated_lines(texts)] == [
         f"{a}\n\nshort\n{b}", f"short\n\nnew\n  {a}", f"\t{a}\n\t{a}", "", ""]
