@@ -22,7 +22,7 @@ VOCABULARY = [a + b + c for a in "bdfgklmnprst" for b in "aeiou" for c in "bdgkl
 HANZI = "".join(map(chr, range(0x4e00, 0x4e00 + 600)))
 
 
-def corpus(n_originals=60, seed=0, n_words=200):
+def corpus(n_originals=50, seed=0, n_words=150):
     """Texts of made-up words, each with up to three copies in which some words are others."""
     random, texts = Random(seed), []
     for _ in range(n_originals):
@@ -332,7 +332,7 @@ def test_hostile_text_ends(opening):
 
 
 def test_lines_that_occurred_before_go_unless_short_blank_or_indented():
-    a, b = "This is the footer of each page of a site", "This second line of every page is long, too"
+    a, b = "This is the footer of each page of a site", "This is another line that is long, as well"
     texts = [f"{a}\n\nshort\n{b}", f"short\n\n{a}\nnew\n  {a}", f"\t{a}\n{b}\n\t{a}", a, ""]
     assert [*repeated_lines(texts)] == [
         f"{a}\n\nshort\n{b}", f"short\n\nnew\n  {a}", f"\t{a}\n\t{a}", "", ""]
@@ -400,8 +400,8 @@ def test_chinese_questions_are_found_by_their_characters():
 
 def test_leaks_are_those_of_a_plain_search():
     random = Random(1)
-    make = lambda low, high: " ".join(random.choices(VOCABULARY[:3], k=random.randint(low, high)))
-    texts, questions = [make(1, 60) for _ in range(200)], [make(5, 20) for _ in range(20)]
+    texts, questions = ([" ".join(random.choices(VOCABULARY[:3], k=random.randint(5, longest)))
+                         for _ in range(n)] for n, longest in ((200, 60), (20, 20)))
     grams = {" ".join(words[i:i + 8]) for words in map(str.split, questions)
              for i in range(max(1, len(words) - 7))}
     expected = [i for i, text in enumerate(texts) if any(f" {g} " in f" {text} " for g in grams)]
