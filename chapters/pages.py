@@ -5,9 +5,9 @@ A web page's bytes become its main text, or all of its visible text.
 
 The page is cut at its tags into blocks: paragraphs, headings, list items, table rows. A block goes
 if an element around it says that it is beside the text (<nav>, class="sidebar"), or if most of it
-is links; what is left between these stays where it is long enough. Link density and length come
-from boilerpipe (Kohlschütter, Fankhauser and Nejdl, WSDM 2010), judging a short block by those
-around it from jusText (Pomikálek, 2011). It all takes linear time, whatever is in the page.
+is links; what these leave between them goes as well where it is short. Link density and length are
+boilerpipe's features (Kohlschütter, Fankhauser and Nejdl, WSDM 2010), judging short blocks by those
+around them is jusText's (Pomikálek, 2011). All takes linear time, whatever is in the page.
 """
 
 import codecs
@@ -16,7 +16,7 @@ import html
 import re
 from collections import Counter, namedtuple
 from functools import lru_cache
-from itertools import chain, groupby
+from itertools import groupby
 
 from data import DECLARED, decode
 
@@ -42,22 +42,21 @@ HIDDEN = re.compile(r"(?is)<!--.*?(?:-->|\Z)|<(script|style|template)\b"
                     r"(?:[^<>]*/>|.*?(?:</\1\s*>|\Z))")
 # It matches whatever begins like a tag, so that what was searched once for a > is not searched
 # again; without its > (the last group) it is text: "if a <b or c".
-TAG = re.compile(r"""<(/?)([a-zA-Z!?][^\s/<>]*)"""
-                 r"""((?:[^<>=]|=\s*(?:"[^"]*"|'[^']*')?+)*+)(>?)""")
+TAG = re.compile(r"""<(/?)([a-zA-Z!?][^\s/<>]*)((?:[^<>=]|=\s*(?:"[^"]*"|'[^']*')?+)*+)(>?)""")
 INLINE = {*"a abbr acronym b bdi bdo big cite code data del dfn em font i img ins kbd label mark q "
           "ruby s samp small span strike strong sub sup time tt u var wbr".split()}
 
 # What says that an element is beside the text: its tag, or a word in its class, id or role.
-BESIDE = {*"aside button dialog fieldset footer form iframe menu nav noscript object select svg "
-          "textarea title".split()}
+BESIDE = {*"aside button dialog footer form iframe nav noscript select svg textarea title".split()}
 BESIDE_WORDS = re.compile(
     r"(?<![a-z])(?:nav|menu|breadcrumb|side-?bar|masthead|top-?bar|toolbar|banner|cookie|consent|"
     r"gdpr|privacy|shar(?:e|ing)|social|related|recommend|suggest|trending|popular|newsletter|"
     r"subscri|sign-?up|log-?in|promo|advert|sponsor|comment|disqus|skip|paginat|pager|popup|modal|"
     r"overlay|complementary|contentinfo|search|copyright|line-?n|visually|sr-only|print-?only|"
-    r"(?:foot|footer|tags?|ads?|toc|meta|byline|edit|editsection|rail)(?![a-z]))"
-    r"|(?<![a-z-])(?:widget|header(?![a-z-]))|display:\s*none")
-MAIN_WORDS = re.compile(r"(?<![a-z])(?:main(?![a-z])|articlebody|entry-?content|mw-content-text)")
+    r"(?:foot|footer|toc|meta|byline|edit|editsection|rail)(?![a-z]))"
+    r"|(?<![\w-])(?:widget|ads?(?![a-z])|(?:header|tags?)(?![\w-]))|display:\s*none")
+MAIN_WORDS = re.compile(r"(?<![a-z-])(?:main(?:-?content)?|hentry|type-post|mw-content-text|"
+                        r"(?:article|entry|post|story)-?(?:body|content|text))(?![a-z-])")
 # An id of four words is made of a heading, and says nothing of where it stands.
 NAMES = re.compile(r"""(?i)\b(?:(?:class|role|itemprop|style)\s*=\s*("[^"]*"|'[^']*'|[^\s"'>]+)"""
                    r"""|id\s*=\s*["']?([a-z\d]+(?:[-_][a-z\d]+){,2})(?=["'\s]|$))""")
@@ -68,23 +67,20 @@ ENDS = {"p": {"p"}, "li": {"p", "li"}, "dt": {"p", "dt", "dd"}, "dd": {"p", "dt"
         "td": {"p", "td", "th"}, "th": {"p", "td", "th"}, "tr": {"p", "td", "th", "tr"}}
 HEADINGS = {"h1", "h2", "h3", "h4", "h5", "h6"}
 
-
-# Of how many characters are links; a tag of HEADINGS, li, pre, or p for all others; the numbers of
-# the table row and cell and of the element that it stands in (0: in none).
+# How many of its characters are links; its tag, one of HEADINGS, li, pre, or p for all others; the
+# table row and cell, and the element of Page.elements, that it stands in, by number (0: in none).
 Block = namedtuple("Block", "text linked tag row cell element")
 
 
 @lru_cache(4096)  # the items of a list, the pages of a site have the same
 def role(tag, attributes):
-    """-> (what an element is: "main", "header", "beside", or None for most; what its kind shares).
-    role("div", ' id="ad-7"') == ("beside", 'div "ad-"')"""
+    """-> (what an element is: "main", "beside", or None for most; what those of its kind share).
+    role("div", ' id="ad-7"') == ("beside", "div ad-")"""
     names = " ".join(map("".join, NAMES.findall(attributes)))
     kind = f"{tag} {re.sub('[0-9]+', '', names)}"
     words = re.sub(r"(?<=[a-z])(?=[A-Z])", "-", names).lower()
-    if tag in ("main", "article") or MAIN_WORDS.search(words):
+    if tag in ("main", "article") or tag not in BESIDE and MAIN_WORDS.search(words):
         return "main", kind
-    if tag == "header":
-        return "header", kind
     return "beside" if tag in BESIDE or BESIDE_WORDS.search(words) else None, kind
 
 
@@ -123,8 +119,8 @@ class Page:
         if not self.is_open["pre"]:
             text = "\n".join([" ".join(line.split()) for line in text.split("\n")]).strip()
         if text.strip():
-            at = self.row, self.cell, self.element
-            self.blocks.append(Block(text.strip("\n"), self.linked, self.tag, *at))
+            self.blocks.append(Block(text.strip("\n"), self.linked, self.tag, self.row, self.cell,
+                                     self.element))
             self.tag = "pre" if self.is_open["pre"] else "p"
         self.pieces, self.linked = [], 0
 
@@ -136,6 +132,8 @@ class Page:
         self.stack.append((tag, self.row, self.cell, self.element))
         self.is_open[tag] += 1
         found, kind = role(tag, attributes[:1000])
+        if tag == "header" and not (self.is_open["main"] or self.is_open["article"]):
+            found = "beside"  # that of the page; the one of an article has its title
         if found and tag not in ("html", "body"):
             self.elements.append((self.element, found, kind))
             self.element = len(self.elements) - 1
@@ -172,33 +170,39 @@ def size(blocks):
     return sum(len(block.text.encode("utf-8", "replace")) for block in blocks)
 
 
-def without_asides(page):
-    """-> (the blocks that stand in nothing that is beside the text, whether the page says where its
-    main text is; then they are those). What holds most of the text is not beside it, by whatever
-    name, and neither are elements of one kind that do together, as the posts of a thread."""
-    sizes, alike = [0] * len(page.elements), Counter()
-    for block in page.blocks:
+def sums(blocks, elements):
+    """How much text, but for links, stands in each element and in those within it."""
+    sizes = [0] * len(elements)
+    for block in blocks:
         sizes[block.element] += len(block.text) - block.linked
     for i in range(len(sizes) - 1, 0, -1):  # an element comes after the one around it
-        around, _, kind = page.elements[i]
-        sizes[around] += sizes[i]
-        alike[kind] += sizes[i] * (kind != page.elements[around][2])
-    beside, depth = [False], [0]
+        sizes[elements[i][0]] += sizes[i]
+    return sizes
+
+
+def main_element(page):
+    """-> (the blocks of the element that is marked as the main one, or else of the whole page, but
+    for what is beside the text; whether there is that element). What holds most of the text is not
+    beside it, by whatever name, nor are elements of a kind that do so together, as posts do."""
+    sizes, alike = sums(page.blocks, page.elements), Counter()
+    for n, (around, _, kind) in zip(sizes, page.elements):
+        alike[kind] += n * (kind != page.elements[around][2])
+    beside = [False]
     for around, found, kind in page.elements[1:]:
-        alone = found == "beside" or found == "header" and not depth[around]
-        beside.append(beside[around] or alone and alike[kind] <= sizes[0] / 2)
-        depth.append(depth[around] + (found == "main"))
-    blocks, is_marked = [block for block in page.blocks if not beside[block.element]], False
-    for level in 1, 2:  # <main>, then an <article> in it
-        inner = [block for block in blocks if depth[block.element] >= level]
-        if size(inner) > size(blocks) / (6 - 2 * level):
-            blocks, is_marked = inner, True
-    return blocks, is_marked
+        beside.append(beside[around] or found == "beside" and alike[kind] <= sizes[0] / 2)
+    blocks = [block for block in page.blocks if not beside[block.element]]
+    sizes, main = sums(blocks, page.elements), 0
+    for i, (_, found, _) in enumerate(page.elements):
+        if found == "main" and sizes[i] > sizes[0] / 2:  # of several, each in the one before
+            main = i
+    within = {main}
+    for i, (around, *_) in enumerate(page.elements):
+        within.update([i] * (around in within))
+    return [block for block in blocks if block.element in within], main > 0
 
 
 def join_rows(blocks):
-    """The cells of a table's row as one block, but for those of a layout, where a cell is long or
-    has several blocks."""
+    """The cells of a table's row become one block, but not long ones or of several blocks."""
     joined = []
     for row, cells in groupby(blocks, key=lambda block: block.row):
         cells = [*cells]
@@ -212,24 +216,20 @@ def join_rows(blocks):
 
 def is_boilerplate(block):
     """Whether a block is a notice or, unless it is a heading or code, mostly links."""
-    return len(block.text) < 300 and NOTICE.match(block.text) is not None or (
-        block.linked > 0.5 * len(block.text) and block.tag not in HEADINGS | {"pre"})
+    is_linked = block.linked > len(block.text) / 2 and block.tag not in HEADINGS | {"pre"}
+    return is_linked or len(block.text) < 300 and NOTICE.match(block.text) is not None
 
 
 def main_blocks(page):
-    """The blocks of the runs between boilerplate that are not too short; all where there is no such
-    run. Where the page marks its main text, boilerplate goes at its two ends alone."""
-    blocks, is_marked = without_asides(page)
+    """The runs of blocks between boilerplate, but for short ones where the page does not mark its
+    main text; all blocks where these would be few, as in a table of contents."""
+    blocks, is_marked = main_element(page)
     blocks = join_rows(blocks)
-    groups = [(bad, [*run]) for bad, run in groupby(blocks, key=is_boilerplate)]
-    runs = [run for i, (bad, run) in enumerate(groups)
-            if not bad or is_marked and 0 < i < len(groups) - 1]
-    runs = [[*chain(*runs)]] if is_marked else runs
+    runs = [[*run] for bad, run in groupby(blocks, key=is_boilerplate) if not bad]
     for run in runs:
-        while run and run[-1].tag in HEADINGS:  # it heads what went
+        while run and run[-1].tag in HEADINGS:  # of what went
             run.pop()
-    longest = max(map(size, runs), default=0)
-    least = max(min(100, longest), longest / 10)
+    least = 0 if is_marked else min(100, max(map(size, runs), default=0))
     kept = [block for run in runs if size(run) >= least for block in run]
     return kept if size(kept) > size(blocks) / 5 else blocks
 
