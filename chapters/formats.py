@@ -117,7 +117,8 @@ MAIL_START = re.compile(rb"From \S.*\d\d:\d\d")
 QUOTED_START = re.compile(rb">+From ")  # so that a line of a mail is not taken for a start
 MAIL_TEXTS = {"text/plain": decode, "text/html": visible_text}  # the better one first
 LINE_BYTES = 1 << 16  # read at a time
-MAX_PARTS = 100  # of a mail: Python's parser takes the square of their number
+MAX_LINES = 1_000_000  # of a mail: Python's parser needs memory for each
+MAX_PARTS = 100  # and the square of their number in time
 MAX_FIELD = 2000  # characters of a Content-Type, whose square it takes, too
 LONG_FIELD = re.compile(rb"(?im)^content-[a-z]+:(?:[^\n]|\n[ \t]){%d}" % MAX_FIELD)
 
@@ -152,10 +153,13 @@ def mail_text(mail):
     """The subject of a mail and its text/plain parts, or else those in HTML; "" without any."""
     if mail is None:
         raise ValueError("this file is no mailbox, which begins with From SENDER TIME")
-    if len(mail) > MAX_BYTES:
-        raise ValueError(f"more than {MAX_BYTES:,} bytes")
-    if len(re.findall(rb"(?i)boundary\s*=|message/", mail)) > MAX_PARTS or LONG_FIELD.search(mail):
-        raise ValueError(f"more than {MAX_PARTS} parts, or a field of {MAX_FIELD:,} characters")
+    n_parts = len(re.findall(rb"(?i)boundary\s{0,9}=|message/", mail))
+    for n, limit, unit in ((len(mail), MAX_BYTES, "bytes"), (mail.count(b"\n"), MAX_LINES, "lines"),
+                           (n_parts, MAX_PARTS, "parts")):
+        if n > limit:
+            raise ValueError(f"more than {limit:,} {unit}")
+    if LONG_FIELD.search(mail):
+        raise ValueError(f"a field Content-... of more than {MAX_FIELD:,} characters")
     message = email.message_from_bytes(mail)
     parts = [part for part in message.walk() if part.get_content_disposition() != "attachment"
              and not part.get_filename()]

@@ -18,7 +18,7 @@ MAX_BYTES = 1 << 26  # of a record, and of what is packed in it
 HEAD_BYTES = 1 << 16  # of the fields before the content
 PACKED_BYTES, UNPACKED_BYTES = 1 << 16, 1 << 20  # at a time
 MEMBER = b"\x1f\x8b\x08"  # each gzip member begins with it
-RECORD = b"\nWARC/1."
+RECORD = b"\nWARC/"
 BLANK_LINE = re.compile(rb"\r?\n\r?\n")
 CHUNK = re.compile(rb"(?:\r\n)?([0-9A-Fa-f]{1,8})[ \t]*+(?:;[^\r\n]{0,1000})?\r\n")
 CHARSET = re.compile(r"""(?i)charset\s{0,9}=\s{0,9}["']?([\w.:-]{1,40})""")
@@ -140,7 +140,7 @@ class Records:
             raise ValueError(f"cut off: {len(self.data) - start:,} of {int(length):,} bytes")
         after = self.data[stop:stop + 16]
         n_line_ends = len(after) - len(after.lstrip(b"\r\n"))
-        if not b"WARC/".startswith(after[n_line_ends:n_line_ends + 5]):  # b"" at the end is right
+        if not RECORD[1:].startswith(after[n_line_ends:n_line_ends + 5]):  # b"" at the end is right
             raise ValueError(f"no record ends after Content-Length, {int(length):,} bytes")
         content = bytes(self.data[start:stop])
         del self.data[:stop + n_line_ends]  # the start of a bytearray costs nothing to drop
