@@ -164,9 +164,9 @@ class Measures:
     def hashes(self):
         """A hash of each word: its characters as the digits of a number, modulo 2**64."""
         points, _, begins, ends = self.characters
-        power = powers(1 << len(points).bit_length())
+        power = powers(max(1 << 16, 1 << len(points).bit_length()))  # one size for most texts
         total = np.cumsum(points * power[:len(points)])
-        return (total.take(ends - 1) - total.take(begins - 1)) * power.take(len(power) - begins)
+        return (total.take(ends - 1) - total.take(begins - 1)) * power.take(len(points) - begins)
 
     def top_bounds(self, n):
         """Yield two shares that top_ngram(n) does not exceed: no n words are longer than the most

@@ -251,6 +251,25 @@ def test_the_command_alone_prints_a_line_for_each_rule(call):
     assert not problem
 
 
+def test_words_have_one_hash_only_if_they_are_the_same():
+    for text in [row["text"] for row in ROWS] + disturbed(ENGLISH, 20):
+        m = Measures(text)
+        assert len(m.hashes) == len(m.words)
+        assert len({*zip(m.words, m.hashes.tolist())}) == len({*m.hashes.tolist()})
+        assert len({*m.hashes.tolist()}) == len({*m.words})
+
+
+def test_pieces_of_a_script_without_spaces_have_no_gaps():
+    m = Measures("今天天气很好，" + "我们去公园" * 4)
+    assert m.words[:3] == ["今天", "天气", "很好，"]
+    assert m.top_ngram(2) * len(m.text) == 2 * len("我们去公")
+
+
+def test_a_chinese_line_is_short_below_fifteen_characters():
+    for letter, n in ("好", 15), ("한", 15), ("д", 30), ("d", 30):
+        assert [Measures(letter * k).short_lines() for k in (n - 1, n)] == [1, 0]
+
+
 def test_a_file_that_is_not_there_is_one_line(monkeypatch, capsys):
     code, lines = mistake(rules.main, monkeypatch, capsys, "none.txt")
     assert code == 1 and len(lines) == 1 and "none.txt" in lines[0]
