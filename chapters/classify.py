@@ -14,6 +14,7 @@ what is disguised, new or in another language is missed, and a quotation can pas
 """
 
 import json
+import math
 import sys
 from collections import Counter
 from functools import lru_cache
@@ -104,11 +105,13 @@ def toxic_classifier():
 
 
 def toxicity(text):
-    """0 to 1: how probable it is that a line is toxic, the mean over 100 lines of the text, evenly
-    spaced, or all of a shorter one."""
+    """0 to 1: the probability that a line is toxic, averaged over the lines of a text; of a long one
+    over at most 100, evenly spaced. It ranks texts for a person to look at."""
     lines = [line for line in text.splitlines() if line.strip()]
-    lines = lines[::len(lines) // 100 + 1]
-    return float(toxic_classifier().probabilities(lines)[:, 1].mean()) if lines else 0.0
+    if not lines:
+        return 0.0
+    step = math.ceil(len(lines) / 100)
+    return float(toxic_classifier().probabilities(lines[::step])[:, 1].mean())
 
 
 # -----------------------------------------------------------------------------
