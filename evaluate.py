@@ -3,11 +3,11 @@ Scores of trained models: run folders go in; tables, scores.json and scores.png 
 
     python evaluate.py                        # the newest run, on the text held out from training
     python evaluate.py runs/a runs/b          # side by side, with paired intervals
-    python evaluate.py --tasks=rows --rows=questions.jsonl    # a file like EXAMPLE_ROW, one a line
     python evaluate.py --tasks=small          # eight small tasks; or hellaswag,arc_easy --n_shots=5
+    python evaluate.py --tasks=rows --rows=questions.jsonl    # multiple choice of your own
 
 Each score stands beside what guessing gets, with its 95% interval. Tasks and options that are not
-in this file, such as those of the last line, are left to chapters/exams.py.
+in this file, such as those of the last two lines, are left to chapters/exams.py.
 """
 
 import signal
@@ -17,7 +17,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
 
 import contextlib
 import itertools
-import json
 import math
 import os
 import random
@@ -42,7 +41,6 @@ from tokenizer import (QUIET, Tokenizer, parse_options, read_json, reading, refu
 
 BATCH_TOKENS, HEAD_TOKENS = 4096, 1024  # in a forward pass; of them, those with logits at once
 CACHED_TOKENS = 4 * BATCH_TOKENS        # that a forward pass may attend to, over all its rows
-EXAMPLE_ROW = '{"context": "2 + 2 =", "choices": ["3", "4"], "answer": 1}'
 UNSPACED = (r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
             r"\p{Tibetan}\u3000-\u303f\uff00-\uff9f]")  # of scripts without spaces between words
 WORD = regex.compile(rf"(?:(?={UNSPACED})\X){{1,2}}\s*|(?:(?!{UNSPACED})\S)+\s*")  # or 2 characters
@@ -226,45 +224,11 @@ def difference(a, b, metric=ratio):
 # else is worth keeping under "shown"; and {metric: {"chance": what guessing gets, ...}}.
 
 
-def read_jsonl(path, convert=lambda value: value):
-    """Yield (number, convert(value)) for each line of a .jsonl file; an error names its line."""
-    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
-        with reading(f"{path}, line {number}"):
-            if line.strip():
-                yield number, convert(json.loads(line.decode("utf-8-sig")))
-
-
-def is_question(row):
-    """Whether a dict that a file held is a question of multiple choice."""
-    context, choices, answer = map(row.get, ("context", "choices", "answer"))
-    if not isinstance(choices, list) or type(answer) is not int:
-        return False
-    contexts = context if isinstance(context, list) else [context] * len(choices)
-    return (len(contexts) == len(choices) > answer >= 0
-            and all(isinstance(text, str) for text in contexts + choices))
-
-
 def space_between(context, choice):
     """The space between two texts; "" if one is empty, or if white space or a character of a script
     that is written without spaces stands there: space_between("5 =", "6") == " "."""
     sides = context[-1:] + choice[:1]
     return "" if len(sides) < 2 or regex.search(rf"\s|{UNSPACED}", sides) else " "
-
-
-def format_row(row):
-    """The question of a row of your own; ValueError if it is none."""
-    if not (isinstance(row, dict) and is_question(row) and len(row["choices"]) > 1
-            and all(map(str.strip, row["choices"])) and isinstance(row.get("between"), str | None)):
-        raise ValueError(f"this is not a row like {EXAMPLE_ROW}: {row!r:.60}")
-    return dict(between=None) | row
-
-
-def read_rows(path, format_row=format_row):
-    """The questions that format_row makes of the lines of a .jsonl file."""
-    questions = [question for _, question in read_jsonl(path, format_row)]
-    if not questions:
-        raise ValueError(f"{path} holds no rows; one a line is read, such as {EXAMPLE_ROW}")
-    return questions
 
 
 def shuffled(rng, context, right, wrong):
@@ -351,7 +315,7 @@ def score_choices(model, tokenizer, questions, config=None):
 def multiple_choice(model, tokenizer, rows):
     """The share of rows {"context", "choices", "answer"} whose answer is the likeliest choice:
     {"acc": by log-probability, "acc_norm": by log-probability per character}."""
-    outcomes, _ = score_choices(model, tokenizer, [format_row(row) for row in rows])
+    outcomes, _ = score_choices(model, tokenizer, [dict(between=None) | row for row in rows])
     return {metric: float(np.mean([outcome[metric][0] for outcome in outcomes]))
             for metric in ("acc", "acc_norm")}
 
@@ -418,8 +382,6 @@ TASKS = {
         lambda config, texts: continuation_rows(texts(), config.n_questions or 200, config.seed),
         score_choices, {"acc": ratio, "acc_norm": ratio},
         ("data", "max_tokens", "n_questions", "seed")),
-    "rows": Task(lambda config, texts: read_rows(config.rows)[:config.n_questions], score_choices,
-                 {"acc": ratio, "acc_norm": ratio, "acc_bytes": ratio}, ("n_questions",)),
 }
 DEFAULT = ["perplexity", "continuation"]
 VARIES = {"runs", "run", "tasks", "rows", "device", "scores", "card", "run_code"}  # scores do not
@@ -456,13 +418,9 @@ def held_out(folder, data=None, split="val", max_tokens=65_536):
 def make_questions(config, tasks, default, folder):
     """{task: questions} of --tasks, or of those of default that the text is long enough for."""
     texts = cache(partial(held_out, folder, config.data, max_tokens=config.max_tokens))
-    names = ["rows"] if config.rows is not None else default
-    names = names if config.tasks is None else config.tasks.split(",")
+    names = default if config.tasks is None else config.tasks.split(",")
     for name in names:
         check_known(name, tasks, "task")
-    if config.rows is not None and len({*names} - {*default}) != 1 or (
-            "rows" in names and config.rows is None):
-        raise ValueError("--tasks=TASK and --rows=FILE.jsonl, the rows of that task, go together")
     acting = {option for name in names for option in tasks[name].options}
     idle = {option for task in tasks.values() for option in task.options} - acting
     typed = {f.name for f in fields(config) if getattr(config, f.name) != f.default}
@@ -483,8 +441,6 @@ class EvaluateConfig:
     """What is scored, and how."""
     runs: list = option([], "run folders; without one the newest", positional=True)
     tasks: str | None = option(None, f"some of {','.join(TASKS)} (default {','.join(DEFAULT)})")
-    rows: str | None = option(None, "multiple choice of your own from this .jsonl file; before a "
-                              'choice stands its "between", else a space if its script has them')
     n_questions: int | None = option(None, "of each task (default 200 if made, else all)", low=1)
     data: str | None = option(None, "shards whose validation split is held out (default the run's)")
     max_tokens: int = option(65_536, "score at most this many held-out tokens", low=1)
@@ -586,7 +542,7 @@ def main():
     typed = {word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--")}
     unknown = typed - {"--help", *(f"--{f.name}" for f in fields(EvaluateConfig))}
     config = None if unknown else EvaluateConfig(**parse_options(__doc__, EvaluateConfig)[0])
-    unknown = unknown or {*(config.tasks or "rows").split(",")} - {*TASKS}
+    unknown = unknown or {*(config.tasks or "perplexity").split(",")} - {*TASKS}
     if not unknown:
         score_runs(config)
     elif EXAMS.exists():

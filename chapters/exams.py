@@ -29,13 +29,13 @@ from chapters import probes
 from chapters.box import score_programs
 from chapters.card import (calibration_of_sums, contamination, overlap_line, score_calibrated,
                            write_card)
-from chapters.prompts import (format_arc, format_boolq, format_gsm8k, format_hellaswag,
+from chapters.prompts import (EXAMPLE_ROW, format_arc, format_boolq, format_gsm8k, format_hellaswag,
                               format_humaneval, format_lambada, format_mmlu, format_mosaic,
-                              format_piqa, format_truthfulqa, format_truthfulqa_mc2,
-                              format_winogrande)
+                              format_piqa, format_row, format_truthfulqa, format_truthfulqa_mc2,
+                              format_winogrande, is_question, read_rows)
 from data import download
-from evaluate import (EvaluateConfig, Task, exact_match, exp_ratio, format_row, is_question,
-                      pairs_of, ratio, read_rows, score_runs)
+from evaluate import (EvaluateConfig, Task, exact_match, exp_ratio, pairs_of, ratio,
+                      score_runs)
 from model import option
 from tokenizer import Tokenizer, parse_options, read_json, reading, run_command, write_json
 
@@ -194,7 +194,8 @@ class ExamConfig(EvaluateConfig):
     """What is scored, and how."""
     tasks: str | None = option(None, f"small, or some of {','.join(TASKS)} (default small)")
     rows: str | None = option(None, "questions from this .jsonl file, for the one task that "
-                              "--tasks names, or multiple choice of your own")
+                              f"--tasks names, or your own, such as {EXAMPLE_ROW}; before a choice "
+                              'stands its "between", else a space if its script has them')
     n_shots: int = option(0, "solved examples before each question")
     n_samples: int = option(1, "programs for each of humaneval's questions; above 1 at "
                             "temperature 0.8", low=1, below=1001)
@@ -204,9 +205,13 @@ class ExamConfig(EvaluateConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        names = (["rows"] if self.rows else SMALL) if self.tasks is None else self.tasks.split(",")
+        names = SMALL if self.tasks is None else self.tasks.split(",")
         if self.tasks == "small" and self.rows is not None:
             raise ValueError("--tasks=small reads no rows: leave out one of --tasks and --rows")
+        if self.rows is not None and len({*names} - {*SMALL}) != 1 or (
+                "rows" in names and self.rows is None):
+            raise ValueError("--tasks=TASK and --rows=FILE.jsonl, the rows of that task, go "
+                             "together")
         if "humaneval" in names and not self.run_code:
             raise ValueError("humaneval runs what the model writes, on this machine: --run_code "
                              "lets it; what protects the machine stands in chapters/box.py")
@@ -216,7 +221,8 @@ class ExamConfig(EvaluateConfig):
 
 
 def main():
-    config = ExamConfig(**parse_options(__doc__, ExamConfig)[0])
+    typed, = parse_options(__doc__, ExamConfig)
+    config = ExamConfig(**(dict(tasks="rows") if "rows" in typed else {}) | typed)
     if config.tasks == "small":
         config = replace(config, tasks=None)
     questions, folders = score_runs(config, TASKS, SMALL)

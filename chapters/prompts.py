@@ -9,12 +9,16 @@ that tests an answer. Here, too, is what counts as a word in a text of any scrip
 """
 
 import itertools
+import json
 import re
+from pathlib import Path
 
 import regex
 
 from evaluate import UNSPACED, WORD, space_between
+from tokenizer import reading
 
+EXAMPLE_ROW = '{"context": "2 + 2 =", "choices": ["3", "4"], "answer": 1}'
 # Two letters of a script without spaces, or two syllables of Hangul, say as much as three or four.
 PAIR = rf"(?:(?={UNSPACED})\p{{L}}\p{{M}}*){{2}}|\p{{Hangul}}{{2,}}"
 LETTERS = regex.compile(rf"\b(?:(?!{UNSPACED})[\p{{L}}\p{{M}}]){{3,}}\b|{PAIR}")
@@ -36,6 +40,44 @@ def joined(words):
 def is_word(word, least):
     """Whether a word has letters alone, with the signs on them: least or more, or a PAIR."""
     return regex.fullmatch(rf"[\p{{L}}\p{{M}}]{{{least},}}|{PAIR}", word) is not None
+
+
+# -----------------------------------------------------------------------------
+# Rows of your own: a file like EXAMPLE_ROW, one a line.
+
+
+def read_jsonl(path, convert=lambda value: value):
+    """Yield (number, convert(value)) for each line of a .jsonl file; an error names its line."""
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
+        with reading(f"{path}, line {number}"):
+            if line.strip():
+                yield number, convert(json.loads(line.decode("utf-8-sig")))
+
+
+def is_question(row):
+    """Whether a dict that a file held is a question of multiple choice."""
+    context, choices, answer = map(row.get, ("context", "choices", "answer"))
+    if not isinstance(choices, list) or type(answer) is not int:
+        return False
+    contexts = context if isinstance(context, list) else [context] * len(choices)
+    return (len(contexts) == len(choices) > answer >= 0
+            and all(isinstance(text, str) for text in contexts + choices))
+
+
+def format_row(row):
+    """The question of a row of your own; ValueError if it is none."""
+    if not (isinstance(row, dict) and is_question(row) and len(row["choices"]) > 1
+            and all(map(str.strip, row["choices"])) and isinstance(row.get("between"), str | None)):
+        raise ValueError(f"this is not a row like {EXAMPLE_ROW}: {row!r:.60}")
+    return dict(between=None) | row
+
+
+def read_rows(path, format_row=format_row):
+    """The questions that format_row makes of the lines of a .jsonl file."""
+    questions = [question for _, question in read_jsonl(path, format_row)]
+    if not questions:
+        raise ValueError(f"{path} holds no rows; one a line is read, such as {EXAMPLE_ROW}")
+    return questions
 
 
 # -----------------------------------------------------------------------------

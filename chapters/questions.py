@@ -9,7 +9,7 @@ the judge's verdict come out. For chapters.judge and chapters.rate.
 import re
 from pathlib import Path
 
-from evaluate import read_jsonl
+from chapters.prompts import read_jsonl
 
 QUESTIONS = Path(__file__).with_name("questions.jsonl")
 PAIR = (

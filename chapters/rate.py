@@ -28,10 +28,11 @@ import numpy as np
 
 from chapters.dialogue import percent, share
 from chapters.judge import win_rate
+from chapters.prompts import read_jsonl
 from chapters.questions import read_prompts, read_questions
 from chapters.talk import AnswerConfig, LocalModel, open_all
 from chapters.voting import rate_in_browser, rate_in_terminal
-from evaluate import held_out, read_jsonl
+from evaluate import held_out
 from model import check_options, option
 from tokenizer import parse_options, refuse_idle, replacing, run_command
 

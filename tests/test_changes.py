@@ -111,7 +111,7 @@ def test_a_new_text_is_one_row(copy):
 
 
 def test_a_new_task_is_one_row(copy):
-    insert(copy, "evaluate.py", "\nTASKS = {\n", '    "dogs": Task(lambda config, texts: [format_'
-           'row(dict(context="the", answer=0,\n        choices=["dog", "cat"]))], score_choices, '
+    insert(copy, "evaluate.py", "\nTASKS = {\n", '    "dogs": Task(lambda config, texts: [dict('
+           'context="the", answer=0,\n        choices=["dog", "cat"])], score_choices, '
            '{"acc": ratio}),\n')
     assert "dogs" in python(copy, "evaluate.py runs/a --tasks=dogs")

@@ -11,11 +11,11 @@ import torch
 from conftest import keep, run, tiny
 
 import evaluate
+from chapters.prompts import EXAMPLE_ROW, format_row, read_rows
 from data import read_card, read_split
 from evaluate import (bits_per_byte, bootstrap, cells, continuation_rows, difference, encode_pair,
-                      exact_match, exp_ratio, format_row, interval, loglikelihood, multiple_choice,
-                      pairs_of, perplexity, read_rows, score_choice, surprisal, table, wilson,
-                      windows)
+                      exact_match, exp_ratio, interval, loglikelihood, multiple_choice, pairs_of,
+                      perplexity, score_choice, surprisal, table, wilson, windows)
 from sample import complete
 from tokenizer import Tokenizer, write_json
 
@@ -311,7 +311,7 @@ def test_a_space_goes_before_a_choice_where_the_script_has_one(row, ends):
     b'{"context": "", "choices": ["a", "b"], "answer": true}'])
 def test_a_row_that_is_wrong_is_named_by_its_line(tmp_path, line):
     path = tmp_path / "rows.jsonl"
-    path.write_bytes(evaluate.EXAMPLE_ROW.encode() + b"\n\n" + line)
+    path.write_bytes(EXAMPLE_ROW.encode() + b"\n\n" + line)
     with pytest.raises(ValueError, match=r"rows.jsonl, line 3 cannot be read: "):
         read_rows(path)
 
@@ -385,9 +385,9 @@ def test_the_scores_written_are_those_of_the_held_out_tokens(command, folder, mo
 
 def test_rows_of_a_file_need_no_held_out_text(command, folder, tmp_path):
     (folder / "config.json").unlink()
-    (tmp_path / "sums.jsonl").write_text(evaluate.EXAMPLE_ROW, encoding="utf-8")
+    (tmp_path / "sums.jsonl").write_text(EXAMPLE_ROW, encoding="utf-8")
     shown, _ = command("--tasks=rows", "--rows=sums.jsonl")
-    assert "rows  acc        runs/words  " in shown and "1 questions" in shown
+    assert "rows  acc                runs/words  " in shown and "1 questions" in shown
 
 
 @pytest.fixture
@@ -430,8 +430,8 @@ def test_what_does_not_fit_the_context_is_left_out_and_counted(command, folder, 
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
     shown, notes = command("--rows=rows.jsonl")
     scores = json.loads((folder / "scores.json").read_text("utf-8"))["scores"]
-    assert [(row["n"], row["left_out"]) for row in scores] == [(3, 2)] * 3 and notes == ""
-    assert shown.count("3 questions, 2 left out") == 3
+    assert [(row["n"], row["left_out"]) for row in scores] == [(3, 2)] * 4 and notes == ""
+    assert shown.count("3 questions, 2 left out") == 4
 
 
 def test_a_task_of_which_nothing_fits_is_named_and_ends_no_other(command, tmp_path):

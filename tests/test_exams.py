@@ -25,8 +25,9 @@ from chapters.exams import (EXAMS, TASKS, download_questions, find_number, forma
                             solved, split_examples, with_examples)
 from chapters.probes import ROWS as PROBES
 from chapters.probes import bleu, f1, rouge_l
+from chapters.prompts import format_row, read_rows
 from data import read_card, read_split
-from evaluate import format_row, interval, pairs_of, read_rows
+from evaluate import interval, pairs_of
 from tokenizer import write_json
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules")  # runpy, in one process

@@ -15,8 +15,8 @@ import evaluate
 import sample
 import train
 from chapters import export
+from chapters.prompts import read_rows
 from data import check_shards, file_hash, read_card, read_documents, read_shard, read_split
-from evaluate import read_rows
 from model import GPTConfig, load_model, read_progress, read_safetensors, save_model
 from sample import pick_checkpoint
 from tokenizer import Tokenizer, read_json, write_json
