@@ -24,6 +24,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from random import Random
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -32,6 +33,8 @@ import torch
 import torch.nn.functional as F
 
 from chapters.checks import execute
+from chapters.curate import near_duplicates, run_stages
+from chapters.stages import CurateConfig, text_stages
 from data import find_files, prepare, read_documents
 from model import (GPT, KERNELS, SIZES, GPTConfig, Linear, accelerator, fused_attention, option,
                    plain_attention, rotary_table, torch_attention)
@@ -441,11 +444,56 @@ def chapters():
 
 
 # -----------------------------------------------------------------------------
+# Documents: what curate takes for each stage, and for all of them on every core.
+
+
+def prose(n_bytes, n_chars=3000):
+    """English documents of about n_chars characters: paragraphs of Python's manual, shuffled."""
+    topics = read_documents(Path(os.__file__).parent / "pydoc_data" / "topics.py")
+    parts = [part for text in topics for part in text.split("\n\n")
+             if len(part) > 200 and part.rstrip().endswith(".") and "{" not in part]
+    random, texts = Random(0), []
+    for _ in range(n_bytes // n_chars):
+        texts.append("")
+        while len(texts[-1]) < n_chars:
+            texts[-1] += random.choice(parts) + "\n\n"
+    return texts
+
+
+def curation():
+    """Megabytes a second of each stage, and of all of them; of near-duplicates; of tokenizing."""
+    texts = prose(20_000_000)
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    small, n = texts[:1000], sum(len(text.encode()) for text in texts[:1000]) / 1e6
+    config = CurateConfig(near=0.0)
+    for name, stage in text_stages(config).items():
+        seconds, = medians(lambda: [stage(text) for text in small], times=3)
+        show(f"stage {name}, one core", f"{n / seconds:,.1f} MB/s")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "rows.jsonl")
+        path.write_text("\n".join(json.dumps(dict(text=text)) for text in texts))
+        with open(Path(folder, "rows"), "w+b") as file:
+            start, records = time.perf_counter(), []
+            run_stages(config, {"rows": [path]}, file, [], records)
+            seconds = time.perf_counter() - start
+    show("read, clean, filter, mask, exact duplicates, all cores",
+         f"{megabytes / seconds:.1f} MB/s, {records[-1]['documents']:,} of {len(texts):,} left")
+    seconds, = medians(lambda: near_duplicates(small), times=3)
+    show("near-duplicates, one core",
+         f"{n / seconds:.1f} MB/s, {16 * 8} bytes of keys a document")
+    tokenizer = Tokenizer.train(texts[:700], 4096)
+    encode, tiktoken = tokenizer.encode_batch, tokenizer.to_tiktoken().encode_ordinary_batch
+    ours, theirs = medians(lambda: [*encode(texts)], lambda: tiktoken(texts), times=3)
+    show("tokenizing on all cores, and tiktoken's own batch",
+         f"{megabytes / ours:.1f} and {megabytes / theirs:.1f} MB/s")
+
+
+# -----------------------------------------------------------------------------
 # The command.
 
 PARTS = {part.__name__: part for part in (training, attention, twins, sampling, saving, bpe,
-                                          decoding, muon, bpe100, chapters, learning,
-                                          nanogpt)}
+                                          decoding, muon, bpe100, curation, chapters,
+                                          learning, nanogpt)}
 
 
 @dataclass

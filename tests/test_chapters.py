@@ -201,7 +201,9 @@ def walk(terms, texts):
 
 
 def test_a_reader_meets_no_term_of_the_glossary_before_it_is_explained():
-    texts = {int(path.stem[:2]): prose(path) for path in NOTEBOOKS}
+    texts = {}
+    for path in NOTEBOOKS:  # chapter 3 has two
+        texts[int(path.stem[:2])] = f"{texts.get(int(path.stem[:2]), '')} {prose(path)}"
     terms = glossary()
     assert len(terms) > 100
     assert [*walk(terms, texts)] == []
