@@ -53,7 +53,7 @@ BESIDE_WORDS = re.compile(
     r"gdpr|privacy|shar(?:e|ing)|social|related|recommend|suggest|trending|popular|newsletter|"
     r"subscri|sign-?up|log-?in|promo|advert|sponsor|comment|disqus|skip|paginat|pager|popup|modal|"
     r"overlay|complementary|contentinfo|search|copyright|line-?n|visually|sr-only|print-?only|"
-    r"(?:foot|footer|toc|meta|byline|edit|editsection|rail)(?![a-z]))"
+    r"(?:foot|footer|toc|meta|byline|edit|rail|author|bio|caption|credit|date|time)(?![a-z]))"
     r"|(?<![\w-])(?:widget|ads?(?![a-z])|(?:header|tags?)(?![\w-]))|display:\s*none")
 MAIN_WORDS = re.compile(r"(?<![a-z-])(?:main(?:-?content)?|hentry|type-post|mw-content-text|"
                         r"(?:article|entry|post|story)-?(?:body|content|text))(?![a-z-])")

@@ -56,7 +56,8 @@ def test_the_visible_text_is_that_of_the_standard_librarys_parser():
 
 @pytest.mark.parametrize("opening", [
     "<nav>", "<aside>", "<footer>", "<header>", "<noscript>", "<div class='sidebar left'>",
-    "<div class='main-nav'>", "<div class='box ad-slot'>", "<div class='headerTop topBar'>",
+    "<p class=image-caption>", "<div class='main-nav'>", "<div class='box ad-slot'>",
+    "<div class='headerTop topBar'>",
     "<div id=footer>", '<div role="navigation">', '<ul class="siteNav">', "<p class=breadcrumbs>",
     '<div class="cookie-banner">', '<section id="related-posts">', '<div class="share_buttons">',
     '<div style="display: none">', '<table class="navbox">', "<form>", "<DIV CLASS=SIDEBAR>"])
@@ -199,8 +200,7 @@ OPENINGS = ["<!--", "<script>", "<script ", "<pre>", "<pre", '"<a', "<a '", "</s
 @pytest.mark.parametrize("opening", OPENINGS)
 def test_a_page_of_nothing_but_openings_comes_to_an_end(opening):
     markup = opening.encode() * (100_000 // len(opening) + 1)
-    for f in html_to_text, visible_text:
-        assert len(f(markup)) <= 2 * len(markup)
+    assert len(html_to_text(markup)) <= 2 * len(markup)
 
 
 @pytest.mark.parametrize("tag", ["div class=nav", "b", "table", "main"])
