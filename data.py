@@ -401,7 +401,7 @@ def find_files(source, downloads, n_shards=1):
             shutil.copyfileobj(sys.stdin.buffer, file)
         return [downloads / f"stdin{kind}"]
     if re.match("https?://", source):
-        name = re.sub(r"[^\\w.-]+", "-", Path(urlsplit(source).path).name)
+        name = re.sub(r"[^\w.-]+", "-", Path(urlsplit(source).path).name)
         name += "" if ending(name) in READERS else ".txt"
         return [download(source, downloads / f"{text_hash(source).hex()[:8]}-{name}")]
     if source in KNOWN:
@@ -411,7 +411,7 @@ def find_files(source, downloads, n_shards=1):
         if not text.exists():  # WikiText is one text: only a heading shows where an article starts
             with zipfile.ZipFile(path) as archive, replacing(text) as file:
                 articles = archive.read("wikitext-2-raw/wiki.train.raw")
-                file.write(re.sub(rb"(?m)^(?= = [^=\\n][^\\n]* = $)", SEPARATOR.encode(), articles))
+                file.write(re.sub(rb"(?m)^(?= = [^=\n][^\n]* = $)", SEPARATOR.encode(), articles))
         return [text]
     if is_ready(source):
         if (path / "meta.pkl").exists() or (path / "card.json").exists():
