@@ -123,7 +123,7 @@ def repeated_places(keys):
     """Where a number stands that stood before."""
     low = np.uint64((1 << len(keys).bit_length()) - 1)  # these bits hold the place instead
     keys = np.sort(keys & ~low | np.arange(len(keys), dtype=np.uint64))
-    return (keys[1:][keys[1:] & ~low == keys[:-1] & ~low] & low).astype(int)
+    return (keys[1:][keys[1:] ^ keys[:-1] <= low] & low).astype(int)
 
 
 # -----------------------------------------------------------------------------
@@ -135,7 +135,7 @@ class Measures:
     to the text's script."""
 
     def __init__(self, text):
-        self.text, self.highest_counts = text, {}
+        self.text = text
 
     script = cached_property(lambda self: main_script(self.text))
     words = cached_property(lambda self: split_words(self.text, self.script))
@@ -165,27 +165,32 @@ class Measures:
         """A hash of each word: its characters as the digits of a number, modulo 2**64."""
         points, _, begins, ends = self.characters
         power = powers(max(1 << 16, 1 << len(points).bit_length()))  # one size for most texts
-        total = np.cumsum(points * power[:len(points)])
+        total = np.cumsum(points.astype(np.uint64) * power[:len(points)])
         return (total.take(ends - 1) - total.take(begins - 1)) * power.take(len(points) - begins)
 
-    def top_bounds(self, n):
-        """Yield two shares that top_ngram(n) does not exceed: no n words are longer than the most
-        that stand in a row, nor more frequent than the first hash of two words, or of n."""
+    def longest(self, n):
+        """Characters of the longest n words in a row."""
         _, _, begins, ends = self.characters
-        longest = int((ends[n - 1:] - begins[:len(ends[n - 1:])]).max(initial=0))
-        for k in (2, n):
-            if k not in self.highest_counts:
-                self.highest_counts[k] = highest_count(hash_ngrams(self.hashes, k))
-            yield self.per_character(longest * self.highest_counts[k])
+        return int((ends[n - 1:] - begins[:len(ends[n - 1:])]).max(initial=0))
+
+    @cached_property
+    def top_bound(self):
+        """A share that no top_ngram(n) exceeds, n from 2 to 4: no words in a row are more frequent
+        than the most frequent two, nor longer than the longest four."""
+        count = highest_count(hash_ngrams(self.hashes, 2))
+        return self.per_character(count * self.longest(min(4, self.word_count)))
+
+    def close_top_bound(self, n):
+        """A lower share that top_ngram(n) does not exceed."""
+        return self.per_character(highest_count(hash_ngrams(self.hashes, n)) * self.longest(n))
 
     @cached_property
     def duplicate_bound(self):
-        """A share that no duplicate_ngrams(n) exceeds: where more than 5 words in a row occurred
-        before, each 5 of them did, too."""
+        """A share that no duplicate_ngrams(n) exceeds, n from 5 to 10: where more than 5 words in a
+        row occurred before, each 5 of them did, too."""
         again = repeated_places(hash_ngrams(self.hashes, 5))
         covered = np.zeros(len(self.hashes), bool)
-        for i in range(5):
-            covered[again + i] = True
+        covered[np.add.outer(again, np.arange(5))] = True
         return self.per_character(int(self.sizes[covered].sum()))
 
     word_count = property(lambda self: len(self.sizes))

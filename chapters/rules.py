@@ -41,8 +41,8 @@ STOP_WORDS = {script: [frozenset(words.split()) for words in lists.split("|")]
     HANGUL="은 는 이 가 을 를 의 에 다", THAI="ที่ และ ของ เป็น ใน มี ได้ ไม่",
     CJK="的 是 不 了 在 有 和 我|の は に を が で と た").items()}
 MANY = math.inf
-ENGLISH = STOP_WORDS["LATIN"][0]
-BULLETS = "•", "‣", "◦", "●", "▪", "-", "*"
+ENGLISH = [f" {word} " for word in STOP_WORDS["LATIN"][0]]
+BULLETS = "•‣◦●▪-*"
 NOTICES = ("javascript", "terms of use", "privacy policy", "cookie policy", "uses cookies",
            "use of cookies", "use cookies")
 BLOCKED = frozenset("porn porno xxx milf blowjob slut sluts whore whores cunt fuck fucking "
@@ -118,14 +118,14 @@ THRESHOLDS = {
     "gopher_ellipses": Rule(0, 0.1, lambda m: m.per_word(sum(map(m.text.count, ELLIPSES))),
                             "ellipses a word"),
     "gopher_bullet_lines": Rule(0, 0.9, lambda m: m.line_share(
-        lambda line: line.startswith(BULLETS)), "share of lines that begin with a bullet"),
+        lambda line: line[0] in BULLETS), "share of lines that begin with a bullet"),
     "gopher_ellipsis_lines": Rule(0, 0.3, lambda m: m.line_share(
         lambda line: line.endswith(ELLIPSES)), "share of lines that end in an ellipsis"),
     "gopher_alphabetic_words": Rule(0.8, 1, Measures.alphabetic_words, "share with a letter"),
     "gopher_stop_words": Rule(
         2, MANY, stop_words, "different stop words",
         lambda m, rule: m.script == "LATIN" and rule.least <= sum(
-            f" {word} " in m.text for word in ENGLISH)),
+            map(m.text.__contains__, ENGLISH))),
     **{f"gopher_duplicate_{parts}": Rule(0, 0.3, lambda m, parts=parts: m.duplicates(parts),
                                          f"share of {parts} that occurred before")
        for parts in ("lines", "paragraphs")},
@@ -136,7 +136,7 @@ THRESHOLDS = {
     **{f"gopher_top_{n}_gram": Rule(
         0, most, lambda m, n=n: m.top_ngram(n),
         f"share of characters in the most frequent {n} words",
-        lambda m, rule, n=n: any(bound <= rule.most for bound in m.top_bounds(n)))
+        lambda m, rule, n=n: m.top_bound <= rule.most or m.close_top_bound(n) <= rule.most)
        for n, most in zip(range(2, 5), (0.2, 0.18, 0.16))},
     **{f"gopher_duplicate_{n}_gram": Rule(
         0, most, lambda m, n=n: m.duplicate_ngrams(n),
@@ -164,8 +164,10 @@ THRESHOLDS = {
         0, 0.02, blocked_words, "share of words on the list",
         lambda m, rule: not any(map(m.lower.__contains__, BLOCKED_PARTS))),
 }
-# FineWeb leaves C4's demands on each line out: they cost much good text and gain little.
-DEFAULT = tuple(name for name in THRESHOLDS if name not in ("c4_unmarked_lines", "c4_few_words"))
+# FineWeb leaves C4's demands on each line out: they cost much good text and gain little. And words
+# are blocked on demand: what is fit to be read is another question than what is prose.
+OPTIONAL = "c4_unmarked_lines", "c4_few_words", "blocked_words"
+DEFAULT = tuple(name for name in THRESHOLDS if name not in OPTIONAL)
 
 
 def fails(name, measures, thresholds=THRESHOLDS):
