@@ -5,7 +5,7 @@ Text that occurs twice: repeated lines, near-duplicate documents, and test quest
 
 Near-duplicates as in arXiv:2107.06499: documents become sets of shingles (n words in a row), these
 by MinHash signatures, and those that agree in a band are compared in full. The corpus may lie in a
-file (data.Documents): in memory are some 200 bytes a document, 128 of them the keys of 16 bands.
+file (data.Documents): in memory are about 160 bytes a document, 128 of them the keys of 16 bands.
 """
 
 import sys
