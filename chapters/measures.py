@@ -1,8 +1,6 @@
 """
 What the quality rules of chapters/rules.py measure in a text: words, lines, repetition, languages.
 
-    Measures("So it is.\nSo it was.").word_count == 6
-
 Each number is computed once, when the first rule asks for it. Words are counted on an array of the
 text's characters, and what repeats is bounded by hashes first: most texts repeat too little for a
 count of every n-gram to matter.
@@ -127,7 +125,7 @@ def repeated_places(keys):
 
 
 # -----------------------------------------------------------------------------
-# All measures of a text.
+# The measures of a text.
 
 
 class Measures:
