@@ -24,13 +24,14 @@ SPACES = re.compile("[\xa0\u1680\u2000-\u200a\u202f\u205f\u3000]")
 # script, and glue between two emoji; tags spell the flag of a region behind a black one.
 JOINING = "[\u0610-\u061a\u061d-\u0dff\u0f00-\u109f\u1780-\u180d\u180f-\u18aa\ua840-\ua8ff]"
 EMOJI = "[\u2190-\u21ff\u2300-\u27bf\u2b00-\u2bff\ufe0f\u20e3\U0001f000-\U0001faff]"
-INVISIBLE = re.compile(
+INVISIBLE = regex.compile(
     "(\U0001f3f4[\U000e0030-\U000e007a]{3,6}\U000e007f)|[\U000e0001\U000e0020-\U000e007f]"
-    f"|(?<!{JOINING})[\u200c\u180e]|(?<!{JOINING})(?:(?<!{EMOJI})\u200d|\u200d(?!{EMOJI}))"
+    rf"|[\u200c\u200d\u180e](?<!{JOINING}\p{{M}}*.)(?:(?<!{EMOJI}\u200d)|(?!{EMOJI}))"
     "|[\xad\u061c\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]")
 
 # Characters that normalisation may put in another order: combining marks, and what begins with one.
-MARKS = regex.compile(r"(?:[^\p{ccc=0}]|[\u0f73\u0f75\u0f81\uff9e\uff9f]){32,}")
+MARKS = {form: regex.compile(rf"(?:[^\p{{ccc=0}}]|[\u0f73\u0f75\u0f81{more}]){{32,}}")
+         for form, more in (("NFC", ""), ("NFKC", "\uff9e\uff9f"))}
 
 
 def is_plain(text):
@@ -60,7 +61,8 @@ def normalize(text, form):
         apart = [unicodedata.normalize(form.replace("C", "D"), mark) for mark in run[0]]
         return "".join(sorted("".join(apart), key=unicodedata.combining))
 
-    return text if text.isascii() else unicodedata.normalize(form, MARKS.sub(in_order, text))
+    return text if text.isascii() else unicodedata.normalize(
+        form, MARKS[form].sub(in_order, text))
 
 
 def nfc(text):
@@ -139,28 +141,27 @@ def lower_case(text):
 PAIRS = """
 abscence absence accomodate accommodate accomodation accommodation accross across acheive achieve
 acheivement achievement acknowlege acknowledge adress address agressive aggressive amatuer amateur
-anual annual apparant apparent appearence appearance arguement argument basicly basically
-becasue because becuase because begining beginning beleive believe beleived believed
-buisness business calender calendar catagory category cemetary cemetery cheif chief
-collegue colleague comming coming commitee committee completly completely concious conscious
-consistant consistent definately definitely definatly definitely desparate desperate
-diffrent different dilemna dilemma disapear disappear dissapointed disappointed embarass embarrass
-embarassing embarrassing enviroment environment excede exceed excercise exercise existance existence
+apparant apparent appearence appearance arguement argument basicly basically becasue because
+becuase because begining beginning beleive believe beleived believed buisness business
+calender calendar cemetary cemetery cheif chief collegue colleague comming coming commitee committee
+completly completely concious conscious consistant consistent definately definitely
+definatly definitely diffrent different dilemna dilemma dissapointed disappointed embarass embarrass
+embarassing embarrassing enviroment environment excercise exercise existance existence
 experiance experience febuary february foriegn foreign fourty forty freind friend freinds friends
-garantee guarantee gaurd guard goverment government grammer grammar greatful grateful
-happend happened harrass harass immediatly immediately independant independent interupt interrupt
-knowlege knowledge lenght length liason liaison libary library maintainence maintenance
-maintenence maintenance mispell misspell neccessary necessary necessery necessary nieghbor neighbor
-noticable noticeable occassion occasion occured occurred occurence occurrence occuring occurring
-parliment parliament peice piece percieve perceive performence performance preceeding preceding
-prefered preferred privelege privilege probly probably pronounciation pronunciation
-publically publicly questionaire questionnaire realy really reccomend recommend recieve receive
-recieved received recieving receiving recomend recommend refered referred remeber remember
-repitition repetition restarant restaurant rythm rhythm saftey safety sentance sentence
-seperate separate similiar similar sincerly sincerely speach speech strenght strength
-succesful successful successfull successful suprise surprise teh the tendancy tendency thier their
-tommorrow tomorrow tounge tongue truely truly untill until usefull useful vaccum vacuum
-visable visible wich which wierd weird writting writing yeild yield
+garantee guarantee gaurd guard goverment government grammer grammar happend happened harrass harass
+immediatly immediately independant independent interupt interrupt knowlege knowledge lenght length
+liason liaison libary library maintainence maintenance maintenence maintenance mispell misspell
+neccessary necessary necessery necessary nieghbor neighbor noticable noticeable occassion occasion
+occured occurred occurence occurrence occuring occurring parliment parliament peice piece
+percieve perceive performence performance preceeding preceding prefered preferred
+privelege privilege probly probably pronounciation pronunciation publically publicly
+questionaire questionnaire realy really reccomend recommend recieve receive recieved received
+recieving receiving recomend recommend refered referred remeber remember repitition repetition
+restarant restaurant rythm rhythm saftey safety sentance sentence seperate separate similiar similar
+sincerly sincerely speach speech strenght strength succesful successful successfull successful
+suprise surprise teh the tendancy tendency thier their tommorrow tomorrow tounge tongue truely truly
+untill until usefull useful vaccum vacuum visable visible wich which wierd weird writting writing
+yeild yield
 """.split()
 MISSPELLED = dict(zip(PAIRS[::2], PAIRS[1::2]))  # {wrong: right}
 MISSPELLING = re.compile(rf"(?i)(?<![\w@/.])(?:{'|'.join(MISSPELLED)})(?![\w@/]|\.\w)")
@@ -202,7 +203,7 @@ def contractions(text):
 
 # One order for all: nfc follows what can take a letter from its marks, white_space comes last.
 STAGES = {stage.__name__: stage for stage in (
-    line_ends, controls, nfkc, emoji, homographs, lower_case, nfc, quotes, misspellings,
+    line_ends, controls, nfkc, lower_case, emoji, homographs, nfc, quotes, misspellings,
     contractions, white_space)}
 DEFAULT = ["line_ends", "controls", "nfc", "white_space"]
 
@@ -215,14 +216,13 @@ STOPS = r"[\u3002\uff01\uff1f\u0964\u0965\u061f\u06d4]"  # need no space behind 
 NO_END = ("mr|mrs|ms|dr|prof|st|jr|sr|vs|nos?|figs?|eqs?|vol|pp|eds?|inc|ltd|corp?|dept|gen|col|lt|"
           "sgt|capt|rev|hon|gov|sen|rep|jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec|approx|ca|nr")
 BLANK = r"\n(?:[ \t]*+\n)++"
-ENDING = (rf"(?<=[.!?\u2026]{CLOSING}*)(?<!(?:\b(?i:\p{{L}}|{NO_END})|(?<![\d.,])\d\d?)\.)\s++"
-          rf"(?!\p{{Ll}})|(?!{CLOSING}|{STOPS})(?<={STOPS}{CLOSING}*)\s*+|{BLANK}")
+ENDING = (rf"(?=\s)(?<=[.!?\u2026]{CLOSING}*)(?<!(?:\b(?i:\p{{L}}|{NO_END})|(?<![\d.,])\d\d?)\.)"
+          rf"\s++(?!\p{{Ll}})|(?!{CLOSING}|{STOPS})(?<={STOPS}{CLOSING}*)\s*+|{BLANK}")
 PARAGRAPHS, SENTENCES, LINES, WORDS = map(regex.compile, (BLANK, ENDING, "\n", r"\s++"))
 
 
 def cut(text, limit, *levels):
-    """Pieces as long as the limit allows, which end where the first pattern matches; a part that is
-    itself too long is cut by the next pattern, or at last after `limit` characters."""
+    """Pieces as long as the limit allows, cut where the first pattern matches, or the next ones."""
     if limit < 1:
         raise ValueError(f"limit={limit} must be at least 1 character")
     if len(text) <= limit or not levels:
