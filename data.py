@@ -59,7 +59,7 @@ LONG_TEXT = 1 << 21  # characters; a longer text is read as several documents
 LARGE = 1 << 25  # characters or bytes: of a JSON value or a row, and to find out an encoding
 GROUP_BYTES = 1 << 23  # text tokenized at a time: the ids of a large corpus must not fill memory
 LEARN_BYTES = 200_000_000  # a tokenizer learns from a sample of this size: more changes little
-TIMEOUT, WAITS = 30, (1, 4, 16)  # seconds: without a byte; before a download goes on
+TIMEOUT, WAITS = 30, (1, 4, 16)  # seconds: without a byte; before a download is tried again
 PACKED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma", ".zst": "compression.zstd"}  # and modules
 PROGRAMS = ".py .c .h .cpp .cs .go .java .js .jl .kt .lua .php .pl .r .rb .rs .sh .sql .swift .ts"
 HEAVY = ".html .htm .xhtml .xht .shtml .epub .xml .mbox .srt .vtt .pdf .warc .wet".split()
@@ -330,7 +330,7 @@ def fetch(url, part, is_page):
                 raise ValueError(f"{url} is a web page, not text; {CURATE}")
             if response.status != 206:  # this server sends all of it
                 n_done, end = file.truncate(0), b""
-            elif not end.startswith(response.read(len(end))):
+            elif response.read(len(end)) != end:
                 file.truncate(0)
                 raise OSError("its content has changed")
             n_bytes = n_done + int(response.headers.get("Content-Length") or 0)
@@ -348,16 +348,22 @@ def download(url, path, sha256=None):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
+    tries = size = 0
     try:
-        for wait in (*WAITS, None):
+        while True:
             try:
                 fetch(url, part, path.suffix == ".html")
                 break
-            except (OSError, HTTPException) as error:  # a URLError: no such server
-                if wait is None or (isinstance(error, URLError)
-                                    and getattr(error, "code", 0) not in (429, 500, 502, 503, 504)):
-                    raise ValueError(f"{url}: {error}; start again to go on, or take stdlib")
-                time.sleep(wait)
+            except (OSError, HTTPException) as error:  # a URLError without a code: no such server
+                code, lasts = getattr(error, "code", 0), isinstance(error, URLError)
+                grown = part.stat().st_size > size
+                tries, size = 0 if grown else tries + 1, max(size, part.stat().st_size)
+                if tries > len(WAITS) or lasts and code not in (416, 429, 500, 502, 503, 504):
+                    reason = " ".join(str(error).split())
+                    raise ValueError(f"{url}: {reason}; start again to go on, or take stdlib")
+                if code == 416:  # the file was longer once
+                    os.truncate(part, 0)
+                time.sleep(WAITS[max(0, tries - 1)])
         if sha256 not in (None, file_hash(part)):
             os.truncate(part, 0)
             raise ValueError(f"{url} has not the expected sha256 {sha256}: removed")
@@ -401,7 +407,7 @@ def find_files(source, downloads, n_shards=1):
             shutil.copyfileobj(sys.stdin.buffer, file)
         return [downloads / f"stdin{kind}"]
     if re.match("https?://", source):
-        name = re.sub(r"[^\w.-]+", "-", Path(urlsplit(source).path).name)
+        name = re.sub(r"[^\w.-]+", "-", Path(urlsplit(source).path).name)[-80:]
         name += "" if ending(name) in READERS else ".txt"
         return [download(source, downloads / f"{text_hash(source).hex()[:8]}-{name}")]
     if source in KNOWN:

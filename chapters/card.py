@@ -19,6 +19,7 @@ if __name__ == "__main__":  # `python chapters/card.py` works as well, from any 
 import numpy as np
 from tqdm import tqdm
 
+from chapters.near import gram_hashes
 from data import check_shards, read_split
 from evaluate import cells, score_choices
 from model import load_model, option
@@ -32,26 +33,16 @@ OVERLAP = 13  # tokens in a row that tell what was trained on
 # Overlap with the training text.
 
 
-def gram_hashes(ids):
-    """A number for each OVERLAP tokens in a row, nearly always another for others."""
-    ids, n = np.asarray(ids).astype(np.uint64), max(0, len(ids) - OVERLAP + 1)
-    numbers = np.zeros(n, np.uint64)
-    for i in range(OVERLAP):
-        numbers = (numbers + ids[i:i + n] + 1) * np.uint64(0x9E3779B97F4A7C15)
-        numbers ^= numbers >> np.uint64(32)
-    return numbers
-
-
 def overlaps(texts, shards):
     """For each of texts, lists of ids, the share of its runs of 13 tokens that the shards have, too
     (arXiv:2005.14165, appendix C); NaN for a shorter one."""
-    texts = [gram_hashes(text) for text in texts]
-    known = np.unique(np.concatenate([*texts, gram_hashes([])]))
+    texts = [gram_hashes(text, OVERLAP) for text in texts]
+    known = np.unique(np.concatenate([*texts, gram_hashes([], OVERLAP)]))
     found, table = np.zeros(len(known), bool), np.zeros(1 << 22, bool)
     table[known % len(table)] = True  # most of what is looked up is not there: this is seen fast
     for shard in shards if len(known) else ():
         for start in tqdm(range(0, len(shard), 1 << 22), "overlap", **QUIET):
-            numbers = gram_hashes(shard[start:start + (1 << 22) + OVERLAP - 1])
+            numbers = gram_hashes(shard[start:start + (1 << 22) + OVERLAP - 1], OVERLAP)
             found |= np.isin(known, numbers[table[numbers % len(table)]])
     return [np.isin(text, known[found]).mean() if len(text) else math.nan for text in texts]
 
