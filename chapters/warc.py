@@ -38,8 +38,9 @@ def unpack_member(file, packed):
             raise EOFError("the file ends in it")
         block = member.decompress(packed, UNPACKED_BYTES)
         packed = member.unconsumed_tail
-        yield last  # one block late: the last one is good only if the checksum behind it is right
-        last = block
+        if block:
+            yield last  # a block late: the last is good only if the checksum behind it is right
+            last = block
     yield last
     return member.unused_data
 

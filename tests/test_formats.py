@@ -46,8 +46,8 @@ class Endless(io.RawIOBase):
 def record(content, kind="conversion", length=None, end=b"\r\n\r\n"):
     content = content.encode() if isinstance(content, str) else content
     length = len(content) if length is None else length
-    return (f"WARC/1.0\r\nWARC-Type: {kind}\r\nContent-Length: {length}\r\n\r\n".encode()
-            + content + end)
+    return (f"WARC/1.0\r\nWARC-Type: {kind}\r\nWARC-Target-URI: http://example.org/\r\n"
+            f"Content-Length: {length}\r\n\r\n".encode() + content + end)
 
 
 def response(body, *fields, status="200 OK", kind="text/html; charset=utf-8"):
@@ -81,6 +81,12 @@ def test_what_is_read_does_not_depend_on_how_much_is_read_at_a_time(monkeypatch,
     damaged = parts[0][:-9] + b"\r\n" + parts[1]
     assert read(".wet", members(parts)) == read(".wet", b"".join(parts)) == TEXTS[:4]
     assert documents(".wet", members([damaged, *parts[2:]])) == [TEXTS[1], *TEXTS[2:4]]
+    lie = record("x", length=10**9)
+    assert len(read(".wet", lie + b"".join(parts))) == 5  # one error alone
+    packed = gzip.compress(parts[0])
+    for i in range(10, len(packed) - 8, 40):
+        bad = packed[:i] + b"\xff" * 8 + packed[i + 8:]
+        assert [*map(len, read(".wet", bad + members(parts)))][1:] == [*map(len, TEXTS[:4])]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -111,6 +117,19 @@ def test_a_damaged_member_that_seems_to_hold_the_next_ones_does_not_lose_them():
     stored = b"\x1f\x8b\x08\0\0\0\0\0\0\3\0" + b"\xff\xff\0\0"  # a block of 65,535 stored bytes
     first, *texts = read(".wet", stored + packed)
     assert first.startswith("byte 0: a damaged gzip member") and texts == TEXTS
+
+
+def test_members_that_overlap_are_not_unpacked_again_and_again(monkeypatch):
+    class Counted(io.BytesIO):
+        def read(self, n_bytes):
+            self.n_read = getattr(self, "n_read", 0) + n_bytes
+            return super().read(n_bytes)
+
+    monkeypatch.setattr(warc, "PACKED_BYTES", 1000)
+    # A member's stored block of ten bytes is the head of the next: each goes on to the file's end.
+    file = Counted((warc.MEMBER + bytes(7) + b"\0\n\0\xf5\xff") * 5000)
+    assert {*map(type, READERS[".wet"](file))} == {ValueError}
+    assert file.n_read < 15 * len(file.getvalue())
 
 
 @pytest.mark.parametrize("length", [0, 5, len(TEXTS[1]) - 1, len(TEXTS[1]) + 9, 10**6, 10**8,
@@ -150,7 +169,7 @@ def test_a_record_above_the_limit_is_passed_over_in_bounded_memory(monkeypatch):
 
 
 def test_a_page_comes_in_the_charset_that_its_server_declared():
-    for charset in "utf-8", "iso-8859-1", '"windows-1252"':
+    for charset in "utf-8", "iso-8859-1", '"windows-1252"', "cp850":
         body = PAGE.encode(charset.strip('"'))
         kind = f"text/html; Charset={charset}"
         assert read(".warc", response(body, kind=kind)) == [PAGE_TEXT]
@@ -392,6 +411,7 @@ def test_a_broken_mail_is_counted_and_the_next_one_is_read(monkeypatch):
         "mail 1: more than 9,000 bytes", "mail 2: more than 2,000 lines",
         "mail 3: more than 100 parts",
         "mail 4: a field Content-... of more than 2,000 characters", "last"]
+    assert read(".mbox", start + b"\na\nFrom noon, 12:00, on\n") == ["a\nFrom noon, 12:00, on"]
     assert read(".mbox", b"no mail\n") == [
         "mail 1: this file is no mailbox, which begins with From SENDER TIME"]
     assert read(".mbox", b"") == []
@@ -400,7 +420,8 @@ def test_a_broken_mail_is_counted_and_the_next_one_is_read(monkeypatch):
 @pytest.mark.parametrize("part", [
     "Content-Type: multipart/mixed; boundary=a\n\n--a\n", "Content-Type: message/rfc822\n\n",
     "=?a?q?", "Content-Type: text/plain;", ";", '"', "\n;", "=", "\n--a", "\n",
-    "Subject: =?utf-8?q?", "From a 00:00\n\n", "\n\nFrom a 00:00", "boundary=", "Content-Type: text/html\n\n<"])
+    "Subject: =?utf-8?q?", "From a 00:00\n\n", "\n\nFrom a 00:00", "boundary=",
+    "Content-Type: text/html\n\n<"])
 def test_a_mailbox_of_nothing_but_openings_comes_to_an_end(part):
     for start in "Subject: ", "Content-Type: multipart/mixed; boundary=a\n\n":
         n_parts = (10_000 if "From" in part else 100_000) // len(part)
@@ -420,6 +441,7 @@ def test_captions_become_lines_of_text():
         for charset in "utf-8", "utf-16":
             content = film.replace("\n", ends).encode(charset)
             assert read(".srt", content) == ["It was late.\n42\n- 1 < 2 & so"]
+    assert read(".srt", b"0:00.0 --> 0:01.0\nThe answer:\n42") == ["The answer: 42"]
     crowded = film.replace("\n\n", "\n").encode()
     assert read(".srt", crowded) == ["It was late.\n42\n- 1 < 2 & so"]
 
@@ -580,8 +602,8 @@ def test_markup_becomes_the_text_that_a_reader_sees(markup, text):
 
 MARKS = ["{{", "}}", "[[", "]]", "{|\n", "\n|}", "<ref>", "<ref", "<!--", "<math>", "=", "== a\n",
          "\n=a=", "'''", "[http://", "[http://x ", "[//", "(", ") (", "<a", "<a ", "__A", "&",
-         "&#1", "{{a|", "[[a|", "{{lang|a|", "{{{{}}", "{{[[", "{|{{\n{|", "<ref></ref>", "\n*", "}}{{",
-         "{{lang|fr|[[x]]}}", wikitext.GONE, f"({wikitext.GONE}", " ", "\n ", "|", "\n:"]
+         "&#1", "{{a|", "[[a|", "{{lang|a|", "{{{{}}", "{{[[", "{|{{\n{|", "<ref></ref>", "\n*",
+         "}}{{", "{{lang|fr|[[x]]}}", wikitext.GONE, f"({wikitext.GONE}", " ", "\n ", "|", "\n:"]
 
 
 @pytest.mark.parametrize("mark", MARKS)
