@@ -2,7 +2,8 @@
 The figures of this project, measured here and now: medians, and ratios against a peer in one run.
 
     python tests/benchmark.py                # training attention twins sampling saving bpe
-    python tests/benchmark.py twins bpe      # some of these parts, or decoding muon bpe100 chapters
+    python tests/benchmark.py twins bpe      # some of these parts, or of decoding muon bpe100
+                                             # curation pages chapters
     python tests/benchmark.py --nanogpt=DIR  # training steps beside nanoGPT's, from a checkout
     python tests/benchmark.py learning --nanogpt=DIR [--text=FILE]  # time to a loss, beside its own
 """
@@ -27,11 +28,12 @@ from pathlib import Path
 from random import Random
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch
 import torch.nn.functional as F
 
+import page_extractors
 from chapters.checks import execute
 from chapters.curate import near_duplicates, run_stages
 from chapters.stages import CurateConfig, text_stages
@@ -488,11 +490,17 @@ def curation():
          f"{megabytes / ours:.1f} and {megabytes / theirs:.1f} MB/s")
 
 
+def pages(docs):
+    """The main text of web pages, found by us and by libraries."""
+    for name, figures in page_extractors.compare(docs):
+        show(name, figures)
+
+
 # -----------------------------------------------------------------------------
 # The command.
 
 PARTS = {part.__name__: part for part in (training, attention, twins, sampling, saving, bpe,
-                                          decoding, muon, bpe100, curation, chapters,
+                                          decoding, muon, bpe100, curation, pages, chapters,
                                           learning, nanogpt)}
 
 
@@ -502,6 +510,7 @@ class Options:
     parts: list = option([], f"of: {' '.join(PARTS)}", positional=True)
     nanogpt: str = option("", "a checkout of nanoGPT, for the parts nanogpt and learning")
     text: str = option("", "the text that learning learns; by default tiny Shakespeare")
+    docs: str = option("/usr/share/doc", "a folder of HTML documentation, for the part pages")
 
 
 def main():
@@ -517,6 +526,7 @@ def main():
     beside, folder = {"nanogpt", "learning"} & {*parts}, Path(options.nanogpt).resolve()
     refuse_idle(typed, () if beside else ["nanogpt"], "without the part nanogpt or learning")
     refuse_idle(typed, () if "learning" in parts else ["text"], "without the part learning")
+    refuse_idle(typed, () if "pages" in parts else ["docs"], "without the part pages")
     if beside and not (options.nanogpt and (folder / "model.py").exists()):
         raise ValueError(f"{' and '.join(sorted(beside))} need --nanogpt=DIR, a checkout of nanoGPT"
                          + f"; {folder} has no model.py" * bool(options.nanogpt))
@@ -524,7 +534,7 @@ def main():
         raise ValueError(f"there is no file --text={options.text}")
     print(machine(), flush=True)
     accelerator().keep_freed_memory()
-    arguments = dict(nanogpt=[folder], learning=[folder, options.text])
+    arguments = dict(nanogpt=[folder], learning=[folder, options.text], pages=[options.docs])
     for part in parts:
         PARTS[part](*arguments.get(part, []))
 
