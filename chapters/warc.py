@@ -17,6 +17,7 @@ from data import decode
 MAX_BYTES = 1 << 26  # of a record, and of what is packed in it
 HEAD_BYTES = 1 << 16  # of the fields before the content
 PACKED_BYTES, UNPACKED_BYTES = 1 << 16, 1 << 20  # at a time
+LAST_BYTES = 16  # of a gzip member, held back until its checksum is right; so no record is whole
 MEMBER = b"\x1f\x8b\x08"  # each gzip member begins with it
 RECORD = b"\nWARC/"
 BLANK_LINE = re.compile(rb"\r?\n\r?\n")
@@ -36,11 +37,10 @@ def unpack_member(file, packed):
         packed = packed or file.read(PACKED_BYTES)
         if not packed:
             raise EOFError("the file ends in it")
-        block = member.decompress(packed, UNPACKED_BYTES)
+        last += member.decompress(packed, UNPACKED_BYTES)
         packed = member.unconsumed_tail
-        if block:
-            yield last  # a block late: the last is good only if the checksum behind it is right
-            last = block
+        yield last[:-LAST_BYTES]
+        last = last[-LAST_BYTES:]
     yield last
     return member.unused_data
 
