@@ -117,7 +117,7 @@ ASSIGNED = (r"""[:=]>?[ \t]{0,3}["'`]?(?P<value>(?:[\w.+/=!@#$%^*~?-]|&(?!\w+=))
             r"(?<![.!?])(?![\w(\[{]))")
 EMAIL = (r"(?<![\w.%+-])(?!(?:git|hg|svn)@)(?P<value>[\w.%+-]{0,63}[\w%+-]@"
          r"(?![1-4]x\.)(?:[\w-]{1,63}\.){1,8}(?:[^\W\d_]{2,24}|xn--[\w-]{2,59}))"  # not icon@2x.png
-         r"(?![\w@(\[]|[.-]\w|:[/~])")
+         r"(?![\w@(\[]|[.-][\w<]|:[/~])")
 # Length of an account number: its countries, by the IBAN registry.
 IBAN_LENGTHS = {15: "NO", 16: "BE", 18: "DK FI FK FO GL NL SD", 19: "MK SI", 21: "CH HR LI LV",
                 20: "AT BA EE KZ LT LU MN XK", 22: "BG BH CR DE GB GE IE ME RS VA",
@@ -128,7 +128,7 @@ IBAN = r"(?i)(?<![A-Z0-9])(?=[A-Z]{2}[0-9]{2})(?P<value>%s)(?![A-Z0-9])" % "|".j
     f"(?:{countries.replace(' ', '|')})[0-9]{{2}}(?:[ -]?[A-Z0-9]){{{length - 4}}}"
     for length, countries in IBAN_LENGTHS.items())
 CARD = (r"(?<![\w.,/-])(?P<value>[2-6][0-9]{12,18}|[2-6][0-9]{3}(?P<gap>[ .-])[0-9]{4,6}(?P=gap)"
-        r"[0-9]{4,5}(?:(?P=gap)[0-9]{1,4}){0,2})(?![\w-]|[.,][0-9])")
+        r"[0-9]{4,5}(?:(?P=gap)[0-9]{1,4}){0,2})(?![\w-]|\.[0-9])")
 SSN = (r"(?<![\w.-])(?P<value>(?!000|666|9)[0-9]{3}(?P<gap>%s)(?!00)[0-9]{2}(?P=gap)"
        r"(?!0000)[0-9]{4})(?![\w-])")
 TRAVELLER = (r"(?:passe?port|reisepass|pasaporte|passaporto|паспорт)(?:number|nummer|num|n[or]?|id|"
@@ -138,35 +138,36 @@ PASSPORT = (r"(?<![\w-])(?P<value>[A-Z]{0,3}[0-9]{6,9}|(?=(?:[A-Z]*[0-9]){4})[A-
 IPV6 = r"(?<![\w:.])(?P<value>[23][0-9A-Fa-f]{3}(?:::?[0-9A-Fa-f]{1,4}){1,7}(?:::)?)(?!\w|:[\w:])"
 IPV4 = r"(?<![\w.~^-])(?P<value>(?:[0-9]{1,3}\.){3}[0-9]{1,3})(?![\w-]|\.[\w])"
 SEP = r"(?:\)?[ ./\xa0‐-–-]\(?|[()])?"
-PHONE = (rf"(?<![\w./+-])(?<![0-9][, ])(?P<value>(?:\+ ?|00(?=[0-9]{{2,3}}[ -])|00 |011[ -])"
-         rf"(?:1|7|[2-9][0-9]{{1,2}})(?:{SEP}[0-9]){{6,12}}"
-         r"|(?:1[ .-])?(?:\([0-9]{3}\) ?|[0-9]{3}[-. ‐-–])[0-9]{3}[-. ‐-–][0-9]{4}"
-         r"|0[1-9](?P<gap>[ .-])[0-9]{2}(?:(?P=gap)[0-9]{2}){3}|0[1-9]-[0-9]{4}-[0-9]{4}"
-         r"|(?:\(0[1-9][0-9]{1,3}\)|0[1-9][0-9]{1,3})[ /-]{1,3}(?:[0-9]{1,4}[ -]){0,3}[0-9]{2,8})"
-         r"(?!\w|[.,:/-][0-9]| [0-9])")
+ABROAD = rf"(?:1|7|[2-9][0-9]{{1,2}})(?:{SEP}[0-9]){{6,12}}"
+PHONE = (r"(?<![\w./+-])(?P<value>(?:1[ .-])?(?:\([0-9]{3}\) ?|[0-9]{3}[-. ‐-–])[0-9]{3}[-. ‐-–]"
+         rf"[0-9]{{4}}|(?:\+ ?{ABROAD}|(?<![0-9][, ])(?<!PHONE>[, ])(?:"
+         rf"(?:00(?=[0-9]{{2,3}}[ -])|00 |011[ -]){ABROAD}|0[1-9]-[0-9]{{4}}-[0-9]{{4}}|"
+         r"0[1-9](?P<gap>[ .-])[0-9]{2}(?:(?P=gap)[0-9]{2}){3}|(?:\(0[1-9][0-9]{1,3}\)|0[1-9]"
+         r"[0-9]{1,3})[ /-]{1,3}(?:[0-9]{1,4}[ -]){0,3}[0-9]{2,8}))(?! (?:[0-9]|<PHONE)))"
+         r"(?!\w|[./-][0-9])")
 NUMBER = rf"(?<![\w.])(?P<value>\+?\(?[0-9](?:{SEP}[0-9]){{6,14}})(?!\w|[.,:/-][0-9]| ?%)"
 LINE = (r"(?:\b(?:t[eé]l|t[eé]l[eé](?:ph|f)on[eo]?|phone|mobile?|cell|fax|call|text|sms|hotline|"
         r"whatsapp|тел|телефон|móvil)\b|手机|手機|电话|電話)[^0-9<>\n]{0,20}")
 # Seven digits close by, or K123456, 7a1 or A1B: without any of them a text has no number or key.
-NUMBERS = (r"[0-9](?:[0-9]{5}(?<=[A-Z]......)|(?:[^0-9\n]{0,3}[0-9]){6}|[A-Za-z_]{1,30}[0-9]"
-           r"|[A-Z](?<=[A-Z]..))")
+DENSE = r"[0-9](?:[0-9]{5}(?<=[A-Z].{6})|(?:[^0-9\n]{0,3}[0-9]){6}|[A-z]+[0-9]|(?<=[A-Z].)[A-Z])"
 RULES = [  # kind, quick test of a whole text, pattern, check of a match; the most specific first
     ("key", "PRIVATE KEY", PRIVATE_KEY, bool),
-    ("key", NUMBERS, KEY, is_varied),
+    ("key", DENSE, KEY, is_varied),
     ("key", "://", LOGIN, bool),
     ("key", "[=:]", ASSIGNED, named(SECRET, is_random)),
     ("email", r"@[\w-]{1,63}\.", EMAIL, bool),
-    ("iban", NUMBERS, IBAN, is_iban),
-    ("card", NUMBERS, CARD, is_card),
-    ("ssn", NUMBERS, SSN % "[-‐-–]", bool),
-    ("ssn", NUMBERS, SSN % " ?", named(r"\b(?:ssn|social security)\b[^0-9<>\n]{0,20}")),
-    ("passport", NUMBERS, PASSPORT, named(TRAVELLER)),
+    ("iban", DENSE, IBAN, is_iban),
+    ("card", DENSE, CARD, is_card),
+    ("ssn", DENSE, SSN % "[-‐-–]", bool),
+    ("ssn", DENSE, SSN % " ?", named(r"\b(?:ssn|social security)\b[^0-9<>\n]{0,20}")),
+    ("passport", DENSE, PASSPORT, named(TRAVELLER)),
     ("ipv6", ":[0-9A-Fa-f]{0,4}:", IPV6, is_public),
     ("ipv4", r"\.[0-9]{1,3}\.", IPV4, is_public),
-    ("phone", NUMBERS, PHONE, is_phone),
-    ("phone", NUMBERS, NUMBER, named(LINE, is_phone))]
+    ("phone", DENSE, PHONE, is_phone),
+    ("phone", DENSE, NUMBER, named(LINE, is_phone))]
 RULES = [(kind, gate, re.compile(pattern), check) for kind, gate, pattern, check in RULES]
 GATES = {gate: re.compile(gate) for _, gate, *_ in RULES}
+TAG = re.compile(f"<(?:{'|'.join(kind.upper() for kind, *_ in RULES)})>\\Z")
 KINDS = tuple(dict.fromkeys(kind for kind, *_ in RULES))
 
 # -----------------------------------------------------------------------------
@@ -178,15 +179,14 @@ def masked(text, kinds):
     found, is_open = [], {gate: sign.search(text) for gate, sign in GATES.items()}
 
     def replace(match):
-        if not check(match):
-            return match[0]
+        if TAG.search(before(match, 10)) or not check(match):
+            return match[0]  # what is glued to a tag stays, or masking twice would find it
         found.append((kind, match["value"]))
         (start, end), first = match.span("value"), match.start()
         return f"{match[0][:start - first]}<{kind.upper()}>{match[0][end - first:]}"
 
-    for kind, gate, pattern, check in RULES:
-        if kind in kinds and is_open[gate]:
-            text = pattern.sub(replace, text)
+    for kind, gate, pattern, check in (rule for rule in RULES if rule[0] in kinds):
+        text = pattern.sub(replace, text) if is_open[gate] else text
     return text, found
 
 
