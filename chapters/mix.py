@@ -2,64 +2,132 @@
 Several folders of shards become one, in which each has its share of the text.
 
     python -m chapters.mix shards/a=0.8 shards/b=0.2 --out=shards/mixed
-    python train.py --data=shards/mixed
+    python -m chapters.mix shards/a shards/b shards/c --temperature=3 --out=shards/mixed
+    python -m chapters.mix shards/a=0.5 shards/b=0.5 --order=loss --run=runs/a --out=shards/mixed
+    python train.py --data=shards/mixed                # after --order: --no-shuffle, too
 
 All must have one tokenizer (data.py TEXT --tokenizer=shards/a/tokenizer.json). The sequences of the
-folders, in a random order, take turns, evenly: of any 100 in a row each folder has its share. The
-first folder is read once, the others as often as that takes; what validates is the first's.
+folders, in a random order, take turns, evenly: in any stretch each folder has its share. The first
+folder is read once, the others as often as that takes; what validates is the first's.
+--temperature=T makes shares of tokens ** (1/T): 1 is by size, inf gives equal shares
+(arXiv:1901.07291 takes 2, arXiv:2010.11934 takes 3.3). --order lets each folder go from its short
+documents, or those of little loss, to the others: a curriculum.
 """
 
 import json
+import math
 import re
 import sys
+from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 if __name__ == "__main__":  # `python chapters/mix.py` works as well, from any folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data import (TokenLoader, check_shards, count_tokens, file_hash, new_shards, read_split,
-                  text_hash, write_shards)
-from tokenizer import Parser, Tokenizer, run_command, write_json
+import numpy as np
+
+from chapters.curriculum import ORDERS, cut, documents_of, from_easy_to_hard, measure
+from data import (TokenLoader, check_shards, count_tokens, file_hash, new_shards, read_card,
+                  read_split, text_hash, write_shards)
+from tokenizer import Parser, Tokenizer, refuse_idle, run_command, write_json
+
+MANY_EPOCHS = 4  # arXiv:2305.16264: up to here read again is nearly as good as new text
+
+
+# -----------------------------------------------------------------------------
+# Shares, and whose turn it is.
 
 
 def read_shares(words):
-    """{folder: hundredths}: read_shares(["a=0.8", "b=0.2"]) == {Path("a"): 80, Path("b"): 20}."""
+    """{folder: share}: read_shares(["a=0.8", "b=0.2"]) == {Path("a"): 0.8, Path("b"): 0.2}."""
     parts = {}
     for word in words:
         folder, _, share = word.rpartition("=")
         if not (folder and re.fullmatch(r"0?\.\d+", share) and Path(folder, "card.json").exists()):
-            raise ValueError(f"{word} is not a folder of shards and its share, shards/a=0.2")
-        parts[Path(folder)] = round(100 * float(share))
-    if min(parts.values()) < 1 or sum(parts.values()) != 100:
-        raise ValueError(f"shares of {', '.join(map(str, parts.values()))} hundredths: each must "
-                         "be at least 1, all together 100")
+            raise ValueError(f"{word} is not a folder of shards and its share, shards/a=0.2; "
+                             "shares by size come with --temperature=1")
+        parts[Path(folder)] = float(share)
+    if min(parts.values()) <= 0 or not math.isclose(sum(parts.values()), 1, abs_tol=1e-3):
+        raise ValueError(f"shares of {', '.join(map(str, parts.values()))}: each must be above 0, "
+                         "all together 1, and each folder stand there once")
     return parts
 
 
+def tempered_shares(folders, temperature):
+    """{folder: share} by tokens ** (1 / temperature)."""
+    if not temperature >= 1:
+        raise ValueError(f"temperature={temperature} must be at least 1 (shares by size); inf "
+                         "gives equal ones")
+    sizes = {Path(folder): read_card(folder).train["tokens"] for folder in folders}
+    if len(sizes) < len(folders):
+        raise ValueError("a folder stands there twice: give each once")
+    weights = {folder: (n / max(sizes.values())) ** (1 / temperature)
+               for folder, n in sizes.items()}
+    return {folder: weight / sum(weights.values()) for folder, weight in weights.items()}
+
+
 def take_turns(parts):
-    """Whose each of 100 sequences is: take_turns([50, 25, 25])[:4] == [0, 1, 2, 0]."""
+    """Whose turn it is, of parts of a whole: take_turns([50, 25, 25])[:4] == [0, 1, 2, 0]."""
     # The j-th of a folder's n is due at (j + 1/2) / n.
-    due = [((j + 0.5) / n, i) for i, n in enumerate(parts) for j in range(n)]
-    return [i for _, i in sorted(due)]
+    due = np.concatenate([(np.arange(n) + 0.5) / n for n in parts])
+    return np.repeat(np.arange(len(parts)), parts)[np.argsort(due, kind="stable")].tolist()
 
 
-def mixed_sequences(parts, block_size, seed=0):
-    """Yield the sequences, arrays of block_size ids, until the first folder has been read once."""
-    loaders = [TokenLoader(folder, 1, block_size, seed=seed) for folder in parts]
-    turns, n_read = take_turns(parts.values()), [0] * len(parts)
+# -----------------------------------------------------------------------------
+# The mixture.
+
+
+def shuffled_sequences(folder, block_size, seed):
+    """Yield sequences, arrays of block_size ids, without end: each epoch all, in a new order."""
+    loader, n_read = TokenLoader(folder, 1, block_size, seed=seed), 0
     while True:
-        for i in turns:
-            if n_read[0] == loaders[0].n_blocks and i == 0:
-                return
-            block = loaders[i].block(n_read[i])  # one token longer, which the next one begins with
-            is_last = loaders[i].order[n_read[i] % loaders[i].n_blocks] == loaders[i].n_blocks - 1
-            yield block[:block_size + is_last]
-            n_read[i] += 1
+        block = loader.block(n_read)  # one token longer, which the next one begins with
+        is_last = loader.order[n_read % loader.n_blocks] == loader.n_blocks - 1
+        yield block[:block_size + is_last]
+        n_read += 1
 
 
-def mix(parts, out, block_size=256, seed=0):
-    """Write the mixture of folders, {path: hundredths}, as a folder of shards -> its Path."""
-    out, (first, *_) = Path(out), parts
+def mixed_sequences(parts, block_size, seed=0, difficulty=None, eot=None, taken=None):
+    """Yield the sequences until the first folder has been read once. difficulty(documents) gives a
+    number for each, by which they are sorted; taken, a Counter, gets the tokens of each folder."""
+    folders, taken = [*parts], Counter() if taken is None else taken
+    n_first = TokenLoader(folders[0], 1, block_size).n_blocks
+    if difficulty:  # without the loader's offset
+        n_first = math.ceil(sum(map(len, read_split(folders[0]))) / block_size)
+    counts = [round(n_first * share / parts[folders[0]]) for share in parts.values()]
+    if not all(counts):
+        few = folders[counts.index(0)]
+        raise ValueError(f"{few}: its share is less than one sequence beside the {n_first:,} of "
+                         f"{folders[0]}: give more, or leave it out")
+    sequences = []
+    for folder, n in zip(folders, counts):
+        sequences.append(shuffled_sequences(folder, block_size, seed))
+        if difficulty:
+            documents = documents_of(folder, eot)
+            chosen = from_easy_to_hard(documents, difficulty(documents), n * block_size, seed)
+            sequences[-1] = islice(cut(chosen, block_size), n)
+    for i in take_turns(counts):
+        ids = next(sequences[i])
+        taken[folders[i]] += len(ids)
+        yield ids
+
+
+def report(taken, cards, say):
+    """{folder: {"tokens", "of", "epochs"}} of what was taken, said in a line for each."""
+    epochs = {}
+    for folder, card in cards.items():
+        n, of = taken[folder], card.train["tokens"]
+        epochs[str(folder)] = dict(tokens=n, of=of, epochs=n / of)
+        say(f"{folder}: {n / taken.total():.1%} of the text, {n / of:.2f} epochs of {of:,} tokens"
+            + (f": beyond {MANY_EPOCHS} epochs text that is repeated is worth much less than new"
+               if n / of > MANY_EPOCHS + 0.1 else ""))
+    return epochs
+
+
+def mix(parts, out, block_size=256, seed=0, order="random", run=None, say=print):
+    """Write the mixture of folders, {path: share}, as a folder of shards -> its Path."""
+    out, (first, *_), taken = Path(out), parts, Counter()
     for name, value, least in ("block_size", block_size, 1), ("seed", seed, 0):
         if not least <= value < 2**31:
             raise ValueError(f"{name}={value} must be at least {least} and below 2**31")
@@ -71,16 +139,20 @@ def mix(parts, out, block_size=256, seed=0):
     for folder in parts:
         TokenLoader(folder, 1, block_size)  # a ValueError for a short text, before any file
     tokenizer, options = Tokenizer.load(first / "tokenizer.json"), dict(
-        block_size=block_size, seed=seed, shares={str(path): n for path, n in parts.items()})
+        block_size=block_size, seed=seed, order=order, run=run,
+        shares={str(path): share for path, share in parts.items()})
+    difficulty = measure(order, run, tokenizer)
     with new_shards(out, "") as new:
-        write_shards(mixed_sequences(parts, block_size, seed), new, "train", tokenizer.n_vocab)
+        write_shards(mixed_sequences(parts, block_size, seed, difficulty, tokenizer.eot, taken),
+                     new, "train", tokenizer.n_vocab)
         write_shards(read_split(first, "val"), new, "val", tokenizer.n_vocab)
         tokenizer.save(new / "tokenizer.json")
         content = [options, [card.fingerprint for card in cards.values()]]
         write_json(new / "card.json", vars(cards[first]) | dict(
-            fingerprint=text_hash(json.dumps(content)).hex(), options=options, counts={},
+            fingerprint=text_hash(json.dumps(content)).hex(), counts={}, split=f"as in {first}",
+            options=options | dict(epochs=report(taken, cards, say)),
             sources=[source for card in cards.values() for source in card.sources],
-            split=f"as in {first}", train=count_tokens(read_split(new), tokenizer),
+            train=count_tokens(read_split(new), tokenizer),
             checksums={path.name: file_hash(path)
                        for path in [*sorted(new.glob("*.bin")), new / "tokenizer.json"]}))
     return out
@@ -89,13 +161,20 @@ def mix(parts, out, block_size=256, seed=0):
 def main():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("shares", nargs="+", metavar="FOLDER=SHARE", help="shards and their share of the text")
+    add("folders", nargs="+", metavar="FOLDER[=SHARE]", help="shards and their share of the text")
     add("--out", required=True, help="folder to write")
+    add("--temperature", type=float, help="shares by size ** (1/T), instead of given ones")
+    add("--order", choices=ORDERS, default="random", help="of documents; default %(default)s")
+    add("--run", help="whose model's loss is the order")
     add("--block_size", type=int, default=256, help="tokens in a sequence; default %(default)s")
     add("--seed", type=int, default=0, help="of the order; default %(default)s")
     args = parser.parse_intermixed_args()
-    out = mix(read_shares(args.shares), args.out, args.block_size, args.seed)
-    print(f"next: python train.py --data={out}")
+    refuse_idle(vars(args) if args.run else (), ["run"] * (args.order != "loss"),
+                "without --order=loss")
+    parts = (read_shares(args.folders) if args.temperature is None else
+             tempered_shares(args.folders, args.temperature))
+    out = mix(parts, args.out, args.block_size, args.seed, args.order, args.run)
+    print(f"next: python train.py --data={out}{' --no-shuffle' * (args.order != 'random')}")
 
 
 if __name__ == "__main__":
