@@ -81,7 +81,7 @@ def white_space(text):
     text = text if text.isascii() or is_plain(text) else SPACES.sub(" ", text)
     if " \n" in text or "\t\n" in text or text[-1:] in (" ", "\t"):
         text = "\n".join([line.rstrip(" \t") for line in text.split("\n")])
-    return re.sub(r"\n{4,}", "\n\n\n", text).strip("\n")
+    return re.sub(r"\n\n\n\n+", "\n\n\n", text).strip("\n")
 
 
 # -----------------------------------------------------------------------------
