@@ -311,21 +311,19 @@ def orthogonal(x):
     return accelerator().fast_orthogonal(x, NEWTON_SCHULZ) if accelerator() else plain_orthogonal(x)
 
 
-class Muon:
+class Muon(torch.optim.AdamW):
     """Muon for the groups with muon=True: the step is the momentum of a matrix's gradients, made
     orthogonal, so that all its directions move alike (arXiv:2502.16982). AdamW for the others."""
 
     def __init__(self, groups, momentum=0.95, **options):
-        self.adamw, self.momentum = torch.optim.AdamW(groups, **options), momentum
+        super().__init__(groups, **options)
+        self.momentum = momentum
         self._step_supports_amp_scaling = False  # a GradScaler is to leave out the whole step
-
-    def __getattr__(self, name):
-        return getattr(self.adamw, name)  # param_groups, state, zero_grad ...
 
     def load_state_dict(self, saved):
         """As AdamW's, which asks for a step in each state, where matrices have momentum alone."""
         states = {i: dict(step=torch.zeros(())) | own for i, own in saved["state"].items()}
-        self.adamw.load_state_dict(saved | dict(state=states))
+        super().load_state_dict(saved | dict(state=states))
 
     @torch.no_grad()
     def step(self):
@@ -334,7 +332,7 @@ class Muon:
             for shape in {p.shape for p in params}:
                 alike = [p for p in params if p.shape == shape]
                 self.update_matrices(alike, group["lr"], group["weight_decay"])
-        self.adamw.step()  # which passes over the matrices, as they have no gradient any more
+        super().step()  # which passes over the matrices, as they have no gradient any more
 
     def update_matrices(self, params, lr, weight_decay):
         """Muon's step for matrices of one shape, all at once."""
