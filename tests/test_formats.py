@@ -595,7 +595,8 @@ def test_a_dump_of_any_length_takes_bounded_memory(monkeypatch):
     ("<syntaxhighlight lang=c>\nif (a)\n    b[[1]] = '';\n</syntaxhighlight>",
      "if (a)\n    b[[1]] = '';"),
     ("a<br/>b &ndash; &lt;c&gt; <span class=x>d</span>", "a\nb – <c> d"),
-    ("x<sub>2</sub> 1 < 2 > 1", "x2 1 < 2 > 1")])
+    ("x<sub>2</sub> 1 < 2 > 1", "x2 1 < 2 > 1"), ("(, a) f( )", "(, a) f( )"),
+    ("{{nowrap|c=d|a}} [[" + "b" * 1001 + "]]", "a")])
 def test_markup_becomes_the_text_that_a_reader_sees(markup, text):
     assert wikitext_to_text(markup) == text
 
