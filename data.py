@@ -267,6 +267,7 @@ def read_documents(path, field="text", encoding=None, skip=None):
     return read_rows(path, take, encoding, skip)
 
 
+LINE_ENDS = re.compile("\r\n|[\r\v\f\x85\u2028\u2029]")
 # What steers a terminal (ECMA-48): colors and such, strings, short ones; none within another.
 ESCAPES = re.compile(r"(?:\x1b\[|\x9b)[0-?]*+[ -/]*+[@-~]?"
                      r"|(?:\x1b[]PX^_k]|[\x90\x98\x9d-\x9f])[^\n\x07\x1b\x90\x98\x9c-\x9f]*+"
@@ -279,7 +280,7 @@ def clean(text, counts=None):
     """One spelling for the same text, in NFC: clean("a\\r\\n  b \\n") == "a\\n  b". No control
     characters, spaces at line ends, third blank lines in a row; counts gets what is lost."""
     counts = Counter() if counts is None else counts
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text = LINE_ENDS.sub("\n", text)
     counts["control characters"] += len(text)
     if CONTROLS.search(text):  # most texts have none
         text = CONTROLS.sub("", OVERSTRUCK.sub("", ESCAPES.sub("", text)))

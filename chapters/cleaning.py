@@ -12,12 +12,11 @@ import unicodedata
 
 import regex
 
-from data import CONTROLS, ESCAPES, OVERSTRUCK
+from data import CONTROLS, ESCAPES, LINE_ENDS, OVERSTRUCK
 
 # -----------------------------------------------------------------------------
 # Line ends, control characters, Unicode normalisation and white space: the default stages.
 
-LINE_ENDS = re.compile("\r\n|[\r\v\f\x85\u2028\u2029]")
 SPACES = re.compile("[\xa0\u1680\u2000-\u200a\u202f\u205f\u3000]")
 
 # A joiner is spelling behind letters of Arabic, Syriac, N'Ko, Indic, Burmese, Khmer and Mongolian
