@@ -210,9 +210,8 @@ def synthesize(config):
                 yield (dict(messages=as_chat(text)) if config.chats else
                        dict(text=text)) | dict(source=place)
 
-    of = config.files or [config.from_run]
-    sources = [dict(name=f"synthetic {config.kind} {source}".strip(), files=len(config.files[:1]),
-                    n_skipped=0, skipped=[]) for source in of]
+    sources = [dict(name=f"synthetic {config.kind} {source}".strip(), files=int(source != ""),
+                    n_skipped=0, skipped=[]) for source in config.files or [config.from_run]]
     card = dict(license=config.license, date=str(datetime.date.today()), synthetic=True,
                 sources=sources, options=asdict(config), stages=[record])
     write_folder(config.out, name, rows(), card)

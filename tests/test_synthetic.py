@@ -220,11 +220,11 @@ def test_a_run_writes_after_each_prompt_in_turn(tmp_path, tokenizer, model):
     keep(model, tmp_path / "run")
     tokenizer.save(tmp_path / "run" / "tokenizer.json")
     (tmp_path / "prompts.txt").write_text("the cat\na big dog\n")
-    options = dict(n=5, from_run=str(tmp_path / "run"), max_new_tokens=8)
+    options = dict(n=3, from_run=str(tmp_path / "run"), max_new_tokens=4)
     prompted, card = synthesize(SyntheticConfig(
         "run", out=str(tmp_path / "a"), prompts=str(tmp_path / "prompts.txt"), **options))
     assert [row["text"].startswith(("the cat", "a big dog")[i % 2])
-            for i, row in enumerate(rows(prompted))] == [True] * 5
+            for i, row in enumerate(rows(prompted))] == [True] * 3
     assert card["sources"][0]["name"] == f"synthetic run {tmp_path / 'run'}"
     free, again = (rows(synthesize(SyntheticConfig("run", out=str(tmp_path / name), **options))[0])
                    for name in "bc")
