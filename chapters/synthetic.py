@@ -10,7 +10,8 @@ Text that no person wrote: little stories, worked arithmetic, a model's text, ch
 --out gets documents.jsonl ({"text", "source"} a line; with --chats chats.jsonl, {"messages", ...})
 and card.json, in which "synthetic" is true; data.py puts it into the card of the shards. A model
 trained on what models wrote loses what is rare (arXiv:2305.17493): mix such text with that of
-people (chapters.mix), and drop its copies (chapters.curate).
+people (chapters.mix), and drop its copies (chapters.curate; its rules drop what is as short as
+problems are, unless --rules=none).
 """
 
 import datetime
