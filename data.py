@@ -751,7 +751,7 @@ class TokenLoader(Iterator):
     reads all tokens, cut at another offset, in shuffled blocks."""
 
     def __init__(self, path, batch_size, block_size, rank=0, world_size=1, seed=0, position=0,
-                 split="train"):
+                 split="train", shuffle=True):
         self.shards = read_split(path, split)
         self.starts = np.cumsum([0, *map(len, self.shards)])
         self.n_tokens = int(self.starts[-1])
@@ -760,6 +760,7 @@ class TokenLoader(Iterator):
                              f"{block_size + 1:,}: give more text or a smaller block_size")
         self.batch_size, self.block_size, self.seed = batch_size, block_size, seed
         self.rank, self.world_size, self.position = rank, world_size, position
+        self.shuffle = shuffle  # without it blocks come as they were written: a curriculum
         # The first block begins at the first token, the last ends at the last one, at any offset.
         self.n_blocks = math.ceil((self.n_tokens - 2) / block_size) + 1
         self.epoch = None
@@ -776,7 +777,7 @@ class TokenLoader(Iterator):
         if epoch != self.epoch:
             random = np.random.RandomState([self.seed, epoch])  # default_rng may change with numpy
             self.epoch, self.offset = epoch, random.randint(1 - self.block_size, 1)
-            self.order = random.permutation(self.n_blocks)
+            self.order = random.permutation(self.n_blocks) if self.shuffle else range(self.n_blocks)
         start = self.offset + int(self.order[i]) * self.block_size
         start = min(max(0, start), self.n_tokens - self.block_size - 1)
         stop = start + self.block_size + 1

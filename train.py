@@ -98,6 +98,7 @@ class TrainConfig:
     cuda_graph: bool = option(False, "on one GPU: launch all work of a step at once")
     force: bool = option(False, "start although the model does not seem to fit into memory")
     seed: int = option(1337, "of weights, batches and dropout")
+    shuffle: bool = option(True, "read in a random order, else in that of the shards")
 
     def __post_init__(self):
         check_options(self)
@@ -739,7 +740,7 @@ def prepare_run(config, model_config, say, stack):
     run.config = replace(config, kernels=names[0])  # a resumed run takes the same
     run.tokenizer, run.shards = tokenizer, shards
     run.batches = TokenLoader(shards, micro, shape.block_size, rank, world_size, config.seed,
-                              run.sequences // (micro * world_size))
+                              run.sequences // (micro * world_size), shuffle=config.shuffle)
     if config.batch_size > max(1024, run.batches.n_blocks):
         raise ValueError(f"batch_size={config.batch_size} is more than the data, which has "
                          f"{run.batches.n_blocks:,} sequences: take at most so many")

@@ -35,8 +35,8 @@ from chapters.rules import quality
 from chapters.stages import CurateConfig, count, merge, new_record, run_batch
 from data import (READERS, Documents, download, ending, find_files, is_readable, new_shards,
                   open_packed, read_documents, text_hash)
-from tokenizer import (QUIET, on_all_cores, parse_options, reading, refuse_idle, replacing,
-                       run_command, write_json)
+from tokenizer import (QUIET, on_all_cores, parse_options, read_json, reading, refuse_idle,
+                       replacing, run_command, write_json)
 
 __all__ = ["html_to_text", "mask_pii", "near_duplicates", "quality"]  # by their public names
 PAGES = ".html", ".htm", ".xhtml", ".xht", ".shtml"
@@ -91,8 +91,12 @@ def read_all(config, found, sources):
                 n_files += 1
             except ValueError as error:
                 skipped.append(str(error))
-        sources.append(dict(name=source, files=n_files, n_skipped=len(skipped), skipped=[
-            "".join(c if c.isprintable() else " " for c in line)[:200] for line in skipped[:100]]))
+        card = Path(source, "card.json")  # of a source that was curated, or is synthetic
+        sources.append(dict(
+            name=source, files=n_files, n_skipped=len(skipped),
+            curated=read_json(card) if card.exists() else {}, skipped=[
+                "".join(c if c.isprintable() else " " for c in line)[:200]
+                for line in skipped[:100]]))
     yield batch
 
 

@@ -1,6 +1,5 @@
 """chapters/mix.py, with curriculum.py and balance.py: which text, how often, in which order."""
 
-import inspect
 import json
 import math
 from collections import Counter
@@ -250,8 +249,6 @@ def test_a_mixture_in_order_of_loss_begins_with_what_the_model_knows(stories, to
     assert losses == pytest.approx(sorted(losses), abs=1e-4) and losses[0] < losses[-1]
 
 
-@pytest.mark.skipif("shuffle" not in inspect.signature(TokenLoader).parameters,
-                    reason="TokenLoader reads only in a random order")
 def test_a_loader_without_shuffle_reads_the_order_that_was_written(shards):
     loader, tokens = TokenLoader(shards, 2, 16, shuffle=False), np.concatenate(read_split(shards))
     read = np.concatenate([next(loader)[0].flatten() for _ in range(loader.n_blocks // 2)])
