@@ -363,7 +363,7 @@ def loss_and_gradients(tile, x, weight, targets, *options, with_gradient):
     """-> (the sum of the losses, its gradients by x and weight, or None), some tokens at a time."""
     low, (N, V) = weight.to(x.dtype), (len(x), len(weight))
     total = torch.zeros((), dtype=sum_dtype(x.dtype), device=x.device)
-    d_x, d_weight = (torch.empty_like(y) if with_gradient else None for y in (x, weight))
+    d_x, d_weight = (torch.zeros_like(y) if with_gradient else None for y in (x, weight))
     held = LOSS_TILE if x.device.type == "cpu" else 8 * LOSS_TILE
     step = max(1, min(N, held // V))
     for start in range(0, N, step):
@@ -372,10 +372,7 @@ def loss_and_gradients(tile, x, weight, targets, *options, with_gradient):
         total += loss
         if with_gradient:
             torch.mm(d_logits, low, out=d_x[rows])
-        if with_gradient and d_weight.dtype == x.dtype:  # beta=0: what is there does not count
-            d_weight.addmm_(d_logits.T, x[rows], beta=min(start, 1))
-        elif with_gradient:
-            (d_weight.add_ if start else d_weight.copy_)(d_logits.T @ x[rows])
+            d_weight += d_logits.T @ x[rows]
     return total, d_x, d_weight
 
 
@@ -902,7 +899,7 @@ def save_model(model, file, tensors={}, **progress):
 
 
 def read_progress(path):
-    """{"config": the model's options, and each value that save_model wrote} from a header alone."""
+    """{"config": a GPTConfig, and each value that save_model wrote} from a header alone."""
     if Path(path).suffix == ".pt":
         raise ValueError(f"{path} was written by an older version of this program: train again")
     _, metadata = read_header(path)
@@ -910,9 +907,11 @@ def read_progress(path):
         raise ValueError(f"{path} is no checkpoint of this program: it has version "
                          f"{metadata.get('version')!r:.20}, and {VERSION!r} is read")
     try:
-        return json.loads(metadata["progress"]) | dict(config=json.loads(metadata["config"]))
+        config = GPTConfig(**json.loads(metadata["config"]))
+        return json.loads(metadata["progress"]) | dict(config=config)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: its metadata is not JSON ({error!r:.80})") from None
+        raise ValueError(f"{path} is damaged: its metadata makes no model ({error!s:.200})"
+                         ) from None
 
 
 def from_weights(config, weights, path):
@@ -939,10 +938,7 @@ def from_weights(config, weights, path):
 def load_model(path, device="cpu"):
     """-> (the model, {"tensors": what is not a weight, and each value of the progress})."""
     progress = read_progress(path)
-    try:
-        config = GPTConfig(**progress.pop("config"))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged: its config is no model's ({error!s:.200})") from None
+    config = progress.pop("config")
     tensors = {name: w.to(device) for name, w in read_safetensors(path).items()}
     names = [name for name in tensors if not name.startswith("optimizer.")]
     model = from_weights(config, {name: tensors.pop(name) for name in names}, path)

@@ -211,6 +211,7 @@ def test_an_optimizer_state_that_does_not_fit_the_weights_is_refused(resumed):
 def test_progress_of_the_wrong_kind_is_refused(resumed, tmp_path):
     resumed()
     known = read_progress(tmp_path / "step_000001.safetensors")
+    del known["config"]
     assert "step" in known
     for name in known:
         for wrong in ("x", -1.5, [["a", "b"]]):
