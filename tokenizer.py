@@ -86,23 +86,8 @@ def nearest(name, known):
     return f", did you mean {near[0]}?" if near else ""
 
 
-HINTS = {word: ours for words, ours in (  # options of other programs, and what is asked for here
-    ("max_iters num_iterations lr_decay_iters n_steps", "--max_steps"), ("dataset", "--data"),
-    ("lr matrix_lr", "--learning_rate"), ("eval_only", "python evaluate.py RUN"),
-    ("gradient_accumulation_steps total_batch_size device_batch_size",
-     "--batch_size, in passes of --micro_batch_size"),
-    ("eval_interval", "--eval_every"), ("eval_iters", "--eval_sequences"),
-    ("num_samples", "--n_samples"), ("start", "--prompt"), ("temp", "--temperature"),
-    ("dtype", "--precision"), ("out_dir", "--out"), ("max_seq_len n_ctx", "--block_size"),
-    ("model d_model depth", "--size, or --n_layer, --n_head, --n_embd"),
-    ("max_tokens", "--max_new_tokens"), ("greedy", "--temperature=0"),
-    ("decay_lr", "--schedule=constant does not decay"),
-    ("init_from", "--resume goes on with a run, chapters.export reads GPT-2's weights"),
-    ("compile", "there is nothing to compile, --kernels=auto takes the fastest functions"),
-    ("always_save_checkpoint", "each validation saves one; --keep_last and the best stay"),
-    ("wandb_log wandb_project wandb tensorboard", "python -m chapters.track RUN --to=wandb"),
-    ("chat", "python -m chapters.talk RUN"), ("config", "options, or --config=config.json"),
-) for word in words.split()}
+# {option of another program: what it is here}; without this file only a near option is named.
+HINTS = Path(__file__).with_name("chapters") / "hints.json"
 
 
 class Parser(argparse.ArgumentParser):
@@ -118,7 +103,8 @@ class Parser(argparse.ArgumentParser):
             near = nearest(unknown[1], self._option_string_actions)
             word = "config" if word.endswith(".py") else word
             takes_data = unknown[1][0] != "-" and "--data" in self._option_string_actions
-            hint, own = HINTS.get(word, ""), {"", *self._option_string_actions}  # of this command
+            hint = read_json(HINTS).get(word, "") if HINTS.exists() else ""
+            own = {"", *self._option_string_actions}  # of this command
             hint *= re.match(r"(--\w+)?", hint)[0] in own
             here = hint or takes_data and f"--data={unknown[1]}"
             message = f"unknown option {unknown[1]}" + (f"; here: {here}" if here else near)
