@@ -381,22 +381,18 @@ class FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, softcap, smoothing, z_loss, tile=loss_tile):
-        ctx.save_for_backward(x, weight, targets)
-        ctx.options, ctx.tile = (softcap, smoothing, z_loss), tile
+        total, *gradients = loss_and_gradients(tile, x, weight, targets, softcap, smoothing, z_loss,
+                                               with_gradient=any(ctx.needs_input_grad))
+        ctx.save_for_backward(*gradients)
         ctx.count = (targets != -1).sum().clamp(min=1)
-        total, *ctx.gradients = loss_and_gradients(tile, x, weight, targets, *ctx.options,
-                                                   with_gradient=any(ctx.needs_input_grad))
         return total / ctx.count
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_loss):
-        if ctx.gradients is None:  # given away by an earlier backward
-            _, *ctx.gradients = loss_and_gradients(ctx.tile, *ctx.saved_tensors, *ctx.options,
-                                                   with_gradient=True)
-        (d_x, d_weight), ctx.gradients = ctx.gradients, None
+        d_x, d_weight = ctx.saved_tensors
         share = d_loss / ctx.count  # not earlier: a gradient of 1 / count is too small for float16
-        return d_x.mul_(share), d_weight.mul_(share), None, None, None, None
+        return d_x * share, d_weight * share, None, None, None, None
 
 
 def fused_loss(x, weight, targets, softcap=0.0, smoothing=0.0, z_loss=0.0):
@@ -746,9 +742,8 @@ class GPT(nn.Module):
             raise ValueError("kernels=cuda needs an NVIDIA GPU on which NVRTC works, and "
                              "chapters/kernels.py: kernels=auto takes what can run")
         self.set_functions(rows[kernels])
-        for module in self.modules():
-            if isinstance(module, Transformer):
-                module.recompute = recompute
+        for part in filter(None, (self.transformer, self.encoder)):
+            part.recompute = recompute
         return kernels
 
     def set_functions(self, functions):
