@@ -4,6 +4,7 @@ From files of any kind to documents that one can trust: read, clean, mask, filte
     python -m chapters.curate pages/ dump.warc.gz book.epub --out=texts/web
     python -m chapters.curate texts/raw --out=texts/good --languages en de --near=0.7 --lines
     python -m chapters.curate rows.jsonl --out=texts/good --like=good.txt --unlike=bad.txt
+    python -m chapters.curate texts/raw --out=texts/good --engine=dask     # see chapters.engine
     python data.py texts/web
     python -m chapters.curate card shards/web       # what was done to them, with pictures
 
@@ -18,6 +19,7 @@ import re
 import sys
 import tempfile
 from collections import deque
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -158,7 +160,15 @@ def without(rows, positions, record, last):
 # The command.
 
 
-def run_stages(config, found, file, sources, records):
+def engine(config, folder):
+    """What runs the batches and finds near-duplicates: the cores of this machine, or a cluster."""
+    if config.engine == "none":
+        return nullcontext((on_all_cores, near_duplicates))
+    from chapters.engine import cluster  # its packages are optional
+    return cluster(folder, config.cluster, config.workers)
+
+
+def run_stages(config, found, file, sources, records, run_all, find_near):
     """All stages from files to Rows; sources and records get what the card says of them."""
     read, per_text = new_record("read"), []
 
@@ -169,7 +179,7 @@ def run_stages(config, found, file, sources, records):
             yield config, batch
 
     def texts():
-        for batch, new in on_all_cores(run_batch, jobs()):
+        for batch, new in run_all(run_batch, jobs()):
             merge(per_text, new)
             yield from batch
 
@@ -183,8 +193,8 @@ def run_stages(config, found, file, sources, records):
     records += [read, *per_text, *over_all]
     if config.near:
         records.append(new_record("near-duplicates"))
-        rows = without(rows, near_duplicates(rows, config.near, config.ngram, config.hashes,
-                                             config.bands, config.seed), *records[:-3:-1])
+        rows = without(rows, find_near(rows, config.near, config.ngram, config.hashes,
+                                       config.bands, config.seed), *records[:-3:-1])
     if config.against != "none":
         questions = [text for path in np.atleast_1d(config.against)
                      for text in read_documents(path, config.field)]
@@ -199,7 +209,8 @@ def curate(config, say=print):
     out, sources, records = Path(config.out), [], []
     found = {source: find(source, out.parent / "downloads") for source in config.sources}
     with new_shards(out, "") as new, tempfile.TemporaryFile(dir=new.parent) as file:
-        rows = run_stages(config, found, file, sources, records)
+        with engine(config, new.parent) as tools:
+            rows = run_stages(config, found, file, sources, records, *tools)
         for record in records:
             why = ", ".join(f"{n:,} {reason}" for reason, n in record["reasons"].most_common(4))
             say(f"{record['name']:<16}{record['documents']:>9,} documents "
@@ -226,8 +237,9 @@ def main():
     config = CurateConfig(**options)
     if not config.out or not config.sources:
         raise ValueError("give one or more sources, and --out=FOLDER for their documents")
-    if not config.near:
-        refuse_idle(options, "ngram hashes bands seed".split(), "beside --near=0")
+    refuse_idle(options, "ngram hashes bands seed".split() * (not config.near), "beside --near=0")
+    refuse_idle(options, ["workers", "cluster"] * (config.engine == "none"), "without --engine")
+    refuse_idle(options, ["workers"] * bool(config.cluster), "beside --cluster")
     refuse_idle(options, ["keep"] * (not config.like), "without --like")
     refuse_idle(options, ["max_chars"] * (config.split == "none"), "without --split")
     curate(config)

@@ -59,6 +59,10 @@ class CurateConfig:
     bands: int = option(16, "of hashes, of which one must be equal", low=1, below=10_001)
     against: str | list = option("none", "files of questions that no text may have", many=True)
     seed: int = option(0, "of --near")
+    engine: str = option("none", "that runs the stages, on more than one machine: chapters.engine",
+                         known=lambda: ["none", "dask"])
+    workers: int = option(0, "processes of --engine on this machine; 0: one a core", below=1025)
+    cluster: str = option("", "address of --engine on others, such as tcp://HOST:8786")
 
     def __post_init__(self):
         check_options(self)
