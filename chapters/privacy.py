@@ -152,8 +152,8 @@ LINE = (r"(?:\b(?:t[eé]l|t[eé]l[eé](?:ph|f)on[eo]?|phone|mobile?|cell|fax|cal
 DENSE = r"[0-9](?:[0-9]{5}(?<=[A-Z].{6})|(?:[^0-9\n]{0,3}[0-9]){6}|[A-z]+[0-9]|(?<=[A-Z].)[A-Z])"
 RULES = [  # kind, quick test of a whole text, pattern, check of a match, words of which a text has
     ("key", "PRIVATE KEY", PRIVATE_KEY, bool),  # one in any case; the most specific first
-    ("key", DENSE, KEY, is_varied, *"akia asia gho_ ghp_ ghr_ ghs_ ghu_ github_ glpat- hf_ xox aiza "
-                                    "sk- sk_ rk- rk_ earer eyj".split()),
+    ("key", DENSE, KEY, is_varied, *"akia asia gho_ ghp_ ghr_ ghs_ ghu_ github_ glpat- hf_ xox "
+                                    "aiza sk- sk_ rk- rk_ earer eyj".split()),
     ("key", "://", LOGIN, bool),
     ("key", "[=:]", ASSIGNED, named(SECRET, is_random)),
     ("email", r"@[\w-]{1,63}\.", EMAIL, bool),
