@@ -60,8 +60,9 @@ def normalize(text, form):
         apart = [unicodedata.normalize(form.replace("C", "D"), mark) for mark in run[0]]
         return "".join(sorted("".join(apart), key=unicodedata.combining))
 
-    return text if text.isascii() else unicodedata.normalize(
-        form, MARKS[form].sub(in_order, text))
+    if text.isascii() or unicodedata.is_normalized(form, text):
+        return text
+    return unicodedata.normalize(form, MARKS[form].sub(in_order, text))
 
 
 def nfc(text):
