@@ -186,6 +186,10 @@ def replacing(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+        with contextlib.suppress(OSError):  # the new name outlives a power cut; Windows cannot ask
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except OSError as error:  # a full disk does not say which file it was
         error.filename = error.filename or str(path)
         raise
