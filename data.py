@@ -7,7 +7,7 @@ Documents to batches: read, clean, drop duplicates, split, tokenize, write shard
     zcat rows.jsonl.gz | python data.py - --field=body
 
 A source is a name, a file, a folder, a pattern, a URL, - for standard input, or a folder of ready
-shards. A file is .txt .md .rst, a program, .json .jsonl .csv (field "text", or --field), each also
+shards. A file is .txt .md .rst, a program, .json .jsonl .csv .tsv (field "text", or --field), also
 as .gz .bz2 .xz .zst; in text <|endoftext|> may stand between documents. The result, never changed,
 and used again for the same content and options: tokenizer.json, train_000000.bin ...,
 val_000000.bin ... and card.json, which says what went in and what was lost.
@@ -22,7 +22,6 @@ import ast
 import codecs
 import contextlib
 import csv
-import datetime
 import glob
 import hashlib
 import importlib
@@ -31,7 +30,6 @@ import itertools
 import json
 import math
 import os
-import platform
 import re
 import shutil
 import sys
@@ -45,7 +43,7 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import URLError
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 from urllib.request import Request, urlopen
 
 import numpy as np
@@ -64,7 +62,7 @@ PACKED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma", ".zst": "compression.zstd
 PROGRAMS = ".py .c .h .cpp .cs .go .java .js .jl .kt .lua .php .pl .r .rb .rs .sh .sql .swift .ts"
 HEAVY = ".html .htm .xhtml .xht .shtml .epub .xml .mbox .srt .vtt .pdf .warc .wet".split()
 CURATE = "python -m chapters.curate FILE --out=FOLDER makes text of it"
-KINDS = "only .txt .md .rst .json .jsonl .csv and programs such as .py, each also packed as .gz"
+KINDS = "only .txt .md .rst .json .jsonl .csv .tsv and programs as .py, each also packed as .gz"
 
 # Texts to download, each pinned to one revision: URL and sha256.
 HUB = "https://huggingface.co/datasets/"
@@ -77,8 +75,7 @@ KNOWN = {
                     "6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443"),
     "wikitext": (HUB + "ggml-org/ci/resolve/"
                  "927b3642933080f1b0e811e2f916e14c292992f9/wikitext-2-raw-v1.zip",
-                 "ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11"),
-}
+                 "ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11")}
 FINEWEB = HUB + "kjj0/fineweb10B-gpt2/resolve/main/fineweb_"  # ready shards, behind these words
 NAMES = ["stdlib", *KNOWN, "fineweb10B"]
 LICENSES = dict(zip(NAMES, "PSF-2.0 none CDLA-Sharing-1.0 CC-BY-SA-3.0 ODC-By-1.0".split()))
@@ -86,8 +83,7 @@ LICENSES = dict(zip(NAMES, "PSF-2.0 none CDLA-Sharing-1.0 CC-BY-SA-3.0 ODC-By-1.
 # -----------------------------------------------------------------------------
 # Encodings: UTF-8, or what a file says of itself, or what it looks like.
 
-# The characters beyond ASCII that are most frequent in texts of other encodings. In Latin scripts
-# they stand alone among ASCII letters.
+# The most frequent characters beyond ASCII. Those of Latin scripts stand alone among ASCII letters.
 HAN = ("的一是不了在人有我他大中上来來个個这這们們为為和国國到地说說要就出也你对對生能而子那得于於着著下自之年过過"
        "发發后後作里裡用道行所然家种種事成方多经經么麼去法学學如都同现現当當没动動面起看定天分还還进進好小部，。")
 FREQUENT = {
@@ -98,7 +94,6 @@ FREQUENT = {
     "cp1255": "יוהלאמשרבתנ", "cp1256": "اليمونرتبةعدسف",
     "cp874": "านรอกเงลยมดวทสะใ\u0e31\u0e35\u0e48\u0e49", "gb18030": HAN, "big5": HAN,
     "cp932 euc_jp": "ぁ-ん、。", "cp949": "이다는을의에가고지도로하은사를기한시인나어아서자리대있그들과만보"}
-QUOTES = "\u2013-\u2026«»"  # dashes, quotation marks, ellipsis: in every script
 MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32",  # of byte order
          codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 # What an HTML, XML or Python file says of itself.
@@ -136,7 +131,7 @@ def detect(raw, declared=None):
         return declared
     best, share = "utf-8-sig", 0.5
     for encodings, letters in FREQUENT.items():
-        pattern = f"[{letters}{QUOTES}]"
+        pattern = f"[{letters}\u2013-\u2026«»]"  # and dashes, quotation marks, the ellipsis
         if letters < "\u0250":
             pattern = f"(?<![^\0-\x7f]{{2}}){pattern}(?![^\0-\x7f]{{2}})"
         for encoding in encodings.split():
@@ -205,18 +200,21 @@ def read_list(file, path):
 def read_table(file, path):
     """Yield each row as a dict, by the names in the first line, or the error that it is."""
     csv.field_size_limit(LARGE)
-    rows = csv.DictReader(file)
+    names = file.readline(LARGE)  # between them is what is between the values
+    rows = csv.DictReader(itertools.chain([names], file), delimiter=max(",;\t|", key=names.count))
     while True:
         try:
-            yield next(rows)
+            row = next(rows)
+            yield row if not any(row.pop(None, ())) else ValueError(
+                f"{len(row)} names in the first line, more values here: put texts in quotes")
         except csv.Error as error:
             yield error
         except StopIteration:
             return
 
 
-READERS = {".txt": read_text, ".json": read_list, ".jsonl": read_lines, ".csv": read_table,
-           **dict.fromkeys([".md", ".rst", *PROGRAMS.split()], read_text)}
+READERS = {".json": read_list, ".jsonl": read_lines, ".csv": read_table, ".tsv": read_table,
+           **dict.fromkeys([".txt", ".md", ".rst", *PROGRAMS.split()], read_text)}
 
 
 def ending(path):
@@ -353,7 +351,7 @@ def download(url, path, sha256=None):
     try:
         while True:
             try:
-                fetch(url, part, path.suffix == ".html")
+                fetch(quote(url, "!#$%&'()*+,/:;=?@[]~"), part, path.suffix == ".html")
                 break
             except (OSError, HTTPException) as error:  # a URLError without a code: no such server
                 code, lasts = getattr(error, "code", 0), isinstance(error, URLError)
@@ -374,7 +372,7 @@ def download(url, path, sha256=None):
             part.unlink()
 
 
-def walk(folder, skip=(), seen=None):
+def walk(folder, skip=("card.json", "card.html"), seen=None):
     """Yield the files below a folder, in a fixed order, without hidden and `skip` ones. Links to
     folders are followed, but none to one that was read or lies around this one."""
     seen = {*folder.resolve().parents} if seen is None else seen
@@ -389,8 +387,11 @@ def walk(folder, skip=(), seen=None):
 
 
 def is_ready(source):
-    """Whether a source is a folder of shards that others made, or the name of such ones."""
-    return source == "fineweb10B" or any(Path(source).glob("*train*.bin"))
+    """Whether a source is, or names, shards of others; ValueError for ones with a tokenizer."""
+    found = any(Path(source).glob("*train*.bin"))
+    if found and any(Path(source, name).exists() for name in ("meta.pkl", "card.json")):
+        raise ValueError(f"{source}: its shards have a tokenizer of their own; give the text")
+    return found or source == "fineweb10B"
 
 
 def find_files(source, downloads, n_shards=1):
@@ -403,10 +404,13 @@ def find_files(source, downloads, n_shards=1):
         names = ["val_000000.bin"] + [f"train_{i:06d}.bin" for i in range(1, n_shards + 1)]
         return [download(FINEWEB + name, downloads / source / name) for name in names]
     if source == "-":
-        kind = ".jsonl" if sys.stdin.buffer.peek(1)[:1] == b"{" else ".txt"
-        with replacing(downloads / f"stdin{kind}") as file:
+        if not sys.stdin:
+            raise ValueError("-: standard input is closed; pipe the text in, or give a file")
+        kind = "jsonl" if re.match(rb"(?:\xef\xbb\xbf)?\s*{", sys.stdin.buffer.peek(1)) else "txt"
+        part = downloads / f"stdin-{os.getpid()}"  # two commands at once must not share a file
+        with replacing(part) as file:
             shutil.copyfileobj(sys.stdin.buffer, file)
-        return [downloads / f"stdin{kind}"]
+        return [part.replace(downloads / f"{file_hash(part)[:8]}-stdin.{kind}")]
     if re.match("https?://", source):
         name = re.sub(r"[^\w.-]+", "-", Path(urlsplit(source).path).name)[-80:]
         name += "" if ending(name) in READERS else ".txt"
@@ -421,14 +425,11 @@ def find_files(source, downloads, n_shards=1):
                 file.write(re.sub(rb"(?m)^(?= = [^=\n][^\n]* = $)", SEPARATOR.encode(), articles))
         return [text]
     if is_ready(source):
-        if (path / "meta.pkl").exists() or (path / "card.json").exists():
-            raise ValueError(f"{source}: its shards have a tokenizer of their own; give the text")
         return sorted(path.glob("*.bin"))
     paths = [path] if path.exists() else sorted(map(Path, glob.glob(source, recursive=True)))
     if not paths:
         raise ValueError(f"{source}: no such file or folder, and not one of {', '.join(NAMES)}")
-    return [file for path in paths
-            for file in (walk(path, ["card.json"]) if path.is_dir() else [path])]
+    return [file for path in paths for file in (walk(path) if path.is_dir() else [path])]
 
 
 # -----------------------------------------------------------------------------
@@ -624,10 +625,9 @@ def count_tokens(shards, tokenizer):
     """How many documents, bytes of text and tokens are in shards."""
     parts = (part for ids in shards for part in np.array_split(ids, len(ids) // GROUP_BYTES + 1))
     uses = sum(np.bincount(part, minlength=tokenizer.n_vocab) for part in parts)      # (n_vocab,)
-    lengths = np.array([len(token) for token in tokenizer.token_bytes()])             # (n_vocab,)
-    lengths[tokenizer.eot] = 0
-    return dict(documents=int(uses[tokenizer.eot]), bytes=int(uses @ lengths),
-                tokens=int(uses.sum()))
+    sizes = np.array([len(token) for token in tokenizer.token_bytes()])               # (n_vocab,)
+    sizes[tokenizer.eot] = 0
+    return dict(documents=int(uses[tokenizer.eot]), bytes=int(uses @ sizes), tokens=int(uses.sum()))
 
 
 def load_tokenizer(tokenizer):
@@ -669,8 +669,7 @@ def new_shards(folder, fingerprint):
 
 def build(folder, fingerprint, found, tokenizer, options, how, say):
     """All stages: read, clean, split, train a tokenizer, write the shards and, last, the card."""
-    with (new_shards(folder, fingerprint) as out,
-          tempfile.TemporaryFile(dir=out.parent) as file):
+    with new_shards(folder, fingerprint) as out, tempfile.TemporaryFile(dir=out.parent) as file:
         [(first, paths), *_] = found.items()
         if is_ready(first):
             splits = {name: [read_shard(path) for path in paths if name in path.name]
@@ -694,8 +693,8 @@ def build(folder, fingerprint, found, tokenizer, options, how, say):
                 tokenizer = Tokenizer.train(sample, options["vocab_size"])
                 say(f"tokenizer: {tokenizer.n_vocab:,} of {options['vocab_size']:,} tokens")
             splits = dict(train=tokenize(train, tokenizer), val=tokenize(val, tokenizer))
-        card = dict(fingerprint=fingerprint, date=str(datetime.date.today()), sources=sources,
-                    python=platform.python_version(), options=options, counts=counts, split=rule)
+        card = dict(fingerprint=fingerprint, date=time.strftime("%Y-%m-%d"), sources=sources,
+                    python=sys.version.split()[0], options=options, counts=counts, split=rule)
         for name, arrays in splits.items():
             write_shards(arrays, out, name, tokenizer.n_vocab)
             counted = card[name] = count_tokens(read_split(out, name), tokenizer)

@@ -160,7 +160,7 @@ def test_a_file_of_another_kind_is_refused_with_its_ending_and_the_known_ones(tm
         with pytest.raises(ValueError) as error:
             list(read_documents(tmp_path / name))
         assert str(error.value).startswith(f"{tmp_path / name}: cannot read {kind}")
-        assert "only .txt .md .rst .json .jsonl .csv and programs" in str(error.value)
+        assert "only .txt .md .rst .json .jsonl .csv .tsv and programs" in str(error.value)
 
 
 def test_a_damaged_gz_file_is_refused_by_name(tmp_path):

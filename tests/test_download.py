@@ -147,3 +147,11 @@ def test_a_part_longer_than_the_file_has_become_is_not_asked_for_again_and_again
     for name in "busy", "shrunk":
         path = data.download(f"{server.url}/{name}.txt", tmp_path / f"{name}.txt", SHA256)
         assert path.read_bytes() == TEXT
+
+
+def test_spaces_and_letters_of_all_languages_in_an_address_are_quoted(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(data, "fetch", lambda url, part, is_page: [asked.append(url),
+                                                                   part.write_bytes(TEXT)])
+    data.download("http://a.org/my b\u00e9%20c.txt?q=1&r=[2]#d", tmp_path / "a.txt")
+    assert asked == ["http://a.org/my%20b%C3%A9%20c.txt?q=1&r=[2]#d"]

@@ -99,6 +99,44 @@ def test_a_row_too_large_for_memory_is_skipped_and_what_follows_is_read(tmp_path
         list(read_documents(tmp_path / "a.json"))
 
 
+@pytest.mark.parametrize("between", [",", ";", "\t", "|"])
+def test_what_is_between_the_names_of_a_table_is_between_its_values(tmp_path, between):
+    rows = ["id", "text"], ["1", '"one, two; three\tfour | five"'], ["2", "two"]
+    path = tmp_path / ("a.tsv" if between == "\t" else "a.csv")
+    path.write_text("\n".join(map(between.join, rows)))
+    assert [*read_documents(path)] == ["one, two; three\tfour | five", "two"]
+
+
+def test_a_row_with_more_values_than_names_is_skipped_and_not_cut(tmp_path):
+    skipped = []
+    (tmp_path / "a.csv").write_text("id,text\n1,one, and more\n2,two\n3,three,,\n")
+    assert [*read_documents(tmp_path / "a.csv", skip=skipped.append)] == ["two", "three"]
+    assert len(skipped) == 1 and "row 1: 2 names in the first line, more values" in skipped[0]
+
+
+def test_the_cards_of_a_folder_are_no_documents_of_it(tmp_path):
+    for name in "card.json", "card.html", "a.txt":
+        (tmp_path / name).write_text("[1]")
+    assert data.find_files(str(tmp_path), tmp_path) == [tmp_path / "a.txt"]
+
+
+def test_a_closed_standard_input_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(ValueError, match="standard input is closed; pipe the text in"):
+        data.find_files("-", tmp_path)
+
+
+def test_two_texts_from_standard_input_share_no_file(tmp_path, monkeypatch):
+    texts = b"one", b"two", b'{"text": "one"}', b'\xef\xbb\xbf\n {"text": "one"}'
+    paths = []
+    for raw in texts:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(raw))))
+        paths += data.find_files("-", tmp_path)
+    assert [path.read_bytes() for path in paths] == [*texts]
+    assert [path.suffix for path in paths] == [".txt", ".txt", ".jsonl", ".jsonl"]
+    assert {*tmp_path.iterdir()} == {*paths}
+
+
 def test_patterns_and_standard_input_are_sources(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in "a.txt", "b.txt", "c.md", "deep/d.txt":
@@ -226,10 +264,11 @@ def test_ready_shards_of_others_are_taken_as_they_are(ready, name):
 
 def test_ready_shards_with_a_tokenizer_of_their_own_are_refused(ready):
     folder, tokenizer, _ = ready
+    with pytest.raises(ValueError, match="do not mix"):
+        prepare([folder / "nanogpt", folder / "llmc"], folder / "out", tokenizer=tokenizer, **quiet)
     (folder / "nanogpt" / "meta.pkl").write_bytes(b"cos\nsystem\n")
     (folder / "llmc" / "card.json").write_text("{}")
     for name in "nanogpt", "llmc":
-        with pytest.raises(ValueError, match=f"{name}: its shards have a tokenizer of their own"):
-            prepare(folder / name, folder / "out", tokenizer=tokenizer, **quiet)
-    with pytest.raises(ValueError, match="do not mix"):
-        prepare([folder / "nanogpt", folder / "llmc"], folder / "out", tokenizer=tokenizer, **quiet)
+        for own in tokenizer, None:  # said before GPT-2's is fetched
+            with pytest.raises(ValueError, match=f"{name}: its shards have a tokenizer of their"):
+                prepare(folder / name, folder / "out", tokenizer=own, **quiet)
