@@ -163,7 +163,7 @@ class Measures:
         """A hash of each word: its characters as the digits of a number, modulo 2**64."""
         points, _, begins, ends = self.characters
         power = powers(max(1 << 16, 1 << len(points).bit_length()))  # one size for most texts
-        total = np.cumsum(points.astype(np.uint64) * power[:len(points)])
+        total = np.cumsum(points * power[:len(points)])
         return (total.take(ends - 1) - total.take(begins - 1)) * power.take(len(points) - begins)
 
     def longest(self, n):
