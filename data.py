@@ -342,7 +342,7 @@ def fetch(url, part, is_page):
 
 def download(url, path, sha256=None):
     """Fetch url to path, unless it is there; what was cut off continues where it stopped. Raises
-    ValueError without a connection, for a page unless path is .html, for a wrong sha256."""
+    ValueError without a connection, for a page unless path is one, for a wrong sha256."""
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -351,7 +351,7 @@ def download(url, path, sha256=None):
     try:
         while True:
             try:
-                fetch(quote(url, "!#$%&'()*+,/:;=?@[]~"), part, path.suffix == ".html")
+                fetch(quote(url, "!#$%&'()*+,/:;=?@[]~"), part, ending(path) in HEAVY)
                 break
             except (OSError, HTTPException) as error:  # a URLError without a code: no such server
                 code, lasts = getattr(error, "code", 0), isinstance(error, URLError)
@@ -413,7 +413,7 @@ def find_files(source, downloads, n_shards=1):
         return [part.replace(downloads / f"{file_hash(part)[:8]}-stdin.{kind}")]
     if re.match("https?://", source):
         name = re.sub(r"[^\w.-]+", "-", Path(urlsplit(source).path).name)[-80:]
-        name += "" if ending(name) in READERS else ".txt"
+        name += "" if ending(name) in (*READERS, *HEAVY) else ".txt"
         return [download(source, downloads / f"{text_hash(source).hex()[:8]}-{name}")]
     if source in KNOWN:
         url, sha256 = KNOWN[source]

@@ -22,6 +22,7 @@ from collections import deque
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from urllib.parse import urlsplit
 
 if __name__ == "__main__":  # `python chapters/curate.py` works as well, from any folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -30,12 +31,13 @@ import numpy as np
 from tqdm import tqdm
 
 from chapters import formats
-from chapters.near import contaminated, near_duplicates, repeated_lines
+from chapters.near import contaminated, near_duplicates, probability, repeated_lines
 from chapters.pages import html_to_text
 from chapters.privacy import mask_pii
 from chapters.rules import quality
-from chapters.stages import CurateConfig, count, merge, new_record, run_batch
-from data import (READERS, Documents, download, ending, find_files, is_readable, new_shards,
+from chapters.stages import (CurateConfig, count, merge, new_record, read_questions, report,
+                             run_batch)
+from data import (HEAVY, READERS, Documents, download, ending, find_files, is_readable, new_shards,
                   open_packed, read_documents, text_hash)
 from tokenizer import (QUIET, on_all_cores, parse_options, read_json, reading, refuse_idle,
                        replacing, run_command, write_json)
@@ -72,8 +74,9 @@ def read_any(path, config, skip):
 
 def find(source, downloads):
     """The files of a source; a URL is taken for a page where its name does not say what it is."""
-    if re.match("https?://", source) and ending(source) not in (*READERS, *formats.READERS):
-        return [download(source, Path(downloads, re.sub(r"\W+", "-", source)[-80:] + ".html"))]
+    known = {*READERS, *HEAVY} - {".php"}  # which a server runs, and a page comes out
+    if re.match("https?://", source) and ending(urlsplit(source).path) not in known:
+        return [download(source, Path(downloads, f"{text_hash(source).hex()[:8]}-page.html"))]
     return find_files(source, Path(downloads))
 
 
@@ -140,7 +143,8 @@ def new_lines(pairs, record):
     ahead = deque()
     for left in repeated_lines(ahead.append(pair) or pair[1] for pair in pairs):
         place, text = ahead.popleft()
-        count(record, place, text, [left] if left.strip() else [], {"repeated lines": 1})
+        n = text.count("\n") - left.count("\n") + (not left)
+        count(record, place, text, [left] if left.strip() else [], {"repeated lines": n})
         if left.strip():
             yield place, left
 
@@ -170,7 +174,7 @@ def engine(config, folder):
 
 def run_stages(config, found, file, sources, records, run_all, find_near):
     """All stages from files to Rows; sources and records get what the card says of them."""
-    read, per_text = new_record("read"), []
+    read, per_text, questions = new_record("read"), [], read_questions(config.against)
 
     def jobs():
         for batch in read_all(config, found, sources):
@@ -195,9 +199,7 @@ def run_stages(config, found, file, sources, records, run_all, find_near):
         records.append(new_record("near-duplicates"))
         rows = without(rows, find_near(rows, config.near, config.ngram, config.hashes,
                                        config.bands, config.seed), *records[:-3:-1])
-    if config.against != "none":
-        questions = [text for path in np.atleast_1d(config.against)
-                     for text in read_documents(path, config.field)]
+    if questions:
         records.append(new_record("contaminated"))
         rows = without(rows, contaminated(rows, questions), *records[:-3:-1])
     return rows
@@ -211,13 +213,11 @@ def curate(config, say=print):
     with new_shards(out, "") as new, tempfile.TemporaryFile(dir=new.parent) as file:
         with engine(config, new.parent) as tools:
             rows = run_stages(config, found, file, sources, records, *tools)
-        for record in records:
-            why = ", ".join(f"{n:,} {reason}" for reason, n in record["reasons"].most_common(4))
-            say(f"{record['name']:<16}{record['documents']:>9,} documents "
-                f"{record['bytes'] / 1e6:9.1f} MB  changed {record['changed']:,}, "
-                f"dropped {record['dropped']:,}{f': {why}' if why else ''}")
-        for line in [line for source in sources for line in source["skipped"]][:3]:
-            say(f"skipped: {line}")
+        for line in report(records, sources):
+            say(line)
+        if config.near and (chance := probability(config.near, config.hashes, config.bands)) < 0.9:
+            say(f"near-duplicates: of pairs that are just {config.near} similar, {chance:.0%} are "
+                f"found; more with more --bands, of {config.hashes} hashes")
         if not len(rows):
             raise ValueError(f"no text is left of {', '.join(found)}")
         with replacing(new / "documents.jsonl") as lines:

@@ -10,6 +10,8 @@ It shows what card.json says; the page is one file, without scripts, to send or 
 import base64
 import html
 import io
+import re
+from difflib import SequenceMatcher
 from pathlib import Path
 
 from chapters.figures import bars, panels, plt
@@ -20,7 +22,8 @@ padding: 0 1rem; color: #222 } table { border-collapse: collapse; margin: 1rem 0
 th, td { text-align: left; vertical-align: top; padding: .25rem .7rem; border-bottom: 1px solid #ddd }
 td.n { text-align: right } pre { white-space: pre-wrap; margin: 0; font-size: .8rem }
 del { background: #fde2e0; text-decoration: none } ins { background: #dff2e1; text-decoration: none }
-img { max-width: 100% } h2 { margin-top: 2.5rem }"""
+img { max-width: 100% } h2 { margin-top: 2.5rem }
+li { font-size: .8rem; overflow-wrap: anywhere }"""
 
 
 def cell(value):
@@ -58,16 +61,16 @@ def funnel(stages):
 
 
 def marked(text, other, tag):
-    """A text in <pre>; what is not as in the other one, between a common start and end, is marked."""
-    start = 0
-    while start < min(len(text), len(other)) and text[start] == other[start]:
-        start += 1
-    end = 0
-    while end < min(len(text), len(other)) - start and text[-1 - end] == other[-1 - end]:
-        end += 1
-    parts = text[:start], text[start:len(text) - end], text[len(text) - end:]
-    before, middle, after = (html.escape(part) for part in parts)
-    return f"<td><pre>{before}<{tag}>{middle}</{tag}>{after}</pre></td>"
+    """A text in <pre>, with a mark around the words that are not in the other one; a line end that
+    is marked shows as an arrow."""
+    words, others = (re.findall(r"\w+|\W", each) for each in (text, other))
+    parts, at = [], 0
+    for start, _, n in SequenceMatcher(None, words, others, False).get_matching_blocks():
+        alone = html.escape("".join(words[at:start])).replace("\n", "\u21b5\n")
+        parts.append(f"<{tag}>{alone}</{tag}>" if alone else "")
+        parts.append(html.escape("".join(words[start:start + n])))
+        at = start + n
+    return f"<td><pre>{''.join(parts)}</pre></td>"
 
 
 def examples(stage):
@@ -82,8 +85,8 @@ def curated_part(card):
     """The sections about what curate did."""
     stages = card["stages"]
     reasons = [(stage["name"], stage["documents"], stage["bytes"], stage["changed"],
-                stage["dropped"], ", ".join(f"{n:,} {why}" for why, n in sorted(
-                    stage["reasons"].items(), key=lambda pair: -pair[1])[:8])) for stage in stages]
+                stage["dropped"], ", ".join(f"{n:,}\xa0{why}" for why, n in sorted(
+                    stage["reasons"].items(), key=lambda pair: -pair[1]))) for stage in stages]
     yield "<h2>What each stage leaves</h2>"
     yield funnel(stages)
     yield table(["stage", "documents", "bytes", "changed", "dropped", "why"], reasons)
@@ -91,13 +94,24 @@ def curated_part(card):
     yield from (examples(stage) for stage in stages if stage["examples"])
 
 
+def skipped_lines(source):
+    """The list of what could not be read of a source: the first ten."""
+    lines = [html.escape(line) for line in source["skipped"][:10]]
+    n_more = source.get("n_skipped", len(source["skipped"])) - len(lines)
+    lines += [f"and {n_more:,} more"] if n_more else []
+    items = "".join(f"<li>{line}</li>\n" for line in lines)
+    return f"<p>Skipped of {html.escape(source['name'])}:</p>\n<ul>{items}</ul>" if lines else ""
+
+
 def page(card, name):
     """The card of a folder, a dict, as an HTML page."""
     sources = [(source["name"], source.get("license") or card.get("license") or "not stated",
-                source["files"], "; ".join(source["skipped"][:10])) for source in card["sources"]]
+                source["files"], source.get("n_skipped", len(source["skipped"])))
+               for source in card["sources"]]
     parts = [f"<h1>Data card: {html.escape(name)}</h1>",
              f"<p>Made on {html.escape(card.get('date') or 'an unknown day')}.</p>",
-             "<h2>Sources</h2>", table(["source", "license", "files", "skipped"], sources)]
+             "<h2>Sources</h2>", table(["source", "license", "files", "skipped"], sources),
+             *map(skipped_lines, card["sources"])]
     if "train" in card:
         splits = [(split, *(card[split].get(what, "") for what in ("documents", "bytes", "tokens")))
                   for split in ("train", "val")]

@@ -13,9 +13,10 @@ import numpy as np
 from chapters import cleaning
 from chapters.classify import language, language_classifier, quality_classifier, toxicity
 from chapters.privacy import KINDS, mask_pii
-from chapters.rules import DEFAULT, THRESHOLDS, quality
-from data import read_documents
-from model import check_options, option
+from chapters.rules import DEFAULT, OPTIONAL, THRESHOLDS, quality
+from data import read_documents, read_rows
+from model import TINY, check_options, option
+from tokenizer import reading
 
 PIECES = {"paragraphs": cleaning.split_paragraphs, "sentences": cleaning.split_sentences}
 N_EXAMPLES, EXCERPT = 5, 160  # kept of a stage; characters of each
@@ -25,6 +26,8 @@ def chosen(words, known, option):
     """The known names that words give, whole or by their first part, in the order of `known`:
     chosen("c4", ["gopher_hashes", "c4_policies"], "rules") == ["c4_policies"]."""
     words = {words} if isinstance(words, str) else {*words}
+    if "none" in words and len(words) > 1:
+        raise ValueError(f"--{option}={' '.join(sorted(words))}: none stands alone")
     if wrong := words - {"none", *known, *(name.split("_")[0] for name in known)}:
         raise ValueError(f"--{option}={min(wrong)}: must be none or of {' '.join(known)}")
     return [name for name in known if {name, name.split("_")[0]} & words and "none" not in words]
@@ -39,21 +42,23 @@ class CurateConfig:
     field: str = option("text", "of JSON and CSV files, the one with the text")
     encoding: str = option("", "of the files; else what they say or look like")
     license: str = option("unknown", "of the text, for its card")
-    clean: str | list = option(cleaning.DEFAULT, f"of {' '.join(cleaning.STAGES)}", many=True)
+    clean: str | list = option("", f"of {' '.join(cleaning.STAGES)} (default "
+                               f"{' '.join(cleaning.DEFAULT)})", many=True)
     split: str = option("none", "cut long documents", known=lambda: ["none", *PIECES])
     max_chars: int = option(20_000, "characters of a document that is cut", low=100)
-    mask: str | list = option([*KINDS], "personal data to hide", many=True)
-    rules: str | list = option([*DEFAULT], "names of chapters.rules, or their first word",
-                               many=True)
+    mask: str | list = option("", f"personal data to hide: of {' '.join(KINDS)} (default all)",
+                              many=True)
+    rules: str | list = option("", "names of chapters.rules, or their first word (default all but "
+                               f"{' '.join(OPTIONAL)})", many=True)
     languages: str | list = option("all", "keep these: en de ...", many=True)
-    toxic: float = option(1.0, "drop what is more toxic (chapters.classify)", below=1.01)
+    toxic: float = option(1.0, "drop what is more toxic (chapters.classify)", below=1 + TINY)
     like: str = option("", "file of documents to be like, and")
     unlike: str = option("", "one of documents to be unlike: a classifier learns the difference")
-    keep: float = option(0.5, "probability of --like from which a document is kept", below=1.01)
+    keep: float = option(0.5, "probability of --like from which a document is kept", below=1 + TINY)
     exact: bool = option(True, "drop copies")
     lines: bool = option(False, "drop long lines that occurred before")
     near: float = option(0.8, "drop near-duplicates, of this Jaccard similarity; 0: none",
-                         below=1.01)
+                         below=1 + TINY)
     ngram: int = option(5, "words in a row that near-duplicates are compared by", low=1, below=100)
     hashes: int = option(128, "of a document for --near", low=1, below=10_001)
     bands: int = option(16, "of hashes, of which one must be equal", low=1, below=10_001)
@@ -66,9 +71,14 @@ class CurateConfig:
 
     def __post_init__(self):
         check_options(self)
-        for name, known in (("clean", cleaning.STAGES), ("mask", KINDS), ("rules", THRESHOLDS)):
-            chosen(getattr(self, name), known, name)
-        if self.languages != "all":
+        for name, known, usual in (("clean", cleaning.STAGES, cleaning.DEFAULT),
+                                   ("mask", KINDS, KINDS), ("rules", THRESHOLDS, DEFAULT)):
+            object.__setattr__(self, name, chosen(getattr(self, name) or usual, known, name))
+        with reading(f"--encoding={self.encoding}: text"):
+            "".encode(self.encoding or "utf-8")
+        if self.hashes % self.bands:
+            raise ValueError(f"hashes={self.hashes} must be a multiple of bands={self.bands}")
+        if self.languages not in ("all", "none"):
             chosen(self.languages, language_classifier()[0].settings.labels, "languages")
         if bool(self.like) != bool(self.unlike):
             raise ValueError("--like and --unlike need each other: a file of documents each")
@@ -79,6 +89,25 @@ def quality_scores(like, unlike):
     """The score of a document by a classifier trained on two files, once in each process."""
     good, bad = ([*read_documents(path)] for path in (like, unlike))
     return quality_classifier(good, bad)[0].score
+
+
+def texts_in(value):
+    """All texts in a value of JSON: texts_in({"q": "a", "options": ["b", 1]}) == ["a", "b"]."""
+    if isinstance(value, str):
+        return [value]
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [text for value in values for text in texts_in(value)]
+
+
+def read_questions(paths):
+    """The texts in all fields of files, for --against; ValueError for a file without any."""
+    found = []
+    for path in () if paths == "none" else np.atleast_1d(paths):
+        new = [text for texts in read_rows(path, texts_in) for text in texts if text.strip()]
+        if not new:
+            raise ValueError(f"--against={path}: no question is in it")
+        found += new
+    return found
 
 
 def change(function):
@@ -104,23 +133,22 @@ def mask(kinds):
 
 def text_stages(config):
     """{name: stage} of a CurateConfig, in the order in which they are applied."""
-    clean = chosen(config.clean, cleaning.STAGES, "clean")
-    stages = {name: change(cleaning.STAGES[name]) for name in clean}
+    stages = {name: change(cleaning.STAGES[name]) for name in config.clean}
     if config.split != "none":
         stages[config.split] = lambda text: (PIECES[config.split](text, config.max_chars), {})
     stages["empty"] = drop(lambda text: None if text.strip() else "empty")
-    if config.languages != "all":
+    if config.languages not in ("all", "none"):
         wanted = {*np.atleast_1d(config.languages)}
         stages["languages"] = drop(lambda text: (name := language(text)[0]) not in wanted and name)
-    if rules := chosen(config.rules, THRESHOLDS, "rules"):
-        stages["rules"] = drop(lambda text: quality(text, rules))
+    if config.rules:
+        stages["rules"] = drop(lambda text: quality(text, config.rules))
     if config.like:
         score = quality_scores(config.like, config.unlike)
         stages["quality"] = drop(lambda text: score(text) < config.keep and "unlike")
     if config.toxic < 1:
         stages["toxic"] = drop(lambda text: toxicity(text) > config.toxic and "toxic")
-    if kinds := chosen(config.mask, KINDS, "mask"):
-        stages["mask"] = mask(kinds)
+    if config.mask:
+        stages["mask"] = mask(config.mask)
     return stages
 
 
@@ -180,3 +208,19 @@ def merge(total, records):
             mine[name] += new[name]
         mine["reasons"].update(new["reasons"])
         mine["examples"] += new["examples"][:N_EXAMPLES - len(mine["examples"])]
+
+
+def report(records, sources):
+    """Yield the lines that a command prints of stages, and of what it skipped."""
+    for record in records:
+        reasons = record["reasons"].most_common()
+        why = [f"{n:,} {reason}" for reason, n in reasons[:4]]
+        why += [f"{sum(n for _, n in reasons[4:]):,} other"] * (len(reasons) > 4)
+        yield (f"{record['name']:<16}{record['documents']:>9,} documents "
+               f"{record['bytes'] / 1e6:9.1f} MB  changed {record['changed']:,}, "
+               f"dropped {record['dropped']:,}{': ' * bool(why)}{', '.join(why)}")
+    skipped = [line for source in sources for line in source["skipped"]]
+    yield from (f"skipped: {line}" for line in skipped[:3])
+    n_more = sum(source["n_skipped"] for source in sources) - len(skipped[:3])
+    if n_more:
+        yield f"skipped: {n_more:,} more; card.json names the first 100 of a source"

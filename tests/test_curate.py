@@ -206,6 +206,72 @@ def test_the_page_of_a_card_shows_its_numbers_and_no_markup_of_a_document(raw, t
     assert datacard.cell(1234) == '<td class="n">1,234</td>'
 
 
+def test_the_page_marks_the_words_that_a_stage_took_and_counts_all_that_was_skipped():
+    before, after = "a b me@c.org d\n\n\ne", "a b <EMAIL> d\n\ne"
+    assert datacard.marked(before, after, "del") == (
+        "<td><pre>a b <del>me@c.org</del> d\n\n<del>\u21b5\n</del>e</pre></td>")
+    assert "<ins>&lt;EMAIL&gt;</ins>" in datacard.marked(after, before, "ins")
+    lines = datacard.skipped_lines(dict(name="a", skipped=["<b>"] * 12, n_skipped=300))
+    assert lines.count("<li>&lt;b&gt;</li>") == 10 and "and 290 more" in lines
+    assert datacard.skipped_lines(dict(name="a", skipped=[])) == ""
+
+
+def test_the_lines_of_a_report_count_all_reasons_and_all_that_was_skipped():
+    record = stages.new_record("rules")
+    record["reasons"].update(a=9, b=8, c=7, d=6, e=5, f=4)
+    sources = [dict(skipped=["x", "y"], n_skipped=2), dict(skipped=["z"] * 100, n_skipped=150)]
+    lines = [*stages.report([record], sources)]
+    assert lines[0].endswith(": 9 a, 8 b, 7 c, 6 d, 9 other")
+    assert lines[1:4] == ["skipped: x", "skipped: y", "skipped: z"] and "149 more" in lines[4]
+    assert [*stages.report([], [])] == []
+
+
+def test_questions_are_found_in_fields_of_any_name(tmp_path):
+    text = story()
+    question = " ".join(text.split()[5:25])
+    rows = [dict(q=dict(stem="Is it so?"), choices=[question, "no"], n=3), question.upper()]
+    for name, row in enumerate(rows):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
+        folder = write(tmp_path / f"raw{name}", a__txt=text, b__txt=story())
+        card, texts = run(folder, tmp_path / f"out{name}", against=str(tmp_path / f"{name}.jsonl"))
+        assert len(texts) == 1 and card["stages"][-1]["dropped"] == 1
+
+
+def test_repeated_lines_are_counted_one_by_one(tmp_path):
+    lines = [f"This line is long enough, and it is number {i} of all." for i in range(6)]
+    texts = "\n".join(lines), "\n".join(lines[:4]) + "\nAnd what is new.", "\n".join(lines[:2])
+    rows = "\n".join(json.dumps(dict(text=text)) for text in texts)
+    card, left = run(write(tmp_path / "raw", a__jsonl=rows), tmp_path / "out", rules="none",
+                     lines=True, near=0.0)
+    assert len(left) == 2 and stage_of(card, "lines")["reasons"] == {"repeated lines": 6}
+
+
+def test_an_address_keeps_the_kind_that_its_path_names(tmp_path, monkeypatch):
+    for module in curate, curate.find_files.__globals__:
+        module = module if isinstance(module, dict) else vars(module)
+        monkeypatch.setitem(module, "download", lambda url, path, sha256=None: path)
+    for name, kind in (("a.pdf", ".pdf"), ("a.warc.gz", ".warc"), ("a.jsonl?x=1", ".jsonl"),
+                       ("a.PDF?b=c.txt#d", ".pdf"), ("a.html.gz", ".html"), ("a", ".html"),
+                       ("", ".html"), ("a.php?id=3", ".html"), ("a.b", ".html")):
+        [path] = curate.find(f"http://a.org/{name}", tmp_path)
+        assert curate.ending(path) == kind, name
+
+
+def test_few_bands_for_a_low_similarity_are_said(tmp_path):
+    for near, is_said in (0.8, False), (0.5, True), (0.0, False):
+        said = []
+        config = CurateConfig(sources=[str(write(tmp_path / "raw", a__txt=story()))],
+                              out=str(tmp_path / f"{near}"), near=near)
+        curate.curate(config, said.append)
+        assert any("just 0.5 similar, 6% are found" in line for line in said) == is_said
+
+
+def test_what_is_left_out_by_none_and_what_is_usual_are_said_in_full_in_the_card():
+    config = CurateConfig(rules="none", languages="none")
+    assert config.rules == [] and config.mask[0] == "key"
+    assert config.clean == stages.cleaning.DEFAULT and "languages" not in stages.text_stages(config)
+
+
 @pytest.mark.parametrize("words, message", [
     (["--out=o"], "one or more sources"), (["raw"], "one or more sources"),
     (["none.txt", "--out=o"], "no such file"), (["raw", "--out=o", "--rules=gopherr"], "--rules=gop"),
@@ -216,13 +282,18 @@ def test_the_page_of_a_card_shows_its_numbers_and_no_markup_of_a_document(raw, t
     (["raw", "--out=o", "--keep=0.4"], "--keep would not act without --like"),
     (["raw", "--out=o", "--hashes=10"], "a multiple of bands"),
     (["raw", "--out=o", "--near=0", "--against=none.txt"], "none.txt"),
-    (["raw", "--out=o", "--languages=xx"], "xx"),
+    (["raw", "--out=o", "--languages=xx"], "xx"), (["raw", "--out=o", "--encoding=x"], "encoding=x"),
+    (["raw", "--out=o", "--mask", "email", "none"], "--mask=email none: none stands alone"),
+    (["raw", "--out=o", "--against=empty.txt"], "--against=empty.txt: no question is in it"),
+    (["raw", "--out=o", "--near=1.005"], "near=1.005 must be at least 0 and at most 1"),
     (["empty", "--out=o"], "no text is left of empty"), (["card"], "FOLDER"),
     (["card", "raw"], "card.json"), (["raw", "--out=raw"], "raw holds other shards or files")])
 def test_a_wrong_input_ends_in_one_line(tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "raw", a__txt=story())
     (tmp_path / "empty").mkdir()
+    (tmp_path / "empty.txt").write_text("")
     code, lines = mistake(curate.main, monkeypatch, capsys, *words)
     assert code in (1, 2) and len(lines) == 1 and message in lines[0]
-    assert sorted(os.listdir(tmp_path)) == ["empty", "raw"] and os.listdir("raw") == ["a.txt"]
+    assert sorted(os.listdir(tmp_path)) == ["empty", "empty.txt", "raw"]
+    assert os.listdir("raw") == ["a.txt"]
