@@ -37,9 +37,13 @@ def take_chat(row):
             dict(role="assistant", content=answer)]
 
 
-def read_chats(path, skip=None):
-    """Yield the messages of each row of a .jsonl or .json file; skip(reason) as in read_rows."""
-    return read_rows(path, take_chat, skip=skip)
+def read_chats(path, skip=None, check=lambda messages: None):
+    """Yield the messages of each row of a .jsonl or .json file; skip(reason) as in read_rows, also
+    of messages for which check(messages) is a ValueError."""
+    def take(row):
+        check(messages := take_chat(row))
+        return messages
+    return read_rows(path, take, skip=skip)
 
 
 def fit(messages, tokenizer, block_size):
@@ -129,8 +133,10 @@ def main():
     parser.add_argument("--n_chats", type=int, default=3, help="to show; default %(default)s")
     args = parser.parse_intermixed_args()
     skipped = []
-    chats = [*read_chats(args.file, skipped.append)]
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else Tokenizer([])
+    chats = [*read_chats(args.file, skipped.append, tokenizer.render_chat)]
+    if not chats:
+        raise ValueError("; ".join(skipped[:1]) or f"{args.file}: no chat is in it")
     loader = ChatLoader(chats, tokenizer, 1, args.block_size)
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     for ids, learned in loader.chats[:max(0, args.n_chats)]:

@@ -46,15 +46,15 @@ class CurateConfig:
                                f"{' '.join(cleaning.DEFAULT)})", many=True)
     split: str = option("none", "cut long documents", known=lambda: ["none", *PIECES])
     max_chars: int = option(20_000, "characters of a document that is cut", low=100)
-    mask: str | list = option("", f"personal data to hide: of {' '.join(KINDS)} (default all)",
-                              many=True)
+    languages: str | list = option("all", "keep these: en de ...", many=True)
     rules: str | list = option("", "names of chapters.rules, or their first word (default all but "
                                f"{' '.join(OPTIONAL)})", many=True)
-    languages: str | list = option("all", "keep these: en de ...", many=True)
-    toxic: float = option(1.0, "drop what is more toxic (chapters.classify)", below=1 + TINY)
     like: str = option("", "file of documents to be like, and")
     unlike: str = option("", "one of documents to be unlike: a classifier learns the difference")
     keep: float = option(0.5, "probability of --like from which a document is kept", below=1 + TINY)
+    toxic: float = option(1.0, "drop what is more toxic (chapters.classify)", below=1 + TINY)
+    mask: str | list = option("", f"personal data to hide: of {' '.join(KINDS)} (default all)",
+                              many=True)
     exact: bool = option(True, "drop copies")
     lines: bool = option(False, "drop long lines that occurred before")
     near: float = option(0.8, "drop near-duplicates, of this Jaccard similarity; 0: none",

@@ -137,9 +137,19 @@ def test_text_of_a_user_makes_no_special_token_and_what_is_learned_stands_out(tm
     assert "[[c <|end|> d<|end|>]]" in out and "1 broken rows" in out and "row 2" in out
 
 
+def test_messages_of_a_wrong_role_are_skipped_with_their_row_and_others_read(tmp_path, call):
+    rows = [CHATS[0], [dict(role="king", content="x")], CHATS[1], ["x"], []]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps(dict(messages=messages)) for messages in rows))
+    output = call(chats, path)[0]
+    assert "2 chats of" in output and "3 broken rows" in output
+    assert f"skipped: {path}, row 2: message 0 is {{'role': 'king'" in output
+
+
 @pytest.mark.parametrize("content, words, message", [
-    ("[]", [], "none of 0 chats"), ('{"messages": []}', [], "none of 1"),
-    ('{"messages": [{"role": "user"}]}', [], "chat 1"), ("", ["--block_size=0"], "none of 0")])
+    ("[]", [], "row 1: neither messages"), ('{"messages": []}', [], "row 1: a chat is a list"),
+    ('{"messages": [{"role": "user"}]}', [], "row 1: message 0 is {"), ("", [], "no chat is in it"),
+    (json.dumps(dict(messages=CHATS[0])), ["--block_size=0"], "none of 1 chats fits into 0")])
 def test_a_wrong_file_ends_in_one_line(tmp_path, monkeypatch, capsys, content, words, message):
     (tmp_path / "chats.jsonl").write_text(content)
     code, lines = mistake(chats.main, monkeypatch, capsys, tmp_path / "chats.jsonl", *words)

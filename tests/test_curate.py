@@ -266,6 +266,21 @@ def test_few_bands_for_a_low_similarity_are_said(tmp_path):
         assert any("just 0.5 similar, 6% are found" in line for line in said) == is_said
 
 
+def test_stages_run_in_the_order_of_their_options(raw, tmp_path, monkeypatch):
+    options = dict(rules="gopher", languages="en", toxic=0.99, lines=True, split="sentences",
+                   like=str(raw / "rows.jsonl"), unlike=str(raw / "rows.jsonl"),
+                   against=str(write(tmp_path / "q", a__txt=story()) / "a.txt"))
+    monkeypatch.setattr(stages, "quality_scores", lambda like, unlike: lambda text: 1)
+    card, _ = run(raw, tmp_path / "out", **options)
+    names = [stage["name"] for stage in card["stages"]]
+    fields = [*CurateConfig.__dataclass_fields__]
+    renamed = dict(sentences="split", quality="like", copies="exact", contaminated="against")
+    renamed |= {"near-duplicates": "near"} | dict.fromkeys(stages.cleaning.STAGES, "clean")
+    places = [fields.index(renamed.get(name, name)) for name in names
+              if name not in ("read", "empty")]
+    assert places == sorted(places) and len(names) == 16
+
+
 def test_what_is_left_out_by_none_and_what_is_usual_are_said_in_full_in_the_card():
     config = CurateConfig(rules="none", languages="none")
     assert config.rules == [] and config.mask[0] == "key"
