@@ -2,8 +2,8 @@
 curate's work on a Dask cluster: on this machine, or on many that share a folder.
 
     python -m chapters.curate texts/raw --out=texts/good --engine=dask --workers=8
-    dask scheduler                                      # on one machine, for a cluster of several
-    PYTHONPATH=. dask worker tcp://HOST:8786 --nthreads=1                # on each, in this folder
+    PYTHONPATH=. dask scheduler             # in a copy of this folder, for a cluster of several
+    PYTHONPATH=. dask worker tcp://HOST:8786 --nthreads=1             # on each machine, likewise
     python -m chapters.curate /shared/raw --out=/shared/good --engine=dask --cluster=tcp://HOST:8786
 
 What is kept is what one machine keeps, also if workers die: Dask does their tasks again. On one
@@ -32,9 +32,8 @@ try:
     import dask.dataframe
     import pandas as pd
     from distributed import Client, KilledWorker, LocalCluster, comm
-except ImportError as error:
-    raise ValueError("--engine=dask needs what requirements.txt lists under its heading "
-                     f'"engine": {error}') from error
+except ImportError:  # they are optional
+    dask = None
 
 PART_BYTES = 1 << 25  # of the texts that a task reads at a time
 PATIENCE = 10  # seconds for a cluster to answer, and for its first worker
@@ -61,12 +60,13 @@ def connect(address, folder):
                          "`dask scheduler` starts one and prints its address") from error
     try:
         client.wait_for_workers(1, timeout=PATIENCE)
-        client.run(resolve_name, "chapters.engine:cluster")
+        for ask in client.run_on_scheduler, client.run:  # the scheduler unpacks the tasks, too
+            ask(resolve_name, "chapters.engine:pd.DataFrame")
         seen = client.run(os.path.isdir, str(folder))
     except TimeoutError:
         reason = f"no worker in {PATIENCE} seconds; `dask worker {address}` starts one"
-    except (ImportError, ValueError) as error:
-        reason = f"a worker says: {error}. Start it in this project's folder, with PYTHONPATH=."
+    except (ImportError, AttributeError) as error:
+        reason = f"{error}: start its programs in this project's folder, with PYTHONPATH=."
     else:
         blind = [worker for worker, sees in seen.items() if not sees]
         if not blind:
@@ -81,6 +81,8 @@ def cluster(folder, address="", workers=0):
     """Two functions that take what tokenizer.on_all_cores and near.near_duplicates take, and do it
     on the cluster at an address, or a local one of so many workers (0: a core each), which ends
     with the context. Temporary files go into `folder`."""
+    if dask is None:
+        raise ValueError('--engine=dask needs more: pip install "dask[dataframe,distributed]"')
     with contextlib.ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder, prefix=".dask.")))
         if not address:
