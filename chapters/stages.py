@@ -5,7 +5,7 @@ another text changes it, several cut it.
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -15,11 +15,11 @@ from chapters.classify import language, language_classifier, quality_classifier,
 from chapters.privacy import KINDS, mask_pii
 from chapters.rules import DEFAULT, OPTIONAL, THRESHOLDS, quality
 from data import read_documents, read_rows
-from model import TINY, check_options, option
 from tokenizer import reading
 
 PIECES = {"paragraphs": cleaning.split_paragraphs, "sentences": cleaning.split_sentences}
 N_EXAMPLES, EXCERPT = 5, 160  # kept of a stage; characters of each
+TINY = 1e-9  # as in model.py: below=1 + TINY means at most 1
 
 
 def chosen(words, known, option):
@@ -31,6 +31,15 @@ def chosen(words, known, option):
     if wrong := words - {"none", *known, *(name.split("_")[0] for name in known)}:
         raise ValueError(f"--{option}={min(wrong)}: must be none or of {' '.join(known)}")
     return [name for name in known if {name, name.split("_")[0]} & words and "none" not in words]
+
+
+def option(default, help="", **more):
+    """What model.option gives, without model.py: no process that runs stages waits for torch."""
+    kind = "default"
+    if isinstance(default, list):
+        kind, default = "default_factory", default.copy
+    usual = dict(low=0, below=2**31, known=None, positional=False, many=False)
+    return field(**{kind: default}, metadata=usual | more | dict(help=help))
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,7 @@ class CurateConfig:
     cluster: str = option("", "address of --engine on others, such as tcp://HOST:8786")
 
     def __post_init__(self):
+        from model import check_options  # a process that is sent a config does not come here
         check_options(self)
         for name, known, usual in (("clean", cleaning.STAGES, cleaning.DEFAULT),
                                    ("mask", KINDS, KINDS), ("rules", THRESHOLDS, DEFAULT)):
@@ -174,10 +184,15 @@ def example(place, before, after, reasons):
     return dict(place=place, before=before, after=after, why=" ".join(reasons))
 
 
+def n_bytes(text):
+    """The bytes of a text as UTF-8."""
+    return len(text) if text.isascii() else len(text.encode())
+
+
 def count(record, place, before, after, reasons):
     """Count in a record that a stage made the texts `after` of a text."""
     record["documents"] += len(after)
-    record["bytes"] += sum(len(text.encode()) for text in after)
+    record["bytes"] += sum(map(n_bytes, after))
     if after != [before]:
         record["changed" if after else "dropped"] += 1
         record["reasons"].update(reasons)
