@@ -59,6 +59,9 @@ def tempered_shares(folders, temperature):
     if not temperature >= 1:
         raise ValueError(f"temperature={temperature} must be at least 1 (shares by size); inf "
                          "gives equal ones")
+    for folder in folders:
+        if "=" in str(folder) and not Path(folder).exists():
+            raise ValueError(f"{folder}: shares are given, or come from --temperature, not both")
     sizes = {Path(folder): read_card(folder).train["tokens"] for folder in folders}
     if len(sizes) < len(folders):
         raise ValueError("a folder stands there twice: give each once")

@@ -21,9 +21,10 @@ if __name__ == "__main__":  # `python chapters/near.py` works as well, from any 
 
 import numpy as np
 import regex
+from tqdm import tqdm
 
 from data import Documents, clean, read_documents
-from tokenizer import Parser, run_command
+from tokenizer import QUIET, Parser, run_command
 
 # Thai, Lao, Burmese, Khmer, kana and Han are written without spaces: each character is a word.
 UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff"
@@ -44,8 +45,7 @@ def words(text):
     if text.isascii():
         found = text.encode().translate(ASCII_WORDS).split()
     else:
-        found = WORD.findall(unicodedata.normalize("NFKC", text).lower())
-        found = " ".join(found).encode().split()
+        found = " ".join(WORD.findall(unicodedata.normalize("NFKC", text).lower())).encode().split()
     return found or [text.strip().encode("utf-8", "surrogatepass")]
 
 
@@ -154,7 +154,7 @@ def near_clusters(texts, threshold, n, hashes, bands, seed):
         raise ValueError(f"threshold={threshold} must be above 0 and at most 1, n={n} at least 1, "
                          f"hashes={hashes}, at most 10,000, a multiple of bands={bands}")
     keys, random = np.empty((len(texts), bands), np.uint64), permutations(hashes, seed)
-    for i in range(len(texts)):
+    for i in tqdm(range(len(texts)), "near-duplicates", unit=" documents", **QUIET):
         keys[i] = band_keys(signature(shingles(texts[i], n), random), bands)
     recent = lru_cache(2 * NEIGHBORS)(lambda i: shingles(texts[i], n))
     return clusters(candidates(keys), len(texts),

@@ -239,7 +239,7 @@ def main():
         for kind, values in measure(map(json.loads, rows)).items():
             print("{:9} precision {:.3f}, recall {:.3f} of {:3}".format(kind, *values))
         return
-    for text in [sys.stdin.read()] if file == "-" else read_documents(file):
+    for text in [(sys.stdin or open(0)).read()] if file == "-" else read_documents(file):  # or <&-
         text, counts = mask_pii(text)
         total += counts
         print(text)

@@ -213,16 +213,17 @@ def main():
     file = parser.parse_args().file
     if file is None:
         lines = Path(__file__).with_suffix(".jsonl").read_text("utf-8").splitlines()
-        print(f"{'rule':36}precision  recall")
+        print(f"{'rule':38} precision  recall")
         for name, scores in measure([*map(json.loads, lines)], tuple(THRESHOLDS)).items():
-            print(f"{name:36}" + "".join(f"{score:9.2f}" for score in scores))
+            figures = ["    -" if math.isnan(score) else f"{score:5.2f}" for score in scores]
+            print(f"{name:38}{figures[0]:>10}{figures[1]:>8}")
         return
     for number, text in enumerate(read_documents(file), 1):
         m = Measures(text)
         failed = [name for name in THRESHOLDS if fails(name, m)]
         print(f"document {number}: " + (f"fails {len(failed)} rules" if failed else "passes"))
         for rule, name in ((THRESHOLDS[name], name) for name in failed):
-            print(f"  {name:36}{rule.measure(m):10.4g}  {rule.what}; "
+            print(f"  {name:38}{rule.measure(m):10.4g}  {rule.what}; "
                   f"from {rule.least:g} to {rule.most:g}")
 
 

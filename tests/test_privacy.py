@@ -1,6 +1,7 @@
 """chapters/privacy.py: what is personal goes, what only looks like it stays."""
 
 import json
+import os
 import random
 import string
 import sys
@@ -163,6 +164,13 @@ def test_the_command_masks_a_file_or_stdin_or_prints_the_table(tmp_path, monkeyp
     assert call(privacy, tmp_path / "a.txt") == ("Mail <EMAIL>.\n", "email 1\n")
     monkeypatch.setattr(sys, "stdin", StringIO("Nobody."))
     assert call(privacy, "-") == ("Nobody.\n", "nothing\n")
+    monkeypatch.setattr(sys, "stdin", None)
+    with (tmp_path / "closed").open("w") as file:  # no descriptor to read from, as <&- leaves none
+        keep = os.dup(0)
+        os.dup2(file.fileno(), 0)
+        said, problem = call(privacy, "-")
+        os.dup2(keep, 0)
+    assert said == "" and problem.startswith("error: ") and problem.count("\n") == 1
     table = call(privacy)[0].splitlines()
     assert [line.split()[0] for line in table] == [*KINDS]
 
