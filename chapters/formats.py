@@ -2,8 +2,8 @@
 Books, mail, captions and web archives to documents: a reader for each kind of file.
 
 READERS[".epub"](file) takes an open binary file and yields its documents, str, in order; in place
-of one that is broken, a ValueError that says where and why, and goes on after it. Nothing is
-extracted to disk, one document is in memory at a time, and none may have more than MAX_BYTES.
+of a broken one it yields a ValueError that says where and why, and goes on. Nothing is extracted to
+disk, one document is in memory at a time, and none may have more than MAX_BYTES.
 
     .epub  a document for each page of a book         .srt .vtt  a line for each caption
     .mbox  a document for each mail                   .pdf       the text of all pages, by pypdf
@@ -21,7 +21,7 @@ from email.header import decode_header
 from urllib.parse import unquote
 from xml.parsers import expat
 
-from chapters.pages import visible_text
+from chapters.pages import decode_web, visible_text
 from chapters.warc import MAX_BYTES, read_warc, read_wet
 from chapters.wikitext import read_xml
 from data import LONG_TEXT, decode
@@ -37,19 +37,19 @@ def attempt(place, read, *arguments):
 
 
 # -----------------------------------------------------------------------------
-# EPUB: a zip file of web pages, and a list that says in which order to read them (EPUB 3.3).
+# EPUB: a zip file of web pages, with a list of the order in which to read them (EPUB 3.3).
 
 MAX_LIST_BYTES = 1 << 22  # of the list of a book's pages
-ENCRYPTED = "META-INF/encryption.xml"  # lists what is
+ENCRYPTION = "META-INF/encryption.xml"  # lists the members that are encrypted
 
 
 def read_member(archive, name, limit=MAX_BYTES):
     """The bytes of a member of a zip file; ValueError for one of more bytes than `limit`."""
     member = archive.getinfo(name)
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise ValueError(f"packed by method {member.compress_type}, which EPUB does not have")
+        raise ValueError(f"packed by method {member.compress_type}, which EPUB does not allow")
     with archive.open(member) as file:
-        content = file.read(limit + 1)  # the length that the zip file states may be a lie
+        content = file.read(limit + 1)  # the length that the zip file states may be wrong
     if len(content) > limit:
         raise ValueError(f"more than {limit:,} bytes")
     return content
@@ -84,15 +84,16 @@ def open_book(file):
     names = [posixpath.normpath(posixpath.join(posixpath.dirname(package), unquote(page["href"])))
              for page in pages if "html" in page.get("media-type", "html")
              and "nav" not in page.get("properties", "").split()]  # the table of contents
-    locked = read_member(archive, ENCRYPTED, MAX_LIST_BYTES) if (
-        ENCRYPTED in archive.namelist()) else b"<none/>"
-    locked = {unquote(item.get("URI", "")) for _, item in find_elements(locked, "CipherReference")}
-    return archive, dict.fromkeys(names), locked  # a page counts once, listed a million times
+    listed = []
+    if ENCRYPTION in archive.namelist():
+        listed = find_elements(read_member(archive, ENCRYPTION, MAX_LIST_BYTES), "CipherReference")
+    encrypted = {unquote(item.get("URI", "")) for _, item in listed}
+    return archive, dict.fromkeys(names), encrypted  # a page that is listed twice is read once
 
 
-def page_text(archive, name, locked):
-    """The text of a page of a book, without its title, which is above each chapter again."""
-    if name in locked:
+def book_page(archive, name, encrypted):
+    """The text of a page of a book, without its <title>: it repeats the heading of the chapter."""
+    if name in encrypted:
         raise ValueError("encrypted")
     page, _, title = read_member(archive, name).partition(b"<title>")
     return visible_text(page + title[max(0, title.find(b"</title>")):]).strip()
@@ -104,9 +105,9 @@ def read_epub(file):
     if isinstance(book, ValueError):
         yield book
         return
-    archive, names, locked = book
+    archive, names, encrypted = book
     for name in names:
-        if text := attempt(name, page_text, archive, name, locked):
+        if text := attempt(name, book_page, archive, name, encrypted):
             yield text
 
 
@@ -114,18 +115,18 @@ def read_epub(file):
 # Mail: a line "From SENDER TIME" before each (RFC 4155), text in MIME parts (RFC 2045).
 
 MAIL_START = re.compile(rb"From \S.*\d\d:\d\d")
-QUOTED_START = re.compile(rb">+From ")  # so that a line of a mail is not taken for a start
-MAIL_TEXTS = {"text/plain": decode, "text/html": visible_text}  # the better one first
+QUOTED_START = re.compile(rb">+From ")  # how a mailbox writes a line "From ..." of a mail
+MAIL_TEXTS = {"text/plain": decode_web, "text/html": visible_text}  # the better one first
 LINE_BYTES = 1 << 16  # read at a time
-MAX_LINES = 1_000_000  # of a mail: Python's parser needs memory for each
-MAX_PARTS = 100  # and the square of their number in time
-MAX_FIELD = 2000  # characters of a Content-Type, whose square it takes, too
+MAX_LINES = 1_000_000  # of a mail: Python's parser needs memory for each line,
+MAX_PARTS = 100  # time that grows with the square of the number of parts,
+MAX_FIELD = 2000  # and with the square of the length of a Content-Type, in characters
 LONG_FIELD = re.compile(rb"(?im)^content-[a-z]+:(?:[^\n]|\n[ \t]){%d}" % MAX_FIELD)
 
 
 def split_mbox(file):
-    """Yield the bytes of each mail of a mailbox, a little over MAX_BYTES of a longer one; None, and
-    that is all, for a file that is no mailbox."""
+    """Yield the bytes of each mail of a mailbox, of a long one a little more than MAX_BYTES. A file
+    that is no mailbox yields None alone."""
     mail, before = None, b"\n"
     for line in iter(lambda: file.readline(LINE_BYTES), b""):
         if before in (b"\n", b"\r\n") and MAIL_START.match(line):
@@ -144,13 +145,12 @@ def split_mbox(file):
 
 def decode_subject(field):
     """The subject of a mail: decode_subject("=?utf-8?q?caf=C3=A9?=") == "café"."""
-    words = decode_header(str(field)[:MAX_FIELD])
-    return "".join(word if isinstance(word, str) else decode(word, charset)
-                   for word, charset in words)
+    return "".join(word if isinstance(word, str) else decode_web(word, charset)
+                   for word, charset in decode_header(str(field)[:MAX_FIELD]))
 
 
 def mail_text(mail):
-    """The subject of a mail and its text/plain parts, or else those in HTML; "" without any."""
+    """The subject of a mail and its text/plain parts, or else those in HTML; "" without either."""
     if mail is None:
         raise ValueError("this file is no mailbox, which begins with From SENDER TIME")
     n_parts = len(re.findall(rb"(?i)boundary\s{0,9}=|message/", mail))
@@ -179,7 +179,7 @@ def read_mbox(file):
 
 
 # -----------------------------------------------------------------------------
-# Captions: SubRip's .srt and WebVTT's .vtt, times and below each the lines to show.
+# Captions: SubRip's .srt and WebVTT's .vtt. Each caption is a line of times, then lines to show.
 
 TIMES = re.compile(r"(?m)^[ \t]*+(?:\d{1,4}:)?\d{1,4}:\d\d[.,]\d{1,3}[ \t]*+-->.*\n?")
 CAPTION_TAG = re.compile(r"</?[a-zA-Z][^<>\n]*+>|<[\d:.]++>|\{\\[^{}\n]*+\}")
@@ -217,7 +217,7 @@ def pdf_pages(file):
         import pypdf
     except ImportError:
         raise ValueError("to read it, pip install pypdf") from None
-    logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # it warns of what is repaired
+    logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # no warnings of what it repairs
     reader = pypdf.PdfReader(file)
     if reader.is_encrypted:
         raise ValueError("it is encrypted: save it without a password")
@@ -225,8 +225,8 @@ def pdf_pages(file):
 
 
 def read_pdf(file):
-    """Yield the text of a PDF, parts of one longer than LONG_TEXT; a ValueError for each page that
-    cannot be read."""
+    """Yield the text of a PDF, in parts if it is longer than LONG_TEXT, and a ValueError for each
+    page that cannot be read."""
     pages = attempt("PDF", pdf_pages, file)
     if isinstance(pages, ValueError):
         yield pages
@@ -247,4 +247,4 @@ def read_pdf(file):
 
 READERS = {".epub": read_epub, ".mbox": read_mbox, ".srt": read_captions, ".vtt": read_captions,
            ".pdf": read_pdf, ".xml": read_xml, ".warc": read_warc, ".wet": read_wet}
-RAW = {".warc.gz", ".wet.gz"}  # names of packed files that their reader unpacks itself
+RAW = {".warc.gz", ".wet.gz"}  # endings of packed files that their reader unpacks itself

@@ -3,11 +3,11 @@ A web page's bytes become its main text, or all of its visible text.
 
     from chapters.pages import html_to_text, visible_text
 
-The page is cut at its tags into blocks: paragraphs, headings, list items, table rows. A block goes
-if an element around it says that it is beside the text (<nav>, class="sidebar"), or if most of it
-is links; what these leave between them goes as well where it is short. Link density and length are
-boilerpipe's features (Kohlschütter, Fankhauser and Nejdl, WSDM 2010), judging short blocks by those
-around them is jusText's (Pomikálek, 2011). All takes linear time, whatever is in the page.
+The tags divide a page into blocks: paragraphs, headings, list items, table rows. A block is dropped
+if an element around it is marked as not being the main text (<nav>, class="sidebar"), or if most of
+its characters are links; short runs of blocks between dropped ones are dropped, too. Link density
+and length are boilerpipe's features (Kohlschütter, Fankhauser and Nejdl, WSDM 2010); to judge short
+blocks by their neighbors is jusText's idea (Pomikálek, 2011). Any page takes linear time.
 """
 
 import codecs
@@ -20,33 +20,33 @@ from itertools import groupby
 
 from data import DECLARED, decode
 
-# Pages that name the first mean the second, which has more characters, as browsers know.
-MEANT = {"iso8859-1": "cp1252", "ascii": "cp1252", "iso8859-9": "cp1254", "gb2312": "gb18030",
-         "gbk": "gb18030", "shift_jis": "cp932", "euc_kr": "cp949"}
+# Charsets that are declared, and the larger ones that browsers use in their place.
+SUPERSETS = {"iso8859-1": "cp1252", "ascii": "cp1252", "iso8859-9": "cp1254", "gb2312": "gb18030",
+             "gbk": "gb18030", "shift_jis": "cp932", "euc_kr": "cp949"}
 
 
-def page_text(page, declared=None):
-    """The characters of a page: as its byte order mark says, as UTF-8 if it is that, as `declared`
-    by the server or else by the page itself, as data.decode finds; ValueError for a binary one."""
-    found = DECLARED.search(page[:1024])
-    name = declared or (found[1].decode() if found else "utf-8")
-    with contextlib.suppress(LookupError, ValueError):  # what is no charset is left to data.decode
-        name = codecs.lookup(name.strip(" \"'")).name
-    return decode(page, MEANT.get(name, name)).removeprefix("\ufeff")
+def decode_web(raw, declared=None):
+    """The text of bytes from the web or a mail: data.decode with the charset that is `declared`, by
+    a server, say, or else in the bytes, read as browsers read it. ValueError for a binary file."""
+    found, charset = DECLARED.search(raw[:1024]), None
+    for name in declared, found and found[1].decode():
+        with contextlib.suppress(LookupError, ValueError):  # of names that are no charset
+            charset = charset or name and codecs.lookup(name.strip(" \"'")).name
+    return decode(raw, SUPERSETS.get(charset, charset)).removeprefix("\ufeff")
 
 
 # -----------------------------------------------------------------------------
-# Blocks: a page as a list of pieces of text, and what is known about each.
+# Blocks: a page as a list of short texts, and what is known about each.
 
 HIDDEN = re.compile(r"(?is)<!--.*?(?:-->|\Z)|<(script|style|template)\b"
                     r"(?:[^<>]*/>|.*?(?:</\1\s*>|\Z))")
-# It matches whatever begins like a tag, so that what was searched once for a > is not searched
-# again; without its > (the last group) it is text: "if a <b or c".
+# It also matches a tag without its ">", which is text ("if a <b or c"): otherwise its characters
+# would be searched for a ">" again and again. The last group tells the two apart.
 TAG = re.compile(r"""<(/?)([a-zA-Z!?][^\s/<>]*)((?:[^<>=]|=\s*(?:"[^"]*"|'[^']*')?+)*+)(>?)""")
 INLINE = {*"a abbr acronym b bdi bdo big cite code data del dfn em font i img ins kbd label mark q "
           "ruby s samp small span strike strong sub sup time tt u var wbr".split()}
 
-# What says that an element is beside the text: its tag, or a word in its class, id or role.
+# An element is not main text by its tag, or by a word in its class, id, role or style.
 BESIDE = {*"aside button dialog footer form iframe nav noscript select svg textarea title".split()}
 BESIDE_WORDS = re.compile(
     r"(?<![a-z])(?:nav|menu|breadcrumb|side-?bar|masthead|top-?bar|toolbar|banner|cookie|consent|"
@@ -57,25 +57,25 @@ BESIDE_WORDS = re.compile(
     r"|(?<![\w-])(?:widget|ads?(?![a-z])|(?:header|tags?)(?![\w-]))|display:\s*none")
 MAIN_WORDS = re.compile(r"(?<![a-z-])(?:main(?:-?content)?|hentry|type-post|mw-content-text|"
                         r"(?:article|entry|post|story)-?(?:body|content|text))(?![a-z-])")
-# An id of four words is made of a heading, and says nothing of where it stands.
+# An id of more than three words is most often made from a heading: it says nothing of a role.
 NAMES = re.compile(r"""(?i)\b(?:(?:class|role|itemprop|style)\s*=\s*("[^"]*"|'[^']*'|[^\s"'>]+)"""
                    r"""|id\s*=\s*["']?([a-z\d]+(?:[-_][a-z\d]+){,2})(?=["'\s]|$))""")
 
 VOID = {*"area base basefont col embed frame hr input link meta param source track".split()}
-# The end tags of these are often left out: what ends each when it opens; <p> ends at any block.
+# End tags that are often left out: {tag: the open elements that it ends}. Any other tag ends a <p>.
 ENDS = {"p": {"p"}, "li": {"p", "li"}, "dt": {"p", "dt", "dd"}, "dd": {"p", "dt", "dd"},
         "td": {"p", "td", "th"}, "th": {"p", "td", "th"}, "tr": {"p", "td", "th", "tr"}}
 HEADINGS = {"h1", "h2", "h3", "h4", "h5", "h6"}
 
-# How many of its characters are links; its tag, one of HEADINGS, li, pre, or p for all others; the
-# table row and cell, and the element of Page.elements, that it stands in, by number (0: in none).
+# linked: how many characters are in links; tag: one of HEADINGS, "li", "pre", or "p" for any other;
+# row, cell, element: the numbers of the table row, cell and Page.elements around it (0 for none).
 Block = namedtuple("Block", "text linked tag row cell element")
 
 
-@lru_cache(4096)  # the items of a list, the pages of a site have the same
+@lru_cache(4096)  # the items of a list share their attributes, and so do the pages of a site
 def role(tag, attributes):
-    """-> (what an element is: "main", "beside", or None for most; what those of its kind share).
-    role("div", ' id="ad-7"') == ("beside", "div ad-")"""
+    """(role, kind) of an element: "main", "beside" or, most often, None; its tag and its names
+    without digits. role("div", ' id="ad-7"') == ("beside", "div ad-")"""
     names = " ".join(map("".join, NAMES.findall(attributes)))
     kind = f"{tag} {re.sub('[0-9]+', '', names)}"
     words = re.sub(r"(?<=[a-z])(?=[A-Z])", "-", names).lower()
@@ -85,7 +85,7 @@ def role(tag, attributes):
 
 
 class Page:
-    """The blocks of a page, and its elements with a role: (the one around, role, kind)."""
+    """The blocks of a page, and its elements with a role: (number of that around, role, kind)."""
 
     def __init__(self, text):
         self.blocks, self.elements, self.stack, self.is_open = [], [(0, None, "")], [], Counter()
@@ -112,9 +112,9 @@ class Page:
         self.linked += self.in_link and len(text.strip())
 
     def finish(self):
-        """What was added since the last block is one."""
+        """Make a block of the text that was added since the last one."""
         text = "".join(self.pieces)
-        if "&" in text:  # int() refuses a number of thousands of digits
+        if "&" in text:  # html.unescape fails on numbers of thousands of digits
             text = html.unescape(re.sub(r"(&#\d{9})\d+", r"\1", text))
         if not self.is_open["pre"]:
             text = "\n".join([" ".join(line.split()) for line in text.split("\n")]).strip()
@@ -133,7 +133,7 @@ class Page:
         self.is_open[tag] += 1
         found, kind = role(tag, attributes[:1000])
         if tag == "header" and not (self.is_open["main"] or self.is_open["article"]):
-            found = "beside"  # that of the page; the one of an article has its title
+            found = "beside"  # the header of the page; that of an article has its title
         if found and tag not in ("html", "body"):
             self.elements.append((self.element, found, kind))
             self.element = len(self.elements) - 1
@@ -145,7 +145,7 @@ class Page:
 
     def close(self, tag, _):
         self.tag = "p"
-        if tag in ENDS:  # one that is left out must not end what stands around
+        if tag in ENDS:  # a stray </p> or </td> must not close the elements around it
             if self.stack and self.stack[-1][0] == tag:
                 self.leave()
         elif self.is_open[tag]:
@@ -166,12 +166,12 @@ NOTICE = re.compile(r"(?i)\W*(?:©|\(c\)|copyright\b|all rights reserved|skip to
 
 
 def size(blocks):
-    """In bytes, for a Chinese word has fewer letters: about as many as other languages need."""
+    """Bytes of text: a Chinese word has fewer characters than an English one, but as many bytes."""
     return sum(len(block.text.encode("utf-8", "replace")) for block in blocks)
 
 
-def sums(blocks, elements):
-    """How much text, but for links, stands in each element and in those within it."""
+def element_sizes(blocks, elements):
+    """The characters outside links in each element, including those in the elements within it."""
     sizes = [0] * len(elements)
     for block in blocks:
         sizes[block.element] += len(block.text) - block.linked
@@ -181,19 +181,19 @@ def sums(blocks, elements):
 
 
 def main_element(page):
-    """-> (the blocks of the element that is marked as the main one, or else of the whole page, but
-    for what is beside the text; whether there is that element). What holds most of the text is not
-    beside it, by whatever name, nor are elements of a kind that do so together, as posts do."""
-    sizes, alike = sums(page.blocks, page.elements), Counter()
+    """(blocks of the innermost element that is marked as main and has most of the text, or else of
+    the page; whether there is such an element), without elements beside the text. But one that has
+    most of the text is not beside it, and nor are those that have it together, as posts do."""
+    sizes, kind_sizes = element_sizes(page.blocks, page.elements), Counter()
     for n, (around, _, kind) in zip(sizes, page.elements):
-        alike[kind] += n * (kind != page.elements[around][2])
+        kind_sizes[kind] += n * (kind != page.elements[around][2])
     beside = [False]
     for around, found, kind in page.elements[1:]:
-        beside.append(beside[around] or found == "beside" and alike[kind] <= sizes[0] / 2)
+        beside.append(beside[around] or found == "beside" and kind_sizes[kind] <= sizes[0] / 2)
     blocks = [block for block in page.blocks if not beside[block.element]]
-    sizes, main = sums(blocks, page.elements), 0
+    sizes, main = element_sizes(blocks, page.elements), 0
     for i, (_, found, _) in enumerate(page.elements):
-        if found == "main" and sizes[i] > sizes[0] / 2:  # of several, each in the one before
+        if found == "main" and sizes[i] > sizes[0] / 2:  # several lie within one another
             main = i
     within = {main}
     for i, (around, *_) in enumerate(page.elements):
@@ -202,12 +202,12 @@ def main_element(page):
 
 
 def join_rows(blocks):
-    """The cells of a table's row become one block, but not long ones or of several blocks."""
+    """Join the cells of each table row into one block, unless one is long, or more than a block."""
     joined = []
     for row, cells in groupby(blocks, key=lambda block: block.row):
         cells = [*cells]
-        alone = row and len({block.cell for block in cells}) == len(cells)
-        if alone and all(len(block.text) < 200 and block.tag != "pre" for block in cells):
+        are_single = row and len({block.cell for block in cells}) == len(cells)
+        if are_single and all(len(block.text) < 200 and block.tag != "pre" for block in cells):
             cells = [cells[0]._replace(text=" | ".join([block.text for block in cells]),
                                        linked=sum(block.linked for block in cells))]
         joined += cells
@@ -221,13 +221,13 @@ def is_boilerplate(block):
 
 
 def main_blocks(page):
-    """The runs of blocks between boilerplate, but for short ones where the page does not mark its
-    main text; all blocks where these would be few, as in a table of contents."""
+    """The blocks without boilerplate and, unless the page marks its main text, without short runs
+    between boilerplate; all blocks where little would be left, as of a table of contents."""
     blocks, is_marked = main_element(page)
     blocks = join_rows(blocks)
     runs = [[*run] for bad, run in groupby(blocks, key=is_boilerplate) if not bad]
     for run in runs:
-        while run and run[-1].tag in HEADINGS:  # of what went
+        while run and run[-1].tag in HEADINGS:  # the text below them was boilerplate
             run.pop()
     least = 0 if is_marked else min(100, max(map(size, runs), default=0))
     kept = [block for run in runs if size(run) >= least for block in run]
@@ -236,9 +236,9 @@ def main_blocks(page):
 
 def html_to_text(page, declared=None):
     """The main text of a page, without menus, footers, cookie lines and the like. List items and
-    table rows have a line each, all else is apart by an empty one."""
+    table rows have a line each; an empty line separates all other blocks."""
     text, last = "", None
-    for block in main_blocks(Page(page_text(page, declared))):
+    for block in main_blocks(Page(decode_web(page, declared))):
         is_next = last and (block.tag == last.tag == "li" or 0 < last.row != block.row > 0)
         text += ("\n" if is_next else "\n\n") * bool(last) + "- " * (block.tag == "li") + block.text
         last = block
@@ -247,4 +247,4 @@ def html_to_text(page, declared=None):
 
 def visible_text(page, declared=None):
     """All that a reader sees of a page: visible_text(b"<p>a &lt; <b>b</b>") == "a < b"."""
-    return "\n".join([block.text for block in Page(page_text(page, declared)).blocks])
+    return "\n".join([block.text for block in Page(decode_web(page, declared)).blocks])

@@ -3,35 +3,34 @@ Web archives to documents: WARC files (ISO 28500), which hold what servers answe
 which hold the text of it (Common Crawl has both: commoncrawl.org/get-started).
 
 read_warc(file) and read_wet(file) take an open binary file, packed by gzip or not, and yield a
-document for each page; in place of one that is broken, a ValueError that says where and why. Of
-.warc.gz they need the packed bytes: each record is a gzip member of its own, so that a damaged one
-need not cost more than itself. Memory is bounded: a record of more than MAX_BYTES is passed over.
+document for each page; in place of one that is broken, a ValueError that says where and why. They
+unpack .warc.gz themselves: each record is a gzip member of its own, so a damaged member costs only
+its record. Memory is bounded: a record of more than MAX_BYTES is skipped.
 """
 
 import re
 import zlib
 
-from chapters.pages import html_to_text
-from data import decode
+from chapters.pages import decode_web, html_to_text
 
-MAX_BYTES = 1 << 26  # of a record, and of what is packed in it
+MAX_BYTES = 1 << 26  # of a record, and of its body when unpacked
 HEAD_BYTES = 1 << 16  # of the fields before the content
-PACKED_BYTES, UNPACKED_BYTES = 1 << 16, 1 << 20  # at a time
-LAST_BYTES = 16  # of a gzip member, held back until its checksum is right; so no record is whole
+PACKED_BYTES, UNPACKED_BYTES = 1 << 16, 1 << 20  # read and unpacked at a time
+LAST_BYTES = 16  # held back until a member's checksum is right: without them no record is whole
 MEMBER = b"\x1f\x8b\x08"  # each gzip member begins with it
 RECORD = b"\nWARC/"
 BLANK_LINE = re.compile(rb"\r?\n\r?\n")
 CHUNK = re.compile(rb"(?:\r\n)?([0-9A-Fa-f]{1,8})[ \t]*+(?:;[^\r\n]{0,1000})?\r\n")
 CHARSET = re.compile(r"""(?i)charset\s{0,9}=\s{0,9}["']?([\w.:-]{1,40})""")
-TEXTS = {"text/html": html_to_text, "application/xhtml+xml": html_to_text, "text/plain": decode}
+TEXTS = {"text/html": html_to_text, "application/xhtml+xml": html_to_text, "text/plain": decode_web}
 
 # -----------------------------------------------------------------------------
-# From gzip members to bytes.
+# Unpacking: from gzip members to bytes.
 
 
 def unpack_member(file, packed):
-    """Yield what is in a gzip member, which `packed` begins and the file goes on with -> the bytes
-    that follow it. An EOFError or a zlib.error for a damaged one."""
+    """Yield the content of a gzip member, whose bytes are `packed` and then the file's; return the
+    bytes that were read beyond it. An EOFError or a zlib.error for a damaged one."""
     member, last = zlib.decompressobj(wbits=31), b""
     while not member.eof:
         packed = packed or file.read(PACKED_BYTES)
@@ -46,7 +45,7 @@ def unpack_member(file, packed):
 
 
 def find_member(file, at):
-    """The bytes of a file from the next gzip member on, beginning at an offset; b"" without one."""
+    """Find the next gzip member from an offset on -> bytes read from its start on; b"" for none."""
     file.seek(at)
     packed = file.read(PACKED_BYTES)
     while (found := packed.find(MEMBER)) < 0:
@@ -58,8 +57,8 @@ def find_member(file, at):
 
 
 def unpack(file):
-    """Yield the bytes of a file in blocks, unpacked if it is packed; for a damaged gzip member a
-    ValueError, after what could be unpacked of it. The next member may begin anywhere within it."""
+    """Yield the bytes of a file in blocks, unpacked if it is packed; of a damaged gzip member what
+    could be unpacked, then a ValueError. The next member may begin anywhere within it."""
     n_wasted, packed = 0, file.read(PACKED_BYTES)
     if not packed.startswith(MEMBER):
         yield packed
@@ -72,12 +71,12 @@ def unpack(file):
         except (EOFError, zlib.error) as error:
             yield ValueError(f"byte {start:,}: a damaged gzip member ({error})")
             n_wasted += file.tell() - start
-            # What was read in vain is searched, but not again and again: time must be linear.
+            # Many damaged members must not have the same bytes searched each time: linear time.
             packed = find_member(file, start + 1 if n_wasted <= 4 * file.tell() else file.tell())
 
 
 # -----------------------------------------------------------------------------
-# From bytes to records: a head of fields, an empty line, content of the length that is in a field.
+# From bytes to records: a head with fields, an empty line, and as much content as a field says.
 
 
 def parse_fields(head):
@@ -96,8 +95,8 @@ class Records:
         self.blocks, self.data, self.end = unpack(file), bytearray(), None
 
     def fill(self, n_bytes):
-        """Read on until there are so many bytes, or up to the end of the file or of what is not
-        damaged, which is then in self.end: the error, or True."""
+        """Read until self.data has n_bytes, or the file ends (self.end becomes True), or a damaged
+        gzip member comes (self.end becomes its error)."""
         while len(self.data) < n_bytes and not self.end:
             block = next(self.blocks, True)
             if isinstance(block, bytes):
@@ -116,14 +115,14 @@ class Records:
                     yield number, *self.read()
                 except ValueError as error:
                     self.skip()
-                    if self.data or self.end is True:  # else the damage is what broke it
+                    if self.data or self.end is True:  # otherwise self.end says the cause
                         yield ValueError(f"record {number:,}: {error}")
                 self.fill(1)
             if self.end is not True:
                 yield self.end
 
     def read(self):
-        """Take the record that self.data begins with; ValueError if there is no whole one."""
+        """Take the record at the start of self.data; ValueError if there is no whole one."""
         self.fill(HEAD_BYTES)
         next_record = self.data.find(RECORD, 0, HEAD_BYTES)
         blank = BLANK_LINE.search(self.data, 0, next_record if next_record > 0 else HEAD_BYTES)
@@ -144,11 +143,11 @@ class Records:
         if not RECORD[1:].startswith(after[n_line_ends:n_line_ends + 5]):  # b"" at the end is right
             raise ValueError(f"no record ends after Content-Length, {int(length):,} bytes")
         content = bytes(self.data[start:stop])
-        del self.data[:stop + n_line_ends]  # the start of a bytearray costs nothing to drop
+        del self.data[:stop + n_line_ends]  # cheap: a bytearray does not move its other bytes
         return fields, content
 
     def skip(self):
-        """Drop the bytes before the next line that begins a record, or all that are not damaged."""
+        """Drop the bytes before the next record, or all up to self.end."""
         while (found := self.data.find(RECORD)) < 0:
             del self.data[:1 - len(RECORD)]
             n_bytes = len(self.data)
@@ -165,7 +164,7 @@ class Records:
 
 def join_chunks(body):
     """Undo Transfer-Encoding: chunked: join_chunks(b"2\\r\\nab\\r\\n0\\r\\n\\r\\n") == b"ab". Some
-    crawlers have undone it and kept the field: what begins with no chunk stays as it is."""
+    crawlers undo it but keep the field: a body that begins with no chunk stays as is."""
     content, chunk = bytearray(), CHUNK.match(body)
     if not chunk:
         return body
@@ -181,7 +180,7 @@ def join_chunks(body):
 
 
 def inflate(body, wbits=31):
-    """Undo Content-Encoding: gzip, as far as the body goes; what is not packed stays as it is."""
+    """Undo Content-Encoding: gzip. The body may be cut off; one that is not packed stays as is."""
     if wbits == 31 and not body.startswith(MEMBER):
         return body
     content = zlib.decompressobj(wbits=wbits).decompress(body, MAX_BYTES + 1)
@@ -201,7 +200,7 @@ CODINGS = {"": bytes, "identity": bytes, "gzip": inflate, "x-gzip": inflate,
 
 
 def response_text(response):
-    """The text of what a server answered, "" if that is no page (an error, an image ...)."""
+    """The text of a server's response, "" if it is no page (an error, an image ...)."""
     blank = BLANK_LINE.search(response, 0, HEAD_BYTES)
     head = response[:blank.start() if blank else 0]
     fields = parse_fields(head)

@@ -378,6 +378,12 @@ def test_a_mail_is_its_subject_and_text_in_whatever_coding(cte, charset, tmp_pat
     assert read(".mbox", content) == [f"Grüße =\n\n{LETTER.strip()}", "Hello\n\nsecond"]
 
 
+def test_latin_1_in_a_mail_means_the_windows_charset():
+    fields = "Subject: =?iso-8859-1?q?=93a=94?=\nContent-Type: text/plain; charset=iso-8859-1\n\n"
+    content = f"From a Thu Jan  1 00:00:00 1970\n{fields}“mill” – é\n".encode("cp1252")
+    assert read(".mbox", content) == ["“a”\n\n“mill” – é"]
+
+
 def test_the_text_comes_before_the_page_and_attachments_are_left_out(tmp_path):
     both = mail("plain\n", html="<p>page</p>", attachment="not this")
     page = mail(None, html="<p>only a <b>page</b></p>", attachment="not this")

@@ -179,6 +179,8 @@ def test_a_charset_that_is_none_or_does_not_fit_is_not_believed():
         markup = f"<meta charset={name}><p>{GREEK}".replace("\0", "")
         assert html_to_text(markup.encode()) == GREEK
     assert html_to_text(f"<p>{GREEK}".encode("cp1253"), "utf-8") == GREEK
+    markup = f"<meta charset=iso-8859-7><p>{GREEK}".encode("iso-8859-7")
+    assert html_to_text(markup, "utf-9") == html_to_text(markup, "a\0b") == GREEK
 
 
 def test_latin_1_means_the_windows_charset_as_in_browsers():
