@@ -29,6 +29,7 @@ from tokenizer import QUIET, Parser, run_command
 # Thai, Lao, Burmese, Khmer, kana and Han are written without spaces: each character is a word.
 UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff"
 WORD = regex.compile(rf"[^\W_{UNSPACED}]+|[^\W_]")
+SIGNS = regex.compile("[\xa0\u2010-\u2016\u2018-\u2027]")  # dashes, quotes: all that English has
 ASCII_WORDS = bytes(c if chr(c).isalnum() and c < 128 else 32 for c in bytes(range(256)).lower())
 MULTIPLIER = 0x9E3779B97F4A7C15  # odd, its bits without a pattern: 2**64 / the golden ratio
 BLOCK = 1024  # shingles that are permuted at a time: what does not fit the cache is slow
@@ -42,8 +43,8 @@ LEAST = 5  # words of a question: shorter ones stand in many a text by chance
 def words(text):
     """The words of a text, without case and punctuation: words("Don't!") == [b"don", b"t"]. Where
     there are none, the text is its only word."""
-    if text.isascii():
-        found = text.encode().translate(ASCII_WORDS).split()
+    if (plain := text if text.isascii() else SIGNS.sub(" ", text)).isascii():
+        found = plain.encode().translate(ASCII_WORDS).split()
     else:
         found = " ".join(WORD.findall(unicodedata.normalize("NFKC", text).lower())).encode().split()
     return found or [text.strip().encode("utf-8", "surrogatepass")]
@@ -156,9 +157,8 @@ def near_clusters(texts, threshold, n, hashes, bands, seed):
     keys, random = np.empty((len(texts), bands), np.uint64), permutations(hashes, seed)
     for i in tqdm(range(len(texts)), "near-duplicates", unit=" documents", **QUIET):
         keys[i] = band_keys(signature(shingles(texts[i], n), random), bands)
-    recent = lru_cache(2 * NEIGHBORS)(lambda i: shingles(texts[i], n))
-    return clusters(candidates(keys), len(texts),
-                    lambda i, j: jaccard(recent(i), recent(j)) >= threshold)
+    sets = lru_cache(2 * NEIGHBORS)(lambda i: shingles(texts[i], n))
+    return clusters(candidates(keys), len(texts), lambda *ij: jaccard(*map(sets, ij)) >= threshold)
 
 
 def near_duplicates(texts, threshold=0.8, n=5, hashes=128, bands=16, seed=0):
