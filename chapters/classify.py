@@ -5,12 +5,13 @@ Three filters trained from scratch: what language a text is in, how good it is, 
     python -m chapters.classify language FILE ...          # the language of each document
     python -m chapters.classify quality --like=good.txt --unlike=bad.txt FILE ...
 
-All three are the Classifier of chapters/ngrams.py. No weights are shipped: those of language and
-toxicity are trained on first use, in a second or two, from languages.jsonl (language, text, use)
-and toxic.jsonl (text, toxic: 0 or 1, use), written for this course; use is train or test. Limits:
-of languages that languages.jsonl lacks, those in a script of their own are "und", but one close to
-another often passes for it, as Czech does for Polish. The toxic texts are few, mild and English:
-what is disguised, new or in another language is missed, and a quotation can pass for an insult.
+Each is a Classifier of chapters/ngrams.py. No weights are shipped: those of language and toxicity
+are trained on first use, in a second or two, on languages.jsonl (fields language, text, use) and
+toxic.jsonl (text, toxic: 0 or 1, use), written for this course; use is train or test. Limits: a
+language that languages.jsonl lacks is "und" if its script is its own; if it is close to another
+language it is often taken for that one, as Czech for Polish. The toxic texts are few, mild and
+English: insults in disguise, new ones and those of other languages are missed, and a quotation of
+an insult can be taken for one.
 """
 
 import json
@@ -31,8 +32,8 @@ from data import read_documents
 from tokenizer import Parser, refuse_idle, run_command
 
 HERE = Path(__file__).parent
-CERTAIN = 0.4  # a language less probable than this is "und"
-MOST_DOCUMENTS = 2000  # of each kind, for a quality classifier: one takes 100 kB while it learns
+LEAST_PROBABILITY = 0.4  # of a language; below it a text is "und"
+MOST_DOCUMENTS = 2000  # of each kind, for a quality classifier: each takes 100 kB in training
 TOXIC_THRESHOLDS = 0.3, 0.5, 0.7, 0.9
 
 # -----------------------------------------------------------------------------
@@ -40,14 +41,14 @@ TOXIC_THRESHOLDS = 0.3, 0.5, 0.7, 0.9
 
 
 def read_examples(name, use):
-    """The rows for one use, "train" or "test", of a .jsonl file in this folder."""
+    """The rows of a .jsonl file in this folder with this use, "train" or "test"."""
     lines = (HERE / name).read_text("utf-8").splitlines()
     return [row for row in map(json.loads, lines) if row["use"] == use]
 
 
 @lru_cache(maxsize=1)
 def language_classifier():
-    """The Classifier, and a table: which blocks of 128 characters the training texts use."""
+    """(Classifier, bool array: which blocks of 128 code points occur in the training texts)."""
     rows = read_examples("languages.jsonl", "train")
     texts, labels = [row["text"] for row in rows], [row["language"] for row in rows]
     known = np.zeros(0x110000 >> 7, bool)
@@ -56,37 +57,37 @@ def language_classifier():
 
 
 def language(text):
-    """(ISO 639-1 code, probability), from the first 2,000 characters, which are enough. The code is
-    "und", undetermined, for a text without letters, for one whose letters are mostly of a script
-    that no training text uses, and where no language reaches CERTAIN.
+    """(ISO 639-1 code, probability) by the first 2,000 characters. The code is "und", undetermined,
+    for a text without letters, for one whose letters are mostly of a script that no training text
+    uses, and where no language reaches LEAST_PROBABILITY.
     language("Guten Morgen, wie geht es dir?")[0] == "de"."""
     classifier, known = language_classifier()
     codes = code_points(only_letters(text[:classifier.settings.limit]))
     letters = codes[codes != ord(" ")]
     if len(letters) == 0 or known[letters >> 7].mean() <= 0.5:
         return "und", 0.0
-    # As classifier.probabilities([text]) would, without finding the letters again.
+    # The same as classifier.probabilities([text]), but the letters are found already.
     row = letter_features(codes, classifier.settings)
     probabilities = softmax(logits(classifier.weights, [row]))[0]
     best = int(probabilities.argmax())
-    name = classifier.settings.labels[best] if probabilities[best] >= CERTAIN else "und"
+    name = classifier.settings.labels[best] if probabilities[best] >= LEAST_PROBABILITY else "und"
     return name, float(probabilities[best])
 
 
 def quality_classifier(good, bad, seed=0):
-    """Learn what tells good documents from bad ones -> (Classifier, whose score(text) is the
-    probability of good; its AUC, and precision and recall at 0.5, on a fifth of the documents, held
-    out). GPT-3's training text was chosen by such a classifier (arXiv:2005.14165, appendix A)."""
-    random, seen, held_out = np.random.RandomState(seed), [], []
+    """Train on good and bad documents -> (Classifier, whose score(text) is the probability of good;
+    its AUC, and precision and recall at 0.5, on a fifth of the documents, which are held out).
+    GPT-3's training text was chosen by such a classifier (arXiv:2005.14165, appendix A)."""
+    random, training, held_out = np.random.RandomState(seed), [], []
     for label, texts in enumerate((bad, good)):
-        texts = [*dict.fromkeys(texts)]  # else a copy could be on both sides
+        texts = [*dict.fromkeys(texts)]  # a copy must not be in both training and held-out texts
         if len(texts) < 10:
             raise ValueError(f"{len(texts)} different {'good' if label else 'bad'} documents are "
                              "too few: give at least 10, such as a .jsonl file with one a line")
         rows = [(texts[i], label) for i in random.permutation(len(texts))[:MOST_DOCUMENTS]]
         held_out += rows[::5]
-        seen += [row for i, row in enumerate(rows) if i % 5]
-    classifier = Classifier.train(*zip(*seen), characters=3, words=2, buckets=2**16, limit=3000,
+        training += [row for i, row in enumerate(rows) if i % 5]
+    classifier = Classifier.train(*zip(*training), characters=3, words=2, buckets=2**16, limit=3000,
                                   l2=1e-5, steps=100, seed=seed)
     texts, truth = zip(*held_out)
     scores = classifier.probabilities(texts)[:, 1]
@@ -95,8 +96,8 @@ def quality_classifier(good, bad, seed=0):
 
 @lru_cache(maxsize=1)
 def toxic_classifier():
-    """The Classifier of toxic.jsonl. Ordinary English sentences beside its harmless twins make a
-    false alarm rarer; l2 was chosen by cross-validation."""
+    """The Classifier of toxic.jsonl. The English sentences of languages.jsonl are further harmless
+    examples, which make false alarms rarer; l2 was chosen by cross-validation."""
     rows = read_examples("toxic.jsonl", "train")
     rows += [row | dict(toxic=0) for row in read_examples("languages.jsonl", "train")
              if row["language"] == "en"]
@@ -105,8 +106,8 @@ def toxic_classifier():
 
 
 def toxicity(text):
-    """0 to 1: the probability that a line is toxic, averaged over the lines of a text; of a long one
-    over at most 100, evenly spaced. It ranks texts for a person to look at."""
+    """The probability that a line is toxic, averaged over the lines of a text; over at most 100,
+    evenly spaced, of a long text. It ranks texts for a person to look at."""
     lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
         return 0.0
@@ -115,11 +116,12 @@ def toxicity(text):
 
 
 # -----------------------------------------------------------------------------
-# Tables of what was held out.
+# Tables of results on held-out texts.
 
 
 def pieces(size=None):
-    """The held-out sentences as (language, text), whole, or joined and cut to this size."""
+    """The held-out sentences as (language, text), whole, or joined and cut into pieces of this many
+    characters."""
     texts = {}
     for row in read_examples("languages.jsonl", "test"):
         texts.setdefault(row["language"], []).append(row["text"])
@@ -161,13 +163,13 @@ def toxic_table():
 
 
 def judge(paths, verdict):
-    """Print a line for each document in files: verdict(text), and how the text begins."""
+    """Print a line for each document in files: verdict(text), and the beginning of the text."""
     for text in (text for path in paths for text in read_documents(path)):
         print(verdict(text), " ".join(text[:200].split())[:60], sep="  ")
 
 
 def judge_quality(like, unlike, paths):
-    """Train on two files, print how right that is on held-out documents, and judge others."""
+    """Train on two files, print the metrics on held-out documents, and judge other files."""
     classifier, figures = quality_classifier([*read_documents(like)], [*read_documents(unlike)])
     print("held out:", ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
     judge(paths, lambda text: f"{classifier.score(text):.3f}")
@@ -178,8 +180,8 @@ def main():
     add = parser.add_argument
     add("command", nargs="?", default="table", choices=["table", "language", "quality"])
     add("files", nargs="*", metavar="FILE", help="each of its documents is judged")
-    add("--like", metavar="FILE", help="quality: good documents")
-    add("--unlike", metavar="FILE", help="quality: bad documents")
+    add("--like", metavar="FILE", help="quality: of good documents")
+    add("--unlike", metavar="FILE", help="quality: of bad documents")
     args = parser.parse_intermixed_args()
     named = [name for name in ("like", "unlike") if getattr(args, name)]
     if args.command != "quality":

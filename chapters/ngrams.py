@@ -6,8 +6,8 @@ Text classification from scratch: hashed n-grams into multinomial logistic regre
     classifier.save("languages.npz")               # Classifier.load reads it
 
 chapters/classify.py builds language identification and the quality and toxicity filters on it. The
-features are fastText's (arXiv:1607.01759), hashed (arXiv:0902.2206), but each bucket has a weight
-for each class, not an embedding: so the loss is convex, and any optimum is the best one.
+features are fastText's (arXiv:1607.01759), hashed (arXiv:0902.2206). But each bucket has a weight
+for each class, not an embedding: the loss is convex, so training cannot end in a local minimum.
 """
 
 import json
@@ -22,7 +22,7 @@ from tokenizer import check_fields, reading, replacing
 NOT_LETTERS = re.compile(r"[\s\d!-@\[-`{-¿×÷\u2000-\u2bff\u3000-\u303f\uff00-\uff20]+")
 WORD = re.compile(r"\w+|[^\w\s]")
 MULTIPLIER = np.uint32(0x9E3779B1)  # odd, its bits well mixed: 2**32 over the golden ratio
-CHARACTERS, BLOCKS, WORDS = np.arange(1, 4, dtype=np.uint32)  # seeds: "a" is not the word "a"
+CHARACTERS, BLOCKS, WORDS = np.arange(1, 4, dtype=np.uint32)  # seeds: different kinds of features
 
 # -----------------------------------------------------------------------------
 # Features: how often each n-gram occurs, counted in buckets that a hash chooses.
@@ -30,12 +30,12 @@ CHARACTERS, BLOCKS, WORDS = np.arange(1, 4, dtype=np.uint32)  # seeds: "a" is no
 
 @dataclass
 class Settings:
-    """What decides the features, saved beside the weights."""
+    """What the features of a text depend on; saved with the weights."""
     labels: list
-    characters: int = 4    # n-grams of 1 to this many characters: letters, a space between words
+    characters: int = 4    # n-grams of 1 to this many characters: letters, spaces between words
     words: int = 0         # n-grams of 1 to this many words; a punctuation mark is a word
     buckets: int = 2**14   # rows of weights; n-grams with the same hash share one
-    limit: int = 2000      # only this many characters of a text are read, its first
+    limit: int = 2000      # only the first characters of a text are read, this many
 
     def __post_init__(self):
         kinds = {type(label) for label in self.labels}
@@ -50,19 +50,19 @@ class Settings:
 
 
 def only_letters(text):
-    """Lower case, with a space for any run of other characters and at both ends, so that an n-gram
-    can tell where a word begins: only_letters("It's 5!") == " it s "."""
+    """A text in lower case, with a space for each run of other characters and at both ends, so that
+    n-grams show where words begin: only_letters("It's 5!") == " it s "."""
     return " " + NOT_LETTERS.sub(" ", text.lower()).strip() + " "
 
 
 def code_points(text):
-    """A text as an array of uint32, one a character; lone surrogates are kept."""
+    """The code points of a text as an array of uint32; lone surrogates are kept."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
 
 
 def ngram_buckets(codes, n, buckets, seed):
-    """The bucket of each run of 1 to n codes (uint32): the top bits of a polynomial in the codes,
-    modulo 2**32. Unlike Python's hash(), it is the same in every process."""
+    """The bucket of each run of 1 to n codes (uint32): the top bits of a polynomial hash, modulo
+    2**32. Unlike Python's hash(), it is the same in every process."""
     shift = np.uint32(33 - int(buckets).bit_length())
     hashes, found = np.full(len(codes) + 1, seed), []
     for size in range(min(n, len(codes))):
@@ -72,15 +72,15 @@ def ngram_buckets(codes, n, buckets, seed):
 
 
 def letter_features(codes, settings):
-    """The buckets of the n-grams of code points. Each also counts as its block of 128 in Unicode:
-    a Chinese character never seen in training is known to be Chinese."""
+    """The buckets of the n-grams of code points, and of the block of 128 code points that each is
+    in: so a character that is not in the training texts still shows its script."""
     return np.concatenate([
         ngram_buckets(codes, settings.characters, settings.buckets, CHARACTERS),
         ngram_buckets(codes >> 7, 1, settings.buckets, BLOCKS)])
 
 
 def features(text, settings):
-    """The buckets of a text's n-grams, repeated as often as they occur; there is at least one."""
+    """The buckets of a text's n-grams, one for each occurrence; there is at least one."""
     text = text[:settings.limit]
     found = letter_features(code_points(only_letters(text)), settings)
     words = WORD.findall(text.lower()) if settings.words else []
@@ -94,23 +94,23 @@ def features(text, settings):
 
 
 def roc_auc(scores, truth):
-    """Area under the ROC curve: the share of pairs of a positive and a negative in which the
-    positive scores higher; a tie counts half. roc_auc([0.9, 0.2], [1, 0]) == 1."""
+    """Area under the ROC curve: in what share of the pairs of a positive and a negative example the
+    positive one scores higher; a tie counts half. roc_auc([0.9, 0.2], [1, 0]) == 1."""
     scores, truth = np.asarray(scores), np.asarray(truth, bool)
-    false = np.sort(scores[~truth])
-    below, up_to = (np.searchsorted(false, scores[truth], side) for side in ("left", "right"))
-    return float((below + up_to).mean() / (2 * len(false)))
+    negatives = np.sort(scores[~truth])
+    below, up_to = (np.searchsorted(negatives, scores[truth], side) for side in ("left", "right"))
+    return float((below + up_to).mean() / (2 * len(negatives)))
 
 
 def precision_recall(scores, truth, threshold):
-    """Precision and recall where a score of at least the threshold is positive, in a dict."""
+    """Precision and recall, in a dict, if a score of the threshold or more means positive."""
     found, truth = np.asarray(scores) >= threshold, np.asarray(truth, bool)
     hits = int((found & truth).sum())
     return dict(precision=hits / max(1, int(found.sum())), recall=hits / max(1, int(truth.sum())))
 
 
 # -----------------------------------------------------------------------------
-# Multinomial logistic regression on such features.
+# Multinomial logistic regression on these features.
 
 
 def softmax(scores):
@@ -120,9 +120,8 @@ def softmax(scores):
 
 
 def logits(weights, rows):
-    """Logits (N, classes): the weights of a text's n-grams, added up and divided by the square root
-    of their number. A longer text is judged with more confidence, but not with as much as if its
-    n-grams were independent."""
+    """Logits (N, classes): the sum of the weights of a text's n-grams over the square root of their
+    number. So confidence grows with length, but more slowly than for independent n-grams."""
     # A vector times a matrix is several times as fast as .sum(axis=0).
     return np.stack([np.full(len(row), len(row) ** -0.5, np.float32) @ weights.take(row, axis=0)
                      for row in rows])
@@ -141,7 +140,7 @@ def loss_and_gradient(weights, rows, truth, l2):
 
 
 class Classifier:
-    """Settings and weights (buckets, classes). There is no bias: every text has spaces, and their
+    """Settings and weights (buckets, classes). It needs no bias: every text has spaces, whose
     weights serve as one."""
 
     def __init__(self, settings, weights):

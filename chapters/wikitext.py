@@ -1,11 +1,11 @@
 """
-MediaWiki's dumps to plain text: the pages of an XML export, their markup taken off.
+Dumps of MediaWiki to plain text: the articles of an XML export, without their markup.
 
-read_xml(file) yields the articles of a dump (dumps.wikimedia.org, *-pages-articles.xml), which is
-an open binary file: one str each, the title, an empty line, the text. One page is in memory at a
-time. The markup is described in mediawiki.org/wiki/Help:Formatting and, as far as it nests, in
-mediawiki.org/wiki/Preprocessor_ABNF. Templates are not expanded, which takes the whole wiki, but
-left out, except for a few that only dress the words in them. Every step takes linear time.
+read_xml(file) takes a dump (dumps.wikimedia.org, *-pages-articles.xml) as an open binary file and
+yields a str for each article: the title, an empty line, the text. One page is in memory at a time.
+The markup is described in mediawiki.org/wiki/Help:Formatting, how it nests in
+mediawiki.org/wiki/Preprocessor_ABNF. To expand templates one needs the whole wiki: they are left
+out, except for a few that only format the words in them. Every step takes linear time.
 """
 
 import html
@@ -14,11 +14,12 @@ from itertools import chain
 from xml.etree import ElementTree
 
 BLOCK_BYTES = 1 << 20  # read at a time
-PAGE_BYTES = 1 << 23  # of XML, at most: Wikipedia allows 2 MB of text, in which "<" is "&lt;"
+PAGE_BYTES = 1 << 23  # most of XML in a page: Wikipedia allows 2 MB of text, with "&lt;" for "<"
 NAMESPACE = re.compile(r'<namespace key="(-?\d+)"[^<>]*>([^<>]*)</namespace>')
-UNSEEN = {"-2": "media", "6": "file", "14": "category"}  # key of a namespace: its English name
+# Namespaces whose links show no text: {key: English name}.
+UNSEEN = {"-2": "media", "6": "file", "14": "category"}
 
-# Elements with what they hold: dropped, or kept as it stands, with no look for markup in it.
+# Elements that are dropped with their content, and those whose content is text without markup.
 DROPPED = """ref references gallery timeline score graph hiero imagemap mapframe maplink inputbox
              templatestyles templatedata categorytree""".split()
 LITERAL = "nowiki pre syntaxhighlight source math chem".split()
@@ -33,14 +34,14 @@ SHOWN = {"lang": slice(1, 2), "langx": slice(1, 2), "transl": slice(1, None), "n
          "cvt": slice(2)}
 INLINE_LENGTH = 1000  # characters of a link, or of a template that shows something, at most
 
-# What nests: a closing and its opening. The marks of a table begin a line.
-PAIRS = {"}}": "{{", "]]": "[[", "|}": "{|"}
+# What nests: {closing mark: opening mark}. Those of a table stand at the start of a line.
+OPENINGS = {"}}": "{{", "]]": "[[", "|}": "{|"}
 MARK = re.compile(r"\{\{|\}\}|\[\[|\]\](?!\](?!\]))|(?m:^[ \t:]*+\{\||^[ \t]*+\|\}(?!\}))")
 LANGUAGE = re.compile(r"[a-z]{2,3}(?:-[a-z]{2,10})?")  # the prefix of a link to another Wikipedia
 EXTERNAL_LINK = re.compile(r"\[(?:(?:https?|ftp):|mailto:|(?=//))[^\s\[\]<>]*+[ \t]*+"
                            r"([^\[\]\n]*+)\]")
 
-# Characters for private use hide what is literal from later steps, and say where a template stood.
+# Private-use characters hide literal markup from later steps, and mark where a template stood.
 HIDE = {ord(char): 0xF0000 + ord(char) for char in "{}[]|'<>=*#:;_-( \t\n"}
 SHOW = {hidden: char for char, hidden in HIDE.items()}
 HIDDEN = re.compile("[\U000f0000-\U000f007f]+")
@@ -48,11 +49,11 @@ GONE = "\U000f00ff"
 EMPTIED = re.compile(rf"( ?\()([\s,;{GONE}]++)(\)?)")
 
 # -----------------------------------------------------------------------------
-# From wikitext to text, step by step.
+# From wikitext to plain text, step by step.
 
 
 def resolve_elements(text):
-    """Drop comments and the elements in DROPPED, hide the markup in LITERAL ones; TeX gets its $.
+    """Drop comments and DROPPED elements, hide the markup in LITERAL ones, put TeX between $ signs:
     resolve_elements("a<ref>b</ref><math>c</math>") == "a$c$"."""
     parts, at, unclosed = [], 0, set()
     while opening := ELEMENT.search(text, at):
@@ -63,7 +64,7 @@ def resolve_elements(text):
             continue
         end = text.find(closing, at)
         if end < 0:
-            unclosed.add(name)  # looked for once: thousands of unclosed ones take linear time
+            unclosed.add(name)  # not searched for again: thousands of them take linear time
             continue
         if name in LITERAL:
             dollar = "$" * (name in TEX)
@@ -81,8 +82,8 @@ def shown_template(inside):
 
 
 def shown_link(inside, unseen):
-    """What a link shows: shown_link("dog|dogs", ()) == "dogs"; nothing if `unseen` has its prefix
-    or if it leads to the same article in another language."""
+    """What a link shows: shown_link("dog|dogs", ()) == "dogs"; "" if its prefix is in `unseen`, or
+    leads to the same article in another language."""
     target, bar, label = inside.partition("|")
     prefix, colon, _ = target.partition(":")
     if colon and (prefix.strip().lower() in unseen or not bar and LANGUAGE.fullmatch(prefix)):
@@ -91,16 +92,16 @@ def shown_link(inside, unseen):
 
 
 def resolve_nested(text, unseen):
-    """Drop templates and tables and put what each link shows in its place, the inner ones first.
-    A mark without its partner stays, as MediaWiki shows it."""
-    out, stack, at = [], [], 0  # the stack: (opening, how many pieces there were before it)
-    n_open = dict.fromkeys(PAIRS.values(), 0)
+    """Replace each link by what it shows, drop templates and tables, the innermost first. A mark
+    without its partner stays text, as in MediaWiki."""
+    out, stack, at = [], [], 0  # the stack: (opening mark, its position in `out`)
+    n_open = dict.fromkeys(OPENINGS.values(), 0)
     for mark in MARK.finditer(text):
         kind, start, piece = mark[0][-2:], len(out) + 1, mark[0]
         out.append(text[at:mark.start()])
         at = mark.end()
-        if opening := PAIRS.get(kind):
-            # "}}" and "|}" also end what was opened inside and never closed; "]]" does not.
+        if opening := OPENINGS.get(kind):
+            # "}}" and "|}" also close what was opened after their partner; "]]" does not.
             if n_open[opening] and (kind != "]]" or stack[-1][0] == "[["):
                 kind = None
                 while kind != opening:
@@ -120,10 +121,10 @@ def resolve_nested(text, unseen):
 
 
 def resolve_lines(text):
-    """Take the marks off headings and list items; drop headings with no text below them and what
-    is left of tables that nothing closes. resolve_lines("== A ==\\n=== B ===\\n*c")
+    """Remove the marks of headings and list items, headings without text below them, and lines of
+    tables that were never closed. resolve_lines("== A ==\\n=== B ===\\n*c")
     == "A\\n\\nB\\n\\n- c"."""
-    lines, waiting = [], []  # waiting: (level, heading) of those that no text has followed yet
+    lines, waiting = [], []  # waiting: (level, heading) of headings without text so far
     for line in map(str.strip, text.split("\n")):
         content = line.lstrip("*#:;")
         if len(line) > 2 and line[0] == line[-1] == "=":
@@ -140,7 +141,7 @@ def resolve_lines(text):
 
 
 def wikitext_to_text(text, unseen=("image", *UNSEEN.values())):
-    """The plain text of a page in MediaWiki's markup; `unseen`: prefixes of links that show none.
+    """The plain text of a page in MediaWiki's markup; links with a prefix in `unseen` show nothing.
     wikitext_to_text("'''Dogs''' [[bark|barked]].{{citation needed}}") == "Dogs barked."."""
     text = resolve_nested(resolve_elements(text), unseen)
     text = EXTERNAL_LINK.sub(r"\1", text)
@@ -159,13 +160,13 @@ def wikitext_to_text(text, unseen=("image", *UNSEEN.values())):
 
 def split_pages(blocks):
     """Yield the bytes of each <page> of a dump, a ValueError for one that is too long or cut off.
-    In a dump "<" of a text is "&lt;", so that "</page>" stands at the end of a page alone."""
+    A dump writes "<" in a text as "&lt;", so "</page>" can only be the end of a page."""
     rest = b""
     for block in blocks:
         *pages, rest = (rest + block).split(b"</page>")
         for page in pages:
             _, opening, page = page.partition(b"<page>")
-            if opening:  # else the end of a page that was too long
+            if opening:  # without it, this is the end of a page that was too long
                 yield opening + page + b"</page>"
         if len(rest) > PAGE_BYTES:
             if b"<page>" in rest:
@@ -176,8 +177,8 @@ def split_pages(blocks):
 
 
 def article(page, unseen):
-    """The title and text of a <page>; "" for a redirect, for another namespace than the articles',
-    for a page without wikitext. The last revision counts. ValueError for broken XML."""
+    """The title and the text, of the last revision, of a <page>; "" for a redirect and for a page
+    that is no article or not wikitext. ValueError for broken XML."""
     try:
         page = ElementTree.fromstring(page)  # a page alone has no DTD, so no entities to expand
     except ElementTree.ParseError as error:
@@ -192,8 +193,8 @@ def article(page, unseen):
 
 
 def read_xml(file):
-    """Yield the articles of a dump of MediaWiki; a ValueError, by its number, for a broken page,
-    and one for any other XML. The first lines of a dump say what its wiki calls its namespaces."""
+    """Yield the articles of a dump of MediaWiki, a ValueError for a broken page, with its number,
+    and one for other XML. The first lines of a dump name the namespaces in the wiki's language."""
     blocks = iter(lambda: file.read(BLOCK_BYTES), b"")
     first = next(blocks, b"")
     if b"<mediawiki" not in first:
