@@ -205,8 +205,7 @@ def read_table(file, path):
     while True:
         try:
             row = next(rows)
-            yield row if not any(row.pop(None, ())) else ValueError(
-                f"{len(row)} names in the first line, more values here: put texts in quotes")
+            yield ValueError("too many values: quote the texts") if any(row.pop(None, ())) else row
         except csv.Error as error:
             yield error
         except StopIteration:
@@ -230,8 +229,7 @@ def is_readable(path):
 
 def open_packed(path):
     """Open a file to read its bytes, unpacked by what its name ends in."""
-    module = PACKED.get(Path(path).suffix.lower(), "builtins")
-    return importlib.import_module(module).open(path, "rb")
+    return importlib.import_module(PACKED.get(path.suffix.lower(), "builtins")).open(path, "rb")
 
 
 def read_rows(path, take, encoding=None, skip=None):
@@ -657,9 +655,11 @@ def new_shards(folder, fingerprint):
     real = folder.resolve()
     real.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{real.name}.", dir=real.parent) as part:
-        if not is_free(folder, fingerprint):
-            raise ValueError(f"{folder} holds other shards or files: choose another --out")
-        yield Path(part)
+        for is_written in False, True:  # by then another command may have been faster
+            if not is_free(folder, fingerprint):
+                raise ValueError(f"{folder} holds other shards or files: choose another --out")
+            if not is_written:
+                yield Path(part)
         real.mkdir(exist_ok=True)
         for path in real.glob("*.bin"):  # whoever has opened it reads on
             path.unlink()

@@ -111,7 +111,7 @@ def test_a_row_with_more_values_than_names_is_skipped_and_not_cut(tmp_path):
     skipped = []
     (tmp_path / "a.csv").write_text("id,text\n1,one, and more\n2,two\n3,three,,\n")
     assert [*read_documents(tmp_path / "a.csv", skip=skipped.append)] == ["two", "three"]
-    assert len(skipped) == 1 and "row 1: 2 names in the first line, more values" in skipped[0]
+    assert len(skipped) == 1 and "row 1: too many values: quote the texts" in skipped[0]
 
 
 def test_the_cards_of_a_folder_are_no_documents_of_it(tmp_path):
@@ -227,6 +227,15 @@ def test_no_long_document_becomes_most_of_the_validation_split(tmp_path):
     card = read_card(prepare(tmp_path / "a.jsonl", tmp_path / "out", 300, **quiet))
     share = card.val["bytes"] / (card.val["bytes"] + card.train["bytes"])
     assert card.val["documents"] > 3 and share <= 0.1
+
+
+def test_of_two_commands_with_one_folder_the_slower_one_replaces_nothing(tmp_path):
+    with pytest.raises(ValueError, match="out holds other shards or files"):
+        with data.new_shards(tmp_path / "out", "mine") as part:
+            (part / "train_000000.bin").write_bytes(b"mine")
+            with data.new_shards(tmp_path / "out", "other") as faster:
+                (faster / "train_000000.bin").write_bytes(b"other")
+    assert [path.read_bytes() for path in tmp_path.rglob("*.*")] == [b"other"]
 
 
 def test_the_card_says_the_license_and_the_day_and_old_cards_load(tmp_path):
