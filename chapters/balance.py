@@ -1,11 +1,12 @@
 """
-Of each value of a field as many documents, a random choice of them in their order.
+Balance documents over the values of a field: keep as many of each value, chosen at random.
 
     python -m chapters.balance texts/good/documents.jsonl --field=label --out=texts/even
     python data.py texts/even
 
-The rarest value says how many: nothing is repeated, which data.py would drop as a copy. --out gets
-documents.jsonl, whole rows, and card.json, which says how many of each value there were.
+All documents of the rarest value stay, and as many of each other value, in their order. None is
+repeated: data.py would drop it as a copy. --out gets documents.jsonl, with the whole rows, and
+card.json, which says how many of each value there were.
 """
 
 import datetime
@@ -20,22 +21,22 @@ if __name__ == "__main__":  # `python chapters/balance.py` works as well, from a
 import numpy as np
 
 from chapters.stages import count, new_record
-from chapters.synthetic import write_folder
+from chapters.synthetic import source_of, write_folder
 from data import read_rows
-from tokenizer import Parser, read_json, run_command
+from tokenizer import Parser, run_command
 
 
 def balanced(labels, seed=0):
-    """The positions of as many of each label: balanced(["a", "b", "b"]) == [0, 1] or [0, 2]."""
-    labels, random = np.array(labels, object), np.random.RandomState(seed)
-    n = min(Counter(labels).values(), default=0)
-    chosen = [random.permutation(np.flatnonzero(labels == label))[:n]
-              for label in dict.fromkeys(labels)]
-    return sorted(np.concatenate([[], *chosen]).astype(int).tolist())
+    """Positions to keep, as many of each label: balanced(["a", "b", "b"]) == [0, 1] or [0, 2]."""
+    positions, random = {}, np.random.RandomState(seed)
+    for i, label in enumerate(labels):
+        positions.setdefault(label, []).append(i)
+    n = min(map(len, positions.values()), default=0)
+    return sorted(i for each in positions.values() for i in random.permutation(each)[:n].tolist())
 
 
 def label_in(field):
-    """A function from a row to the value in a field as a str; ValueError where there is none."""
+    """A function from a row to its value in a field, as a str; ValueError for a row without it."""
     def take(row):
         if not isinstance(row, dict) or field not in row:
             raise ValueError(f"no field {field!r} in {row!r:.60}: --field=NAME names another")
@@ -43,28 +44,20 @@ def label_in(field):
     return take
 
 
-def card_beside(path):
-    """The card.json beside a file, a dict; an empty one where there is none."""
-    path = Path(path).with_name("card.json")
-    card = read_json(path) if path.exists() else {}
-    return card if isinstance(card, dict) else {}
-
-
 def balance(paths, field, out, seed=0):
-    """Write a balanced choice of the rows of files to the folder `out` -> its card, a dict. Two
-    passes: only labels are held in memory. ValueError where all rows have one label."""
+    """Write a balanced choice of the rows of files to the folder `out` -> its card, a dict. Only
+    labels are in memory: the files are read twice. ValueError if all rows have the same label."""
     labels = [label for path in paths for label in read_rows(path, label_in(field))]
     if len({*labels}) < 2:
-        raise ValueError(f"field {field!r} is {', '.join({*labels}) or 'in no row':.60}: a balance "
-                         "needs two values or more")
+        raise ValueError(f"field {field!r} is {', '.join({*labels}) or 'in no row':.60}: give rows "
+                         "with two values or more")
     chosen, record = {*balanced(labels, seed)}, new_record("balance")
-    cards = [card_beside(path) for path in paths]
-    sources = [dict(name=str(path), files=1, n_skipped=0, skipped=[], curated=card)
-               for path, card in zip(paths, cards)]
+    sources = [source_of(str(path), path) for path in paths]
+    cards = [source["curated"] for source in sources]
 
     def rows():
-        every = ((path, row) for path in paths for row in read_rows(path, lambda row: row))
-        for i, (path, row) in enumerate(every):
+        pairs = ((path, row) for path in paths for row in read_rows(path, lambda row: row))
+        for i, (path, row) in enumerate(pairs):
             text = str(row.get("text", ""))
             count(record, f"{path}, {i + 1}", text, [text] * (i in chosen), {labels[i]: 1})
             if i in chosen:

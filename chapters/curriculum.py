@@ -1,7 +1,7 @@
 """
 A curriculum: the documents of a folder of shards, sorted from easy to hard (Bengio et al., 2009).
-What is easy is short, or has little loss under a model that was trained before. chapters/mix.py
-writes such an order into shards, and train.py --no-shuffle reads them in it.
+Easy means short, or of low loss under a model that was trained before. chapters/mix.py writes
+shards in such an order, and train.py --no-shuffle reads them in it.
 """
 
 from functools import partial
@@ -16,14 +16,14 @@ ORDERS = "random", "length", "loss"
 
 
 def documents_of(folder, eot):
-    """The documents in the training shards of a folder, arrays of ids that begin with eot."""
+    """The documents in the training shards of a folder: arrays of ids, cut before each eot."""
     shards = map(np.asarray, read_split(folder))
     return [ids for shard in shards for ids in np.split(shard, np.flatnonzero(shard == eot))
             if len(ids)]
 
 
 def mean_losses(model, documents):
-    """The model's mean loss in nats on the beginning, a context long, of each document."""
+    """The model's mean loss in nats on each document, of a long one on what fits its context."""
     T = model.config.block_size
     rows = [(ids[:T + 1].astype(int), min(T, len(ids) - 1)) for ids in documents if len(ids) > 1]
     scored = iter(score_ends(model, rows, "loss of documents"))
@@ -31,8 +31,8 @@ def mean_losses(model, documents):
 
 
 def from_easy_to_hard(documents, difficulty, n_tokens, seed):
-    """Yield documents of n_tokens or just more, sorted by difficulty: all in each epoch, and in the
-    last, if n_tokens end before, a random choice."""
+    """Yield documents of n_tokens in all, or a little more: in each epoch every document, sorted by
+    difficulty, and in the last, if fewer tokens are left, a random choice of them, sorted, too."""
     sizes, random = np.array([*map(len, documents)]), np.random.RandomState(seed)
     rank = np.argsort(difficulty, kind="stable")
     while n_tokens > 0:
@@ -43,8 +43,8 @@ def from_easy_to_hard(documents, difficulty, n_tokens, seed):
         n_tokens -= sizes[is_chosen].sum()
 
 
-def cut(documents, block_size):
-    """Yield the documents, one behind the other, cut into sequences of block_size ids."""
+def pack(documents, block_size):
+    """Yield the documents, one after the other, cut into sequences of block_size ids."""
     rest = np.empty(0, int)
     for ids in documents:
         rest = np.concatenate([rest, ids])
@@ -53,8 +53,9 @@ def cut(documents, block_size):
         rest = rest[end:]
 
 
-def measure(order, run, tokenizer):
-    """The difficulty of documents, a function: their length, or the loss of a run's model."""
+def difficulty_by(order, run, tokenizer):
+    """A function from documents to the difficulty of each: its length, or a run's mean loss on it;
+    None for a random order."""
     if order != "loss":
         return dict(random=None, length=lambda documents: [*map(len, documents)])[order]
     if not run:

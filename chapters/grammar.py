@@ -1,10 +1,9 @@
 """
-Stories and worked arithmetic, out of tables of sentences and words.
+Stories and worked arithmetic, made from tables of sentences and words.
 
-A plot is a list of lines, a line a list of sentences to choose from, each of which may stand beside
-any of the others. {He}, {he}, {his} and {him} are the hero's; {a_thing} is "a" or "an" and {thing}.
-Each field of a plot stands in every sentence of at least one line, so that other words make another
-story.
+A plot is a list of lines, a line a list of sentences to choose from; any choice makes a story.
+{He}, {he}, {his} and {him} stand for the hero; {a_thing} is {thing} with "a" or "an". Each field of
+a plot is in every sentence of at least one of its lines: so other words always make another story.
 """
 
 import operator
@@ -108,7 +107,7 @@ PLOTS = [
         ["They sat down under it and ate {food}.",
          "Proud of it, {he} asked {friend} to come, and there was {food} for everyone."]],
 ]
-# Questions, and the steps that answer them; each step may use the results of those before.
+# Questions, and the steps to the answer: {result: "x op y"}, which may use earlier results.
 PROBLEMS = [
     ("{hero} has {a} {items}. {friend} gives {him} {b} more. Then {he} loses {c}. How many "
      "{items} does {hero} have now?", dict(d="a + b", e="d - c")),
@@ -126,26 +125,27 @@ PROBLEMS = [
 
 
 # -----------------------------------------------------------------------------
-# Stories: a number chooses a sentence in each line of a plot, and a word for each field.
+# Stories: a number chooses a sentence for each line of a plot, and a word for each field.
 
 
 def fields_of(plot):
-    """The fields that a plot, a list of lists of sentences, leaves open."""
+    """The names of the FIELDS in the sentences of a plot."""
     names = {*re.findall(r"\{(?:a_)?(\w+)\}", " ".join(text for line in plot for text in line))}
     return [name for name in FIELDS if name in names]
 
 
 def choices_of(plot):
-    """What there is to choose in a plot: two people, a word a field, a sentence a line."""
+    """The lists to choose from in a plot: pairs of people, words of each field, sentences of each
+    line."""
     return [[*permutations(PEOPLE, 2)], *(FIELDS[name] for name in fields_of(plot)), *plot]
 
 
 SIZES = [prod(map(len, choices_of(plot))) for plot in PLOTS]  # how many stories a plot makes
-N_STORIES = len(PLOTS) * min(SIZES)  # that are all different, of each plot as many
+N_STORIES = len(PLOTS) * min(SIZES)  # different ones, as many of each plot
 
 
 def story(plot, number):
-    """The story of a plot that has this number: its digits are what is chosen."""
+    """The story of a plot with this number. Its digits, in mixed radix, are the choices."""
     picked = []
     for choices in choices_of(plot):
         number, i = divmod(number, len(choices))
@@ -159,12 +159,12 @@ def story(plot, number):
 
 
 def stories(n, seed=0):
-    """n different stories, of all plots in turn. ValueError above N_STORIES. Small grammars teach
-    small models to write: arXiv:2305.07759."""
+    """n different stories, of all plots in turn; ValueError above N_STORIES. Small models can learn
+    to write from stories in few words (arXiv:2305.07759)."""
     if n > N_STORIES:
         raise ValueError(f"n={n:,} is more than the {N_STORIES:,} stories that there are")
-    share, random = -(-n // len(PLOTS)), Random(seed)
-    numbers = [random.sample(range(size), share) for size in SIZES]
+    n_each, random = -(-n // len(PLOTS)), Random(seed)  # rounded up
+    numbers = [random.sample(range(size), n_each) for size in SIZES]
     return (story(PLOTS[i % len(PLOTS)], numbers[i % len(PLOTS)][i // len(PLOTS)])
             for i in range(n))
 
@@ -176,7 +176,7 @@ OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": oper
 
 
 def columns(a, b, sign):
-    """The steps of a + b, or of a - b for a >= b, as on paper, from the ones on:
+    """The steps of a + b, or of a - b for a >= b, as on paper, from the last digit on:
     columns(47, 38, "+") == ["7 + 8 = 15, carry 1", "4 + 3 + 1 = 8"]."""
     steps, carry, word = [], 0, {"+": ", carry 1", "-": ", borrow 1"}[sign]
     for i in range(len(str(max(a, b)))):
@@ -191,19 +191,19 @@ def columns(a, b, sign):
 
 
 def addition(random, largest):
-    """-> (question, steps, answer), the sum of two numbers up to the largest."""
+    """(question, steps, answer) of the sum of two numbers up to the largest."""
     a, b = random.randint(0, largest), random.randint(0, largest)
     return f"What is {a} + {b}?", columns(a, b, "+"), a + b
 
 
 def subtraction(random, largest):
-    """A difference that is not below 0."""
+    """(question, steps, answer) of a difference that is not below 0."""
     b, a = sorted([random.randint(0, largest), random.randint(0, largest)])
     return f"What is {a} - {b}?", columns(a, b, "-"), a - b
 
 
 def comparison(random, largest):
-    """The larger of two different numbers, by the first digit that differs."""
+    """(question, steps, answer) of which number is larger, by the first digit that differs."""
     a, b = random.sample(range(largest + 1), 2)
     x, y = (str(number).zfill(len(str(max(a, b)))) for number in (a, b))
     i = next(i for i in range(len(x)) if x[i] != y[i])
@@ -212,12 +212,14 @@ def comparison(random, largest):
 
 
 def word_problem(random, largest):
-    """A story of several steps, {name: "x op y"}; each result is a whole number from 0 on."""
+    """(question, steps, answer) of one of PROBLEMS; no result is below 0 or a fraction."""
     text, steps = random.choice(PROBLEMS)
     hero, friend = random.sample([*PEOPLE], 2)
-    divisor = 9 if any("/" in step for step in steps.values()) else largest  # seldom a remainder
+    # A small divisor leaves no remainder more often, so fewer tries are needed.
+    largest_c = 9 if any("/" in step for step in steps.values()) else largest
     while True:
-        values = {name: random.randint(2, divisor if name == "c" else largest) for name in "abc"}
+        values = {name: random.randint(2, largest_c if name == "c" else largest)
+                  for name in "abc"}
         lines = []
         for name, step in steps.items():
             x, sign, y = step.split()
@@ -233,7 +235,7 @@ TASKS = addition, subtraction, comparison, word_problem
 
 
 def arithmetic(n, seed=0, largest=99):
-    """Yield n different (question, worked solution). ValueError where there are not so many."""
+    """Yield n different pairs (question, worked solution); ValueError if there are not so many."""
     random, seen = Random(seed), set()
     for _ in range(n):
         for _ in range(1000):

@@ -1,5 +1,5 @@
 """
-Text that no person wrote: little stories, worked arithmetic, a model's text, changed documents.
+Text that no person wrote: short stories, worked arithmetic, a model's text, augmented documents.
 
     python -m chapters.synthetic stories --n=10000 --out=texts/stories
     python -m chapters.synthetic arithmetic --largest=999 --out=texts/sums     # or --chats
@@ -8,10 +8,10 @@ Text that no person wrote: little stories, worked arithmetic, a model's text, ch
     python data.py texts/stories
 
 --out gets documents.jsonl ({"text", "source"} a line; with --chats chats.jsonl, {"messages", ...})
-and card.json, in which "synthetic" is true; data.py puts it into the card of the shards. A model
-trained on what models wrote loses what is rare (arXiv:2305.17493): mix such text with that of
-people (chapters.mix), and drop its copies (chapters.curate; its rules drop what is as short as
-problems are, unless --rules=none).
+and card.json, in which "synthetic" is true; data.py copies it into the card of the shards. A model
+trained on the text of models forgets what is rare (arXiv:2305.17493): mix it with text of people
+(chapters.mix), and drop copies (chapters.curate; with --rules=none, as problems are too short for
+its rules).
 """
 
 import datetime
@@ -30,9 +30,10 @@ from chapters.stages import chosen, count, new_record
 from data import new_shards, read_documents
 from model import check_options, option
 from sample import complete_batch, load_run, pick_device, read_text
-from tokenizer import parse_options, refuse_idle, replacing, run_command, write_json
+from tokenizer import (parse_options, read_json, refuse_idle, replacing, run_command,
+                       write_json)
 
-# Words for each other; both begin with a vowel or neither, so that "a" and "an" stay right.
+# Pairs of synonyms; both begin with a vowel or neither does, so that "a" and "an" stay right.
 PAIRS = ("angry annoyed, beautiful pretty, begin commence, big huge, big large, build construct, "
          "buy purchase, center middle, choose pick, damage harm, happy glad, hard difficult, "
          "important essential, kid child, kids children, many numerous, maybe perhaps, "
@@ -43,46 +44,47 @@ PAIRS = ("angry annoyed, beautiful pretty, begin commence, big huge, big large, 
 SYNONYMS = {word: [other for pair in PAIRS for other in pair.split()
                    if word in pair.split() and other != word]
             for pair in PAIRS for word in pair.split()}
-PUNCTUATION = ".,;:!?\"')]\u2019\u201d"  # behind a word
+PUNCTUATION = ".,;:!?\"')]\u2019\u201d"  # after a word
 
 
 # -----------------------------------------------------------------------------
 # Augmentation: a document with a share of its words changed (EDA, arXiv:1901.11196).
 
 
-def places(text):
-    """A text as parts, of which each second is a word, and the positions of the words."""
+def split_words(text):
+    """A text as parts, which join to it, and the positions of the words in them: split_words("a b")
+    == (["", "a", " ", "b", ""], range(1, 5, 2))."""
     parts = re.split(r"(\S+)", text)
     return parts, range(1, len(parts), 2)
 
 
-def some(random, positions, share):
-    """A share of positions, at least one if there is any."""
-    return random.sample(positions, min(len(positions), max(1, round(share * len(positions)))))
+def sample_positions(positions, n_words, share, random):
+    """A random sample of positions, for a share of all words, at least one if there is any."""
+    return random.sample(positions, min(len(positions), max(1, round(share * n_words))))
 
 
 def delete(text, share, random):
-    """The text without some words, but not without all."""
-    parts, words = places(text)
-    gone = {*some(random, words, share)[:len(words) - 1]}
-    return "".join(part for i, part in enumerate(parts) if i not in gone and i - 1 not in gone)
+    """Delete a share of the words, but not all of them."""
+    parts, words = split_words(text)
+    deleted = {*sample_positions(words, len(words), share, random)[:len(words) - 1]}
+    return "".join(part for i, part in enumerate(parts)
+                   if i not in deleted and i - 1 not in deleted)  # nor the space after one
 
 
 def swap(text, share, random):
-    """The text in which some words have changed places with any others."""
-    parts, words = places(text)
-    for i in some(random, words, share):
+    """Swap a share of the words, each with a random other one."""
+    parts, words = split_words(text)
+    for i in sample_positions(words, len(words), share, random):
         j = random.choice(words)
         parts[i], parts[j] = parts[j], parts[i]
     return "".join(parts)
 
 
 def synonyms(text, share, random):
-    """The text with other words for some of those that have one in the table."""
-    parts, words = places(text)
+    """Replace words that have a synonym in the table, up to a share of all words."""
+    parts, words = split_words(text)
     known = [i for i in words if parts[i].rstrip(PUNCTUATION).lower() in SYNONYMS]
-    n = max(1, round(share * len(words)))
-    for i in random.sample(known, min(n, len(known))):
+    for i in sample_positions(known, len(words), share, random):
         word = parts[i].rstrip(PUNCTUATION)
         new = random.choice(SYNONYMS[word.lower()])
         parts[i] = (new.capitalize() if word[0].isupper() else new) + parts[i][len(word):]
@@ -90,13 +92,13 @@ def synonyms(text, share, random):
 
 
 def shuffle(text, share, random):
-    """The sentences of a text in another order."""
+    """Put all sentences in a random order; the share does not matter."""
     sentences = re.split(r"(?<=[.!?])\s+", text.strip())
     return " ".join(random.sample(sentences, len(sentences)))
 
 
 def case(text, share, random):
-    """The text in capitals or in small letters."""
+    """Write the whole text in capitals or in lower case; the share does not matter."""
     return random.choice([str.upper, str.lower])(text)
 
 
@@ -104,37 +106,37 @@ CHANGES = dict(delete=delete, swap=swap, synonyms=synonyms, shuffle=shuffle, cas
 
 
 # -----------------------------------------------------------------------------
-# Kinds: each yields (place, the text before, the text) of a SyntheticConfig.
+# Kinds: each is a function of a SyntheticConfig that yields (place, text before, text).
 
 
-def told(config):
-    """Stories."""
+def make_stories(config):
+    """Stories, by chapters/grammar.py."""
     for i, text in enumerate(stories(config.n, config.seed), 1):
         yield f"stories, {i}", "", text
 
 
-def calculated(config):
-    """Problems with their solutions."""
+def make_arithmetic(config):
+    """Problems with their solutions, by chapters/grammar.py."""
     pairs = arithmetic(config.n, config.seed, config.largest)
     for i, (question, solution) in enumerate(pairs, 1):
         yield f"arithmetic, {i}", "", f"Question: {question}\nAnswer: {solution}"
 
 
-def written(config):
+def sample_run(config):
     """What a run's model writes after each of the prompts in turn."""
     model, tokenizer = load_run(config.from_run, device=pick_device())
-    starts = read_text(config.prompts).splitlines() if config.prompts else [""]
-    if not starts:
+    lines = read_text(config.prompts).splitlines() if config.prompts else [""]
+    if not lines:
         raise ValueError(f"--prompts={config.prompts} is empty: write a prompt a line")
-    prompts = [starts[i % len(starts)] for i in range(config.n)]
+    prompts = [lines[i % len(lines)] for i in range(config.n)]
     texts = complete_batch(model, tokenizer, prompts, temperature=config.temperature,
                            seed=config.seed, max_new_tokens=config.max_new_tokens)
     for i, (prompt, text) in enumerate(zip(prompts, texts), 1):
         yield f"run {config.from_run}, {i}", "", prompt + text
 
 
-def augmented(config):
-    """Versions of documents, each by one change."""
+def augment(config):
+    """Versions of documents, each with one random kind of change."""
     random, names = Random(config.seed), chosen(config.how, CHANGES, "how")
     for path in config.files:
         for i, text in enumerate(read_documents(path, config.field), 1):
@@ -142,9 +144,10 @@ def augmented(config):
                 yield f"{name} of {path}, {i}", text, CHANGES[name](text, config.share, random)
 
 
-KINDS = dict(stories=told, arithmetic=calculated, run=written, augment=augmented)
-ACT = dict(stories="n", arithmetic="n largest chats", augment="files how share versions field",
-           run="n from_run prompts temperature max_new_tokens")  # beside a kind
+KINDS = dict(stories=make_stories, arithmetic=make_arithmetic, run=sample_run, augment=augment)
+# The options that a kind has beside those that all have, and the one that it needs.
+OPTIONS = dict(stories="n", arithmetic="n largest chats", augment="files how share versions field",
+               run="n from_run prompts temperature max_new_tokens")
 NEEDED = dict(augment="files", run="from_run")
 
 
@@ -152,19 +155,19 @@ NEEDED = dict(augment="files", run="from_run")
 class SyntheticConfig:
     """What is made, and how much."""
     kind: str = option("", "what to make", known=lambda: KINDS, positional=True)
-    files: list = option([], "of documents to augment", positional=True)
+    files: list = option([], "with documents to augment", positional=True)
     out: str = option("", "folder to write")
     n: int = option(1000, f"documents; there are {N_STORIES:,} stories", low=1)
     seed: int = option(0, "same seed, same text")
-    largest: int = option(99, "of the numbers in arithmetic", low=9, below=10**9)
+    largest: int = option(99, "number in arithmetic problems", low=9, below=10**9)
     chats: bool = option(False, "arithmetic as messages, for chapters.chats")
     from_run: str = option("", "run folder whose model writes")
-    prompts: str = option("", "file with a prompt a line; else documents begin")
-    temperature: float = option(0.8, "of a run; above 1 is wild", below=100)
+    prompts: str = option("", "file with a prompt a line; without it, new documents")
+    temperature: float = option(0.8, "of a run's sampling", below=100)
     max_new_tokens: int = option(200, "of each text of a run", low=1)
-    how: str | list = option([*CHANGES], f"augment: of {' '.join(CHANGES)}", many=True)
-    share: float = option(0.1, "of the words that are changed", below=1.01)
-    versions: int = option(1, "of each document that is changed", low=1, below=1001)
+    how: str | list = option([*CHANGES], f"changes: of {' '.join(CHANGES)}", many=True)
+    share: float = option(0.1, "of the words, to change", below=1.01)
+    versions: int = option(1, "to make of each document", low=1, below=1001)
     field: str = option("text", "of JSON and CSV files, the one with the text")
     license: str = option("unknown", "of the text, for its card")
 
@@ -186,9 +189,17 @@ def as_chat(text):
     return [dict(role="user", content=question), dict(role="assistant", content=answer)]
 
 
+def source_of(name, path=None):
+    """What a card says of a source: its name and, of a file, the card.json beside it."""
+    beside = path and Path(path).with_name("card.json")
+    card = read_json(beside) if beside and beside.exists() else {}
+    return dict(name=name, files=int(bool(path)), n_skipped=0, skipped=[],
+                curated=card if isinstance(card, dict) else {})
+
+
 def write_folder(out, name, rows, card):
     """Write rows, a JSON object a line, and then their card to a new folder; ValueError, and no
-    folder, if there are none or `out` holds anything."""
+    folder, if there are no rows or `out` is not empty."""
     with new_shards(Path(out), "") as new:
         with replacing(new / name) as file:
             for row in rows:
@@ -199,7 +210,7 @@ def write_folder(out, name, rows, card):
 
 
 def synthesize(config):
-    """Write the documents of a config to its new folder -> (path of the file, card, a dict)."""
+    """Write the documents of a config to a new folder -> (path of the file, its card, a dict)."""
     record, name = new_record(config.kind), "chats.jsonl" if config.chats else "documents.jsonl"
 
     def rows():
@@ -211,8 +222,8 @@ def synthesize(config):
                 yield (dict(messages=as_chat(text)) if config.chats else
                        dict(text=text)) | dict(source=place)
 
-    sources = [dict(name=f"synthetic {config.kind} {source}".strip(), files=int(source != ""),
-                    n_skipped=0, skipped=[]) for source in config.files or [config.from_run]]
+    sources = [source_of(f"synthetic augment {path}", path) for path in config.files]
+    sources = sources or [source_of(f"synthetic {config.kind} {config.from_run}".strip())]
     card = dict(license=config.license, date=str(datetime.date.today()), synthetic=True,
                 sources=sources, options=asdict(config), stages=[record])
     write_folder(config.out, name, rows(), card)
@@ -224,7 +235,7 @@ def main():
     config = SyntheticConfig(**options)
     if not config.out:
         raise ValueError("--out=FOLDER is missing, a new folder for the documents")
-    idle = {*" ".join(ACT.values()).split()} - {*ACT[config.kind].split()}
+    idle = {*" ".join(OPTIONS.values()).split()} - {*OPTIONS[config.kind].split()}
     refuse_idle(options, sorted(idle), f"beside {config.kind}")
     path, card = synthesize(config)
     record = card["stages"][0]

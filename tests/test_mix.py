@@ -11,7 +11,7 @@ from test_train import configure
 
 from chapters import balance, mix
 from chapters.balance import balanced
-from chapters.curriculum import cut, documents_of, from_easy_to_hard, mean_losses
+from chapters.curriculum import documents_of, from_easy_to_hard, mean_losses, pack
 from chapters.mix import mixed_sequences, read_shares, take_turns, tempered_shares
 from data import TokenLoader, check_shards, prepare, read_card, read_split, write_shards
 from evaluate import loglikelihood
@@ -80,18 +80,18 @@ def test_the_mixture_is_a_folder_of_shards_to_train_on(shards, other, tmp_path, 
     (["=0.5", "{b}=0.5"], "=0.5 is not a folder of shards and its share"),
     (["{a}"], "is not a folder of shards and its share, shards/a=0.2"),
     (["{a}=2", "{b}=0.5"], "is not a folder of shards and its share"),
-    (["{a}=0.8", "{b}=0.1"], "shares of 0.8, 0.1: each must be above 0, all together 1"),
-    (["{a}=0.5", "{a}=0.5"], "each folder stand there once"),
+    (["{a}=0.8", "{b}=0.1"], "shares of 0.8, 0.1: each must be above 0, their sum 1"),
+    (["{a}=0.5", "{a}=0.5"], "each folder given once"),
     (["{a}=1.0", "{b}=0.0"], "is not a folder of shards and its share"),
     (["{a}=0.9999999", "{b}=0.0000001"], "its share is less than one sequence"),
     (["{a}", "{b}", "--temperature=0.5"], "temperature=0.5 must be at least 1"),
     (["{a}", "{b}", "--temperature=nan"], "temperature=nan must be at least 1"),
-    (["{a}", "{a}", "--temperature=2"], "a folder stands there twice"),
+    (["{a}", "{a}", "--temperature=2"], "a folder is given twice"),
     (["{a}=0.5", "{b}=0.5", "--temperature=2"], "shares are given, or come from --temperature"),
     (["{a}=0.5", "{b}=0.5", "--order=loss"], "--order=loss needs --run=RUN"),
     (["{a}=0.5", "{b}=0.5", "--run=runs/a"], "--run would not act without --order=loss"),
     (["{a}=0.5", "{b}=0.5", "--order=loss", "--run=none"], "none"),
-    (["{a}=0.5", "{c}=0.5"], "has not the tokenizer of"),
+    (["{a}=0.5", "{c}=0.5"], "has another tokenizer than"),
     (["{a}=0.5", "{b}=0.5", "--block_size=0"], "block_size=0 must be at least 1"),
     (["{a}=0.5", "{b}=0.5", "--block_size=5000"], "a block needs 5,001"),
     (["{a}=0.5", "{b}=0.5", "--out={a}"], "holds other shards or files: choose"),
@@ -205,9 +205,9 @@ def test_each_epoch_goes_from_easy_to_hard_and_the_last_is_a_choice(epochs):
 
 
 @pytest.mark.parametrize("size", [1, 7, 500])
-def test_cut_loses_less_than_a_sequence(size):
+def test_packing_loses_less_than_a_sequence(size):
     documents = some_documents(40)
-    sequences, tokens = [*cut(documents, size)], np.concatenate(documents)
+    sequences, tokens = [*pack(documents, size)], np.concatenate(documents)
     assert {len(ids) for ids in sequences} <= {size}
     joined = np.concatenate([np.empty(0, int), *sequences])
     assert (joined == tokens[:len(joined)]).all() and len(tokens) - len(joined) < size
@@ -266,7 +266,7 @@ def test_each_label_has_as_many_rows_in_their_order():
     positions = balanced(labels)
     assert Counter(labels[i] for i in positions) == dict(a=14, b=14, c=14)
     assert positions == sorted({*positions}) == balanced(labels) != balanced(labels, seed=1)
-    assert balanced([]) == []
+    assert balanced([]) == [] and balanced(range(100_000)) == [*range(100_000)]
 
 
 def test_a_balanced_file_keeps_whole_rows_and_what_is_known_of_them(tmp_path, call):
@@ -289,7 +289,7 @@ def test_a_balanced_file_keeps_whole_rows_and_what_is_known_of_them(tmp_path, ca
 
 @pytest.mark.parametrize("words, problem", [
     (["{a}", "--field=x"], "a.jsonl, row 2: no field 'x'"),
-    (["{a}", "--field=text"], "needs two values or more"),
+    (["{a}", "--field=text"], "give rows with two values or more"),
     (["{b}", "--field=x"], "b.jsonl: no such file"),
     (["{a}", "--field=y", "--out={here}"], "holds other shards or files"),
     (["{a}", "--field=y", "--seed=-1"], "seed=-1 must be at least 0")])

@@ -212,8 +212,10 @@ def test_augmented_rows_name_the_change_and_the_source_and_what_stays_is_left_ou
     [record] = card["stages"]
     assert record["documents"] + record["dropped"] == 80 and record["dropped"] >= 40
     assert not {row["text"] for row in rows(file)} & {"One small word.", "...!"}
+    (tmp_path / "card.json").write_text('{"license": "CC0-1.0"}')
     twin = SyntheticConfig("augment", [str(path)], str(tmp_path / "c"), versions=40, field="body")
-    assert rows(synthesize(twin)[0]) == rows(file)
+    again, card = synthesize(twin)
+    assert rows(again) == rows(file) and card["sources"][0]["curated"] == {"license": "CC0-1.0"}
 
 
 def test_a_run_writes_after_each_prompt_in_turn(tmp_path, tokenizer, model):
