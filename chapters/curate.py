@@ -35,8 +35,8 @@ from chapters.near import contaminated, near_duplicates, probability, repeated_l
 from chapters.pages import html_to_text
 from chapters.privacy import mask_pii
 from chapters.rules import quality
-from chapters.stages import (CurateConfig, count, merge, new_record, read_questions, report,
-                             run_batch)
+from chapters.stages import (CurateConfig, count, merge, new_record, read_questions, readable,
+                             report, run_batch)
 from data import (HEAVY, READERS, Documents, download, ending, find_files, is_readable, new_shards,
                   open_packed, read_documents, text_hash)
 from tokenizer import (QUIET, on_all_cores, parse_options, read_json, reading, refuse_idle,
@@ -87,9 +87,9 @@ def read_all(config, found, sources):
         n_files, skipped = 0, []
         for path in tqdm(paths, "curate", unit=" files", **QUIET):
             try:
-                for number, text in enumerate(read_any(path, config, skipped.append), 1):
-                    batch.append((f"{path}, {number}", text))
-                    n_chars += len(text)
+                for pair in readable(path, read_any(path, config, skipped.append), skipped.append):
+                    batch.append(pair)
+                    n_chars += len(pair[1])
                     if n_chars > BATCH_CHARS:
                         yield batch
                         batch, n_chars = [], 0

@@ -4,6 +4,7 @@ stage is a pure function from a text to (list of texts, {reason: n}): an empty l
 another text changes it, several cut it.
 """
 
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -45,8 +46,7 @@ def option(default, help="", **more):
 @dataclass(frozen=True)
 class CurateConfig:
     """Documents and stages."""
-    sources: list = option([], "files, folders, patterns, URLs, - or names data.py knows",
-                           positional=True)
+    sources: list = option([], "files, folders, patterns, URLs, - or known names", positional=True)
     out: str = option("", "folder to write")
     field: str = option("text", "of JSON and CSV files, the one with the text")
     encoding: str = option("", "of the files; else what they say or look like")
@@ -101,6 +101,18 @@ def quality_scores(like, unlike):
     return quality_classifier(good, bad)[0].score
 
 
+def readable(path, texts, skip):
+    """Yield (place, text) of the texts of a file, with U+FFFD for what is not of its encoding;
+    skip(reason) is told of a text where that is more than one character of a hundred."""
+    for number, text in enumerate(texts, 1):
+        text = text if text.isascii() else re.sub("[\ud800-\udfff]", "\ufffd", text)
+        n, place = text.count("\ufffd"), f"{path}, {number}"
+        if n <= len(text) / 100:
+            yield place, text
+        else:
+            skip(f"{place}: {n / len(text):.0%} of it is of another encoding: give --encoding=NAME")
+
+
 def texts_in(value):
     """All texts in a value of JSON: texts_in({"q": "a", "options": ["b", 1]}) == ["a", "b"]."""
     if isinstance(value, str):
@@ -111,13 +123,11 @@ def texts_in(value):
 
 def read_questions(paths):
     """The texts in all fields of files, for --against; ValueError for a file without any."""
-    found = []
-    for path in () if paths == "none" else np.atleast_1d(paths):
-        new = [text for texts in read_rows(path, texts_in) for text in texts if text.strip()]
-        if not new:
-            raise ValueError(f"--against={path}: no question is in it")
-        found += new
-    return found
+    found = {path: [text for texts in read_rows(path, texts_in) for text in texts if text.strip()]
+             for path in np.atleast_1d(paths) if paths != "none"}
+    if empty := [path for path in found if not found[path]]:
+        raise ValueError(f"--against={empty[0]}: no question is in it")
+    return [text for texts in found.values() for text in texts]
 
 
 def change(function):
@@ -186,7 +196,7 @@ def example(place, before, after, reasons):
 
 def n_bytes(text):
     """The bytes of a text as UTF-8."""
-    return len(text) if text.isascii() else len(text.encode())
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
 def count(record, place, before, after, reasons):
@@ -236,6 +246,5 @@ def report(records, sources):
                f"dropped {record['dropped']:,}{': ' * bool(why)}{', '.join(why)}")
     skipped = [line for source in sources for line in source["skipped"]]
     yield from (f"skipped: {line}" for line in skipped[:3])
-    n_more = sum(source["n_skipped"] for source in sources) - len(skipped[:3])
-    if n_more:
+    if n_more := sum(source["n_skipped"] for source in sources) - len(skipped[:3]):
         yield f"skipped: {n_more:,} more; card.json names the first 100 of a source"

@@ -266,6 +266,17 @@ def test_few_bands_for_a_low_similarity_are_said(tmp_path):
         assert any("just 0.5 similar, 6% are found" in line for line in said) == is_said
 
 
+def test_a_byte_of_another_encoding_ends_nothing_and_many_are_a_skipped_document(tmp_path):
+    texts = [story(), story() + "\ud800", "\udfff" * 3 + story(9), story() + "\u00e9"]
+    rows = "\n".join(json.dumps(dict(text=text)) for text in texts)
+    folder = write(tmp_path / "raw", a__jsonl=rows, b__txt=story().encode() + b"caf\xe9.\n")
+    card, left = run(folder, tmp_path / "out", rules="none", encoding="utf-8-sig")
+    assert len(left) == 4 and sum("\ufffd" in text for text in left) == 2
+    [skipped] = card["sources"][0]["skipped"]
+    assert "a.jsonl, 3: " in skipped and "of it is of another encoding: give --encoding=NAME" in skipped
+    assert stage_of(card, "read")["bytes"] >= sum(len(text.encode()) for text in left)
+
+
 def test_stages_run_in_the_order_of_their_options(raw, tmp_path, monkeypatch):
     options = dict(rules="gopher", languages="en", toxic=0.99, lines=True, split="sentences",
                    like=str(raw / "rows.jsonl"), unlike=str(raw / "rows.jsonl"),
