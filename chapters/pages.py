@@ -181,9 +181,9 @@ def element_sizes(blocks, elements):
 
 
 def main_element(page):
-    """(blocks of the innermost element that is marked as main and has most of the text, or else of
-    the page; whether there is such an element), without elements beside the text. But one that has
-    most of the text is not beside it, and nor are those that have it together, as posts do."""
+    """(blocks, whether the page marks its main text): those of the innermost main element that has
+    most of the text, or else of the whole page, without elements beside it. What has most of the
+    text is not beside it, alone or with others of its kind, as the posts of a thread have."""
     sizes, kind_sizes = element_sizes(page.blocks, page.elements), Counter()
     for n, (around, _, kind) in zip(sizes, page.elements):
         kind_sizes[kind] += n * (kind != page.elements[around][2])
@@ -193,7 +193,7 @@ def main_element(page):
     blocks = [block for block in page.blocks if not beside[block.element]]
     sizes, main = element_sizes(blocks, page.elements), 0
     for i, (_, found, _) in enumerate(page.elements):
-        if found == "main" and sizes[i] > sizes[0] / 2:  # several lie within one another
+        if found == "main" and sizes[i] > sizes[0] / 2:  # of several, each is in the one before
             main = i
     within = {main}
     for i, (around, *_) in enumerate(page.elements):

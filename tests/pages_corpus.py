@@ -1,9 +1,9 @@
 """
 Web pages whose main text is known, to measure what extracts it.
 
-Seven kinds of page in seven languages and five styles of markup, each third one broken, the same
-each time. Not in the main text: menus, cookie lines, links to other pages, comments on an article,
-what a forum says of its users.
+Seven kinds of page in seven languages and five styles of markup; the markup of every third page is
+broken, and the same seed makes the same pages. Menus, cookie lines, links to other pages, comments
+on an article and what a forum says of its users are not main text.
 """
 
 import random
