@@ -22,6 +22,8 @@ import sys
 import sysconfig
 import tempfile
 import time
+import tracemalloc
+from collections import deque
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,8 +37,8 @@ import torch.nn.functional as F
 
 import page_extractors
 from chapters.checks import execute
-from chapters.curate import near_duplicates, run_stages
-from chapters.stages import CurateConfig, text_stages
+from chapters.curate import first_ones, near_duplicates, new_lines
+from chapters.stages import CurateConfig, new_record, text_stages
 from data import find_files, prepare, read_documents
 from model import (GPT, KERNELS, SIZES, GPTConfig, Linear, accelerator, fused_attention, option,
                    plain_attention, rotary_table, torch_attention)
@@ -69,14 +71,14 @@ def machine():
             f"torch {torch.__version__}, {torch.get_num_threads()} threads; {gpu}")
 
 
-def medians(*functions, times=7):
+def medians(*functions, times=7, clock=time.perf_counter):
     """The seconds of each function, by the medians of calls in turns, after one that warms up."""
     seconds = [[] for _ in functions]
     for _ in range(times + 1):
         for own, function in zip(seconds, functions):
-            start = time.perf_counter()
+            start = clock()
             function()
-            own.append(time.perf_counter() - start)
+            own.append(clock() - start)
     return [statistics.median(own[1:]) for own in seconds]
 
 
@@ -462,30 +464,60 @@ def prose(n_bytes, n_chars=3000):
     return texts
 
 
+def bytes_kept(function, n=20_000):
+    """The most memory that function([(place, text), ...]) takes at a time, for each of n documents
+    of a line."""
+    pairs = [("", f"Of many documents this one is the {i}th of a large corpus") for i in range(n)]
+    tracemalloc.start()
+    function(pairs)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return most / n
+
+
+def command(name, megabytes, n_documents, *words):
+    """Show how fast a command of this project is, and the CPU seconds of all its processes, from
+    their start to their end: these do not depend on what else runs on this machine."""
+    start, before = time.perf_counter(), os.times()
+    subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, stdout=subprocess.DEVNULL,
+                   check=True)
+    seconds, after = time.perf_counter() - start, os.times()
+    cpu = sum(b - a for a, b in zip(before[2:4], after[2:4]))
+    show(name, f"{megabytes / seconds:.1f} MB/s, {n_documents / seconds:,.0f} documents/s, "
+         f"{cpu / megabytes:.3f} CPU seconds a MB")
+
+
 def curation():
-    """Megabytes a second of each stage, and of all of them; of near-duplicates; of tokenizing."""
-    texts = prose(20_000_000)
+    """Megabytes a second of each stage, and of all of them; of near-duplicates; of data.py."""
+    texts = prose(60_000_000)  # so many that starting the processes does not decide
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     small, n = texts[:1000], sum(len(text.encode()) for text in texts[:1000]) / 1e6
     config = CurateConfig(near=0.0)
     for name, stage in text_stages(config).items():
-        seconds, = medians(lambda: [stage(text) for text in small], times=3)
+        seconds, = medians(lambda: [stage(text) for text in small], times=3,
+                           clock=time.process_time)
         show(f"stage {name}, one core", f"{n / seconds:,.1f} MB/s")
+    seconds, = medians(lambda: near_duplicates(small), times=3, clock=time.process_time)
+    show("near-duplicates, one core", f"{n / seconds:.1f} MB/s")
+    kept = {"of a document for copies": lambda pairs: deque(first_ones(pairs, new_record("")), 0),
+            "of a line": lambda pairs: deque(new_lines(pairs, new_record("")), 0),
+            "of a document for near-duplicates": lambda pairs: near_duplicates(
+                [text for _, text in pairs])}
+    show("memory, bytes", ", ".join(f"{bytes_kept(function):.0f} {name}"
+                                    for name, function in kept.items()))
+    tokenizer = Tokenizer.train(texts[:700], 4096)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "rows.jsonl")
         path.write_text("\n".join(json.dumps(dict(text=text)) for text in texts))
-        with open(Path(folder, "rows"), "w+b") as file:
-            start, records = time.perf_counter(), []
-            run_stages(config, {"rows": [path]}, file, [], records)
-            seconds = time.perf_counter() - start
-    show("read, clean, filter, mask, exact duplicates, all cores",
-         f"{megabytes / seconds:.1f} MB/s, {records[-1]['documents']:,} of {len(texts):,} left")
-    seconds, = medians(lambda: near_duplicates(small), times=3)
-    show("near-duplicates, one core",
-         f"{n / seconds:.1f} MB/s, {16 * 8} bytes of keys a document")
-    tokenizer = Tokenizer.train(texts[:700], 4096)
+        tokenizer.save(Path(folder, "tokenizer.json"))
+        command("curate: read, clean, filter, mask, drop copies, write", megabytes, len(texts),
+                "-m", "chapters.curate", path, "--near=0", f"--out={folder}/out")
+        command("data.py: read, clean, drop copies, tokenize, write", megabytes, len(texts),
+                "data.py", path, f"--tokenizer={folder}/tokenizer.json", f"--out={folder}/shards")
+    del texts[5000:]
     encode, tiktoken = tokenizer.encode_batch, tokenizer.to_tiktoken().encode_ordinary_batch
     ours, theirs = medians(lambda: [*encode(texts)], lambda: tiktoken(texts), times=3)
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
     show("tokenizing on all cores, and tiktoken's own batch",
          f"{megabytes / ours:.1f} and {megabytes / theirs:.1f} MB/s")
 
