@@ -186,8 +186,10 @@ def main():
     named = [name for name in ("like", "unlike") if getattr(args, name)]
     if args.command != "quality":
         refuse_idle(named, ["like", "unlike"], f"beside {args.command}")
-    if (args.command == "table") == bool(args.files) and args.command != "quality":
-        raise ValueError("table takes no files" if args.files else "language needs a file to judge")
+    if args.command == "table" and args.files:
+        raise ValueError("table takes no files")
+    if args.command == "language" and not args.files:
+        raise ValueError("language needs a file to judge")
     if args.command == "table":
         print(*language_tables(), "", *toxic_table(), sep="\n")
     elif args.command == "language":

@@ -59,17 +59,17 @@ def resolve_elements(text):
     while opening := ELEMENT.search(text, at):
         parts.append(text[at:opening.start()])
         name, at = (opening[1] or "").lower(), opening.end()
-        closing = f"</{name}>" if name else "-->"
         if name in unclosed or opening[0].endswith("/>"):
             continue
-        end = text.find(closing, at)
-        if end < 0:
+        closing = re.compile(rf"(?i)</{name}\s*+>" if name else "-->").search(text, at)
+        if not closing:
             unclosed.add(name)  # not searched for again: thousands of them take linear time
             continue
         if name in LITERAL:
             dollar = "$" * (name in TEX)
-            parts.append((dollar + text[at:end].strip() + dollar).translate(HIDE))
-        at = end + len(closing)
+            literal = text[at:closing.start()].strip()
+            parts.append((dollar + literal + dollar).translate(HIDE))
+        at = closing.end()
     return "".join([*parts, text[at:]])
 
 
