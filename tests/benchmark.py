@@ -477,7 +477,7 @@ def bytes_kept(function, n=20_000):
 
 def command(name, megabytes, n_documents, *words):
     """Show how fast a command of this project is, and the CPU seconds of all its processes, from
-    their start to their end: these do not depend on what else runs on this machine."""
+    their start to their end: what else runs on this machine changes these little."""
     start, before = time.perf_counter(), os.times()
     subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, stdout=subprocess.DEVNULL,
                    check=True)
