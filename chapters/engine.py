@@ -8,8 +8,9 @@ curate's work on a Dask cluster: on this machine, or on many that share a folder
 
 What is kept is what one machine keeps, also if workers die: Dask does their tasks again. On one
 machine it is slower than --engine=none. Whoever reaches a scheduler can run code on all machines:
-keep it in a network that you trust. This process holds the texts of a few batches, 16 bytes a
-document of the others, and 16 for each time that a partition finds one to be a duplicate.
+keep it in a network that you trust. This process reads the files and drops copies; it holds the
+texts of a few batches, 24 bytes of each document, and 16 for each partition that finds it to be a
+duplicate. While near-duplicates are sought a copy of all texts lies in a folder beside --out.
 """
 
 import asyncio
@@ -84,10 +85,12 @@ def cluster(folder, address="", workers=0):
     if dask is None:
         raise ValueError('--engine=dask needs more: pip install "dask[dataframe,distributed]"')
     with contextlib.ExitStack() as stack:
-        work = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder, prefix=".dask.")))
+        work = Path(stack.enter_context(
+            tempfile.TemporaryDirectory(dir=Path(folder).resolve(), prefix=".dask.")))
         if not address:
+            stack.enter_context(dask.config.set({"temporary-directory": str(work)}))
             local = LocalCluster(n_workers=workers or os.cpu_count(), threads_per_worker=1,
-                                 host="127.0.0.1", dashboard_address=None, local_directory=work,
+                                 host="127.0.0.1", dashboard_address=None,
                                  silence_logs=logging.CRITICAL)
             address = stack.enter_context(local).scheduler_address
         client = stack.enter_context(connect(address, work))
