@@ -8,10 +8,10 @@ Three filters trained from scratch: what language a text is in, how good it is, 
 Each is a Classifier of chapters/ngrams.py. No weights are shipped: those of language and toxicity
 are trained on first use, in a second or two, on languages.jsonl (fields language, text, use) and
 toxic.jsonl (text, toxic: 0 or 1, use), written for this course; use is train or test. Limits: a
-language that languages.jsonl lacks is "und" if its script is its own; if it is close to another
-language it is often taken for that one, as Czech for Polish. The toxic texts are few, mild and
-English: insults in disguise, new ones and those of other languages are missed, and a quotation of
-an insult can be taken for one.
+language that languages.jsonl lacks is "und" if its script is its own, but is often taken for one
+that is close to it, as Bulgarian for Russian. The toxic texts are few, mild and English: insults in
+disguise, new ones and those of other languages are missed, and a quotation of an insult can be
+taken for one.
 """
 
 import json

@@ -21,8 +21,8 @@ from tokenizer import check_fields, reading, replacing
 
 NOT_LETTERS = re.compile(r"[\s\d!-@\[-`{-¿×÷\u2000-\u2bff\u3000-\u303f\uff00-\uff20]+")
 WORD = re.compile(r"\w+|[^\w\s]")
-MULTIPLIER = np.uint32(0x9E3779B1)  # odd, its bits well mixed: 2**32 over the golden ratio
-CHARACTERS, BLOCKS, WORDS = np.arange(1, 4, dtype=np.uint32)  # seeds: different kinds of features
+MULTIPLIER = np.uint32(0x9E3779B1)  # a prime near 2**32 / the golden ratio: it mixes bits well
+CHARACTERS, BLOCKS, WORDS = np.arange(1, 4, dtype=np.uint32)  # seeds of the kinds of features
 
 # -----------------------------------------------------------------------------
 # Features: how often each n-gram occurs, counted in buckets that a hash chooses.

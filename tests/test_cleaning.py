@@ -6,8 +6,8 @@ from random import Random
 
 import pytest
 
-from chapters.cleaning import (ALIKE, DEFAULT, MISSPELLED, SENTENCES, STAGES, cut, split_paragraphs,
-                               split_sentences)
+from chapters.cleaning import (ALIKE, DEFAULT, MISSPELLED, SENTENCES, STAGES, cut, in_case,
+                               split_paragraphs, split_sentences)
 from data import clean
 
 # What the stages act on, what they must not touch, and what may turn from one into the other.
@@ -163,6 +163,7 @@ def test_misspellings_are_put_right_as_whole_words_in_their_case():
     assert stage("Teh wierd RECIEVE, untill.") == "The weird RECEIVE, until."
     for text in ("recieve_x", "a@recieve.com", "teheran", "www.teh.org", "recieve.com"):
         assert stage(text) == text
+    assert in_case("Teh", "the") == "The"
     assert len(MISSPELLED) > 100 and not {*MISSPELLED} & {*MISSPELLED.values()}
 
 

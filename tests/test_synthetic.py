@@ -157,6 +157,7 @@ def test_each_change_does_what_its_name_says_and_no_more(seed):
 
 
 def test_a_change_keeps_the_lines_and_one_word():
+    assert synthetic.split_words("a b") == (["", "a", " ", "b", ""], range(1, 5, 2))
     assert changed("swap").count("\n") == changed("synonyms").count("\n") == 2
     assert changed("delete", 1.0, text="all of this") in ("all ", "of ", "this")
     assert [changed(name, text="") for name in CHANGES] == [""] * len(CHANGES)
