@@ -155,6 +155,8 @@ def run_command(main):
     """Call main(); a user's mistake (ValueError, OSError) is one line and exit code 1."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as the command's first lines set it
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # hidden folders are removed on the way
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     for stream in (sys.stdout, sys.stderr):  # a console that lacks a character shows "?" for it
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")

@@ -752,3 +752,16 @@ def test_a_mistake_is_one_line_with_the_way_out(tmp_path, words, code, problem):
     done = run("tokenizer.py", *words, cwd=tmp_path)
     assert done.returncode == code and problem in done.stderr and done.stderr.count("\n") == 1
     assert done.stdout == "" and {path.name for path in tmp_path.iterdir()} == {*files}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows knows no SIGTERM")
+def test_a_command_that_is_ended_leaves_no_temporary_folder(tmp_path):
+    code = ("import os, signal, tempfile; from tokenizer import run_command\n"
+            "def main():\n"
+            "    with tempfile.TemporaryDirectory(dir='.'):\n"
+            "        os.kill(os.getpid(), signal.SIGTERM)\n"
+            "        signal.pause()\n"
+            "run_command(main)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, timeout=60,
+                          env=dict(os.environ, PYTHONPATH=str(ROOT)))
+    assert done.returncode == 143 and not list(tmp_path.iterdir())
