@@ -19,7 +19,7 @@ import logging
 import os
 import tempfile
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
 from pkgutil import resolve_name
@@ -100,6 +100,9 @@ def cluster(folder, address="", workers=0):
             raise ValueError(f"--engine=dask: {error.allowed_failures + 1} workers died of the "
                              "same task: give them more memory, or have fewer on a machine") \
                 from error
+        except (CancelledError, comm.CommClosedError) as error:
+            raise ValueError(f"--cluster={address}: its scheduler ended; nothing is written, "
+                             "begin again with another one") from error
 
 
 def run_all(client, function, jobs):

@@ -298,6 +298,20 @@ def test_a_cluster_that_runs_does_the_same_and_runs_on(engine, alone, raw, tmp_p
 
 
 @pytest.mark.slow
+def test_a_scheduler_that_ends_midway_is_one_line(engine, tmp_path, monkeypatch):
+    import psutil
+    monkeypatch.setattr(engine, "PATIENCE", 60)
+    with (running(1) as address, pytest.raises(ValueError, match="its scheduler ended; nothing is"),
+          engine.cluster(tmp_path, address) as (run_all, _)):
+        for number in run_all(square, ((number,) for number in range(100_000))):
+            if number == 25:
+                [scheduler] = [process for process in psutil.Process().children()
+                               if "distributed.cli.dask_scheduler" in process.cmdline()]
+                scheduler.kill()
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.slow
 def test_a_cluster_that_cannot_do_it_is_one_line(engine, tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "PATIENCE", 2)
     with running(0) as address:
