@@ -15,14 +15,13 @@ documents each stage took and left, why, and five examples of each. data.py puts
 
 import datetime
 import json
-import re
 import sys
 import tempfile
 from collections import deque
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from urllib.parse import urlsplit
+from types import SimpleNamespace
 
 if __name__ == "__main__":  # `python chapters/curate.py` works as well, from any folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -30,54 +29,19 @@ if __name__ == "__main__":  # `python chapters/curate.py` works as well, from an
 import numpy as np
 from tqdm import tqdm
 
-from chapters import formats
+from chapters.choices import CurateConfig
 from chapters.near import contaminated, near_duplicates, probability, repeated_lines
 from chapters.pages import html_to_text
 from chapters.privacy import mask_pii
 from chapters.rules import quality
-from chapters.stages import (CurateConfig, count, merge, new_record, read_questions, readable,
-                             report, run_batch)
-from data import (HEAVY, READERS, Documents, download, ending, find_files, is_readable, new_shards,
-                  open_packed, read_documents, text_hash)
-from tokenizer import (QUIET, on_all_cores, parse_options, read_json, reading, refuse_idle,
-                       replacing, run_command, write_json)
+from chapters.sources import find, read_any, read_questions, readable
+from chapters.stages import count, merge, new_record, report, run_batch
+from data import Documents, new_shards, text_hash
+from tokenizer import (QUIET, on_all_cores, parse_options, read_json, refuse_idle, replacing,
+                       run_command, write_json)
 
 __all__ = ["html_to_text", "mask_pii", "near_duplicates", "quality"]  # by their public names
-PAGES = ".html", ".htm", ".xhtml", ".xht", ".shtml"
 BATCH_CHARS = 1 << 21  # of the texts that a process works on at a time
-
-
-# -----------------------------------------------------------------------------
-# Reading: a file of any kind becomes (place, text) pairs.
-
-
-def read_any(path, config, skip):
-    """Yield the documents of one file; skip(reason) is told of those that are broken."""
-    kind, path = ending(path), Path(path)
-    if kind in READERS or not is_readable(path):
-        yield from read_documents(path, config.field, config.encoding or None, skip)
-    elif kind in PAGES:
-        with reading(path), open_packed(path) as file:
-            yield html_to_text(file.read(), config.encoding or None)
-    elif kind in formats.READERS:
-        packed = "".join(path.suffixes[-2:]).lower() not in formats.RAW
-        with reading(path), open_packed(path) if packed else open(path, "rb") as file:
-            for document in formats.READERS[kind](file):
-                if isinstance(document, ValueError):
-                    skip(f"{path}, {document}")
-                else:
-                    yield document
-    else:
-        raise ValueError(f"{path}: cannot read {kind or 'a name without an ending'}, only "
-                         f"{' '.join([*PAGES, *formats.READERS])} and what data.py reads")
-
-
-def find(source, downloads):
-    """The files of a source; a URL is taken for a page where its name does not say what it is."""
-    known = {*READERS, *HEAVY} - {".php"}  # which a server runs, and a page comes out
-    if re.match("https?://", source) and ending(urlsplit(source).path) not in known:
-        return [download(source, Path(downloads, f"{text_hash(source).hex()[:8]}-page.html"))]
-    return find_files(source, Path(downloads))
 
 
 def read_all(config, found, sources):
@@ -175,12 +139,13 @@ def engine(config, folder):
 def run_stages(config, found, file, sources, records, run_all, find_near):
     """All stages from files to Rows; sources and records get what the card says of them."""
     read, per_text, questions = new_record("read"), [], read_questions(config.against)
+    plain = SimpleNamespace(**vars(config))  # a process that is sent it need not import its class
 
     def jobs():
         for batch in read_all(config, found, sources):
             for place, text in batch:
                 count(read, place, text, [text], {})
-            yield config, batch
+            yield plain, batch
 
     def texts():
         for batch, new in run_all(run_batch, jobs()):

@@ -38,7 +38,8 @@ import torch.nn.functional as F
 import page_extractors
 from chapters.checks import execute
 from chapters.curate import first_ones, near_duplicates, new_lines
-from chapters.stages import CurateConfig, new_record, text_stages
+from chapters.choices import CurateConfig
+from chapters.stages import new_record, text_stages
 from data import find_files, prepare, read_documents
 from model import (GPT, KERNELS, SIZES, GPTConfig, Linear, accelerator, fused_attention, option,
                    plain_attention, rotary_table, torch_attention)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from conftest import mistake
 
-from chapters import curate, datacard, stages
+import data
+from chapters import curate, datacard, sources, stages
 from chapters.curate import CurateConfig
 from chapters.near import jaccard, shingles
 from data import prepare, read_split
@@ -247,14 +248,13 @@ def test_repeated_lines_are_counted_one_by_one(tmp_path):
 
 
 def test_an_address_keeps_the_kind_that_its_path_names(tmp_path, monkeypatch):
-    for module in curate, curate.find_files.__globals__:
-        module = module if isinstance(module, dict) else vars(module)
-        monkeypatch.setitem(module, "download", lambda url, path, sha256=None: path)
+    for module in sources, data:
+        monkeypatch.setattr(module, "download", lambda url, path, sha256=None: path)
     for name, kind in (("a.pdf", ".pdf"), ("a.warc.gz", ".warc"), ("a.jsonl?x=1", ".jsonl"),
                        ("a.PDF?b=c.txt#d", ".pdf"), ("a.html.gz", ".html"), ("a", ".html"),
                        ("", ".html"), ("a.php?id=3", ".html"), ("a.b", ".html")):
-        [path] = curate.find(f"http://a.org/{name}", tmp_path)
-        assert curate.ending(path) == kind, name
+        [path] = sources.find(f"http://a.org/{name}", tmp_path)
+        assert data.ending(path) == kind, name
 
 
 def test_few_bands_for_a_low_similarity_are_said(tmp_path):
