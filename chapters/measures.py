@@ -13,6 +13,8 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
+from chapters.near import gram_hashes
+
 # A script is called by the first word of the Unicode names of its letters.
 UNSPACED = dict(CJK=2, THAI=4, LAO=4, KHMER=4, MYANMAR=4, TIBETAN=4)  # characters, about a word
 UNMARKED = "THAI", "LAO"  # scripts whose sentences end without a mark
@@ -100,14 +102,6 @@ def duplicate_ngrams(words, n):
     return sum(len(words[i]) for i in covered)
 
 
-def hash_ngrams(hashes, n):
-    """Hashes of all n words in a row, from those of the words."""
-    keys = hashes
-    for i in range(1, n):
-        keys = keys[:len(hashes) - i] * np.uint64(0x9E3779B97F4A7C15) + hashes[i:]
-    return keys
-
-
 def highest_count(keys):
     """How often the most frequent of some numbers occurs."""
     keys = np.sort(keys)
@@ -175,18 +169,18 @@ class Measures:
     def top_bound(self):
         """A share that no top_ngram(n) exceeds, n from 2 to 4: no words in a row are more frequent
         than the most frequent two, nor longer than the longest four."""
-        count = highest_count(hash_ngrams(self.hashes, 2))
+        count = highest_count(gram_hashes(self.hashes, 2))
         return self.per_character(count * self.longest(min(4, self.word_count)))
 
     def close_top_bound(self, n):
         """A lower share that top_ngram(n) does not exceed."""
-        return self.per_character(highest_count(hash_ngrams(self.hashes, n)) * self.longest(n))
+        return self.per_character(highest_count(gram_hashes(self.hashes, n)) * self.longest(n))
 
     @cached_property
     def duplicate_bound(self):
         """A share that no duplicate_ngrams(n) exceeds, n from 5 to 10: where more than 5 words in a
         row occurred before, each 5 of them did, too."""
-        again = repeated_places(hash_ngrams(self.hashes, 5))
+        again = repeated_places(gram_hashes(self.hashes, 5))
         covered = np.zeros(len(self.hashes), bool)
         covered[np.add.outer(again, np.arange(5))] = True
         return self.per_character(int(self.sizes[covered].sum()))
