@@ -19,9 +19,11 @@ from tokenizer import Parser, read_json, reading, replacing
 
 STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto;
 padding: 0 1rem; color: #222 } table { border-collapse: collapse; margin: 1rem 0 }
-th, td { text-align: left; vertical-align: top; padding: .25rem .7rem; border-bottom: 1px solid #ddd }
+th, td { text-align: left; vertical-align: top; padding: .25rem .7rem;
+  border-bottom: 1px solid #ddd }
 td.n { text-align: right } pre { white-space: pre-wrap; margin: 0; font-size: .8rem }
-del { background: #fde2e0; text-decoration: none } ins { background: #dff2e1; text-decoration: none }
+del { background: #fde2e0; text-decoration: none }
+ins { background: #dff2e1; text-decoration: none }
 img { max-width: 100% } h2 { margin-top: 2.5rem }
 li { font-size: .8rem; overflow-wrap: anywhere }"""
 
@@ -118,7 +120,8 @@ def page(card, name):
         parts += ["<h2>Splits</h2>", f"<p>{html.escape(card['split'])}</p>",
                   table(["split", "documents", "bytes", "tokens"], splits),
                   "<h2>Lost on the way to shards</h2>", table(["what", "how many"], [
-                      pair for pair in card["counts"].items() if pair[0] not in ("documents", "bytes")])]
+                      (what, n) for what, n in card["counts"].items()
+                      if what not in ("documents", "bytes")])]
     for curated in [card, *(source.get("curated") or {} for source in card["sources"])]:
         parts += curated_part(curated) if "stages" in curated else []
     return ('<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>Data card</title>'

@@ -73,7 +73,8 @@ def test_packed_chats_have_the_losses_that_they_have_alone():
         ids, learned = loader.chats[i]
         targets = torch.from_numpy(np.where(learned[1:], ids[1:], -1))[None]
         _, loss = model(torch.from_numpy(ids[:-1])[None], targets)
-        total, n = total + loss.item() * (targets >= 0).sum().item(), n + (targets >= 0).sum().item()
+        n_learned = (targets >= 0).sum().item()
+        total, n = total + loss.item() * n_learned, n + n_learned
     assert together.item() == pytest.approx(total / n, rel=1e-5)
 
 

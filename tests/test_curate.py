@@ -173,7 +173,8 @@ def test_a_language_and_what_is_like_a_file_can_be_asked_for(tmp_path):
     folder = write(tmp_path / "raw", a__txt=german, b__txt=story())
     _, texts = run(folder, tmp_path / "out", languages="de", rules="none")
     assert [text.strip() for text in texts] == [german.strip()]
-    good, bad = [story() for _ in range(30)], ["buy cheap pills now " * 30 + str(i) for i in range(30)]
+    good = [story() for _ in range(30)]
+    bad = ["buy cheap pills now " * 30 + str(i) for i in range(30)]
     for name, rows in ("good", good), ("bad", bad):
         write(tmp_path, **{f"{name}__jsonl": "\n".join(json.dumps(dict(text=t)) for t in rows)})
     write(tmp_path / "mixed", a__txt=story(), b__txt="buy cheap pills right now " * 25)
@@ -273,7 +274,8 @@ def test_a_byte_of_another_encoding_ends_nothing_and_many_are_a_skipped_document
     card, left = run(folder, tmp_path / "out", rules="none", encoding="utf-8-sig")
     assert len(left) == 4 and sum("\ufffd" in text for text in left) == 2
     [skipped] = card["sources"][0]["skipped"]
-    assert "a.jsonl, 3: " in skipped and "of it is of another encoding: give --encoding=NAME" in skipped
+    assert "a.jsonl, 3: " in skipped
+    assert "of it is of another encoding: give --encoding=NAME" in skipped
     assert stage_of(card, "read")["bytes"] >= sum(len(text.encode()) for text in left)
 
 
@@ -300,15 +302,18 @@ def test_what_is_left_out_by_none_and_what_is_usual_are_said_in_full_in_the_card
 
 @pytest.mark.parametrize("words, message", [
     (["--out=o"], "one or more sources"), (["raw"], "one or more sources"),
-    (["none.txt", "--out=o"], "no such file"), (["raw", "--out=o", "--rules=gopherr"], "--rules=gop"),
+    (["none.txt", "--out=o"], "no such file"),
+    (["raw", "--out=o", "--rules=gopherr"], "--rules=gop"),
     (["raw", "--out=o", "--clean", "nfc", "x"], "--clean=x: must be none or of line_ends"),
     (["raw", "--out=o", "--near=2"], "near=2.0"), (["raw", "--out=o", "--near=nan"], "near=nan"),
-    (["raw", "--out=o", "--split=words"], "split"), (["raw", "--out=o", "--like=a.txt"], "--unlike"),
+    (["raw", "--out=o", "--split=words"], "split"),
+    (["raw", "--out=o", "--like=a.txt"], "--unlike"),
     (["raw", "--out=o", "--near=0", "--bands=4"], "--bands would not act beside --near=0"),
     (["raw", "--out=o", "--keep=0.4"], "--keep would not act without --like"),
     (["raw", "--out=o", "--hashes=10"], "a multiple of bands"),
     (["raw", "--out=o", "--near=0", "--against=none.txt"], "none.txt"),
-    (["raw", "--out=o", "--languages=xx"], "xx"), (["raw", "--out=o", "--encoding=x"], "encoding=x"),
+    (["raw", "--out=o", "--languages=xx"], "xx"),
+    (["raw", "--out=o", "--encoding=x"], "encoding=x"),
     (["raw", "--out=o", "--mask", "email", "none"], "--mask=email none: none stands alone"),
     (["raw", "--out=o", "--against=empty.txt"], "--against=empty.txt: no question is in it"),
     (["raw", "--out=o", "--near=1.005"], "near=1.005 must be at least 0 and at most 1"),

@@ -155,7 +155,8 @@ def test_a_web_page_is_refused_with_the_command_that_reads_it(tmp_path):
 
 
 def test_a_file_of_another_kind_is_refused_with_its_ending_and_the_known_ones(tmp_path):
-    for name, kind in [("ls.1.gz", ".1"), ("a.png", ".png"), ("README", "a name without an ending")]:
+    for name, kind in [("ls.1.gz", ".1"), ("a.png", ".png"),
+                       ("README", "a name without an ending")]:
         (tmp_path / name).write_bytes(b"x")
         with pytest.raises(ValueError) as error:
             list(read_documents(tmp_path / name))
@@ -207,7 +208,8 @@ def test_a_folder_is_read_in_order_and_skips_what_is_no_text(tmp_path):
     assert "7 skipped files" in lines[0] and "1 skipped documents" in lines[0]
     assert sum("skipped:" in line for line in lines) == 3
     assert "no text in field 'text'" in reasons["rows.jsonl, row 2"]
-    assert "chapters.curate" in reasons["a.html"] and reasons["ls.1.gz"].startswith("cannot read .1")
+    assert "chapters.curate" in reasons["a.html"]
+    assert reasons["ls.1.gz"].startswith("cannot read .1")
 
 
 def test_a_broken_row_is_left_out_and_named_and_a_file_without_a_text_refused(tmp_path):
@@ -784,8 +786,10 @@ def test_the_command_says_which_folder_it_made_or_used_again(home):
 @pytest.mark.parametrize("words, code, message", [
     (["none.txt"], 1, "no such file"), (["shakespear"], 1, "not one of stdlib, shakespeare"),
     (["empty.txt"], 1, "no text in empty.txt"), (["binary.txt"], 1, "a binary file, not text"),
-    (["a.pdf"], 1, "a.pdf: cannot read .pdf: python -m chapters.curate"), (["empty"], 1, "no text in empty"),
-    (["a.jsonl"], 1, "no text in a.jsonl: a.jsonl, row 2: no text in field"), (["blank.txt"], 1, "no text in blank.txt"),
+    (["a.pdf"], 1, "a.pdf: cannot read .pdf: python -m chapters.curate"),
+    (["empty"], 1, "no text in empty"),
+    (["a.jsonl"], 1, "no text in a.jsonl: a.jsonl, row 2: no text in field"),
+    (["blank.txt"], 1, "no text in blank.txt"),
     (["huge.txt", "--vocab_size=99"], 1, "vocab_size=99 must be from 262"),
     (["huge.txt", "--vocab_size=" + "9" * 20], 1, "vocab_size=99999999999999999999 must be from"),
     (["huge.txt", "--vocab_size=x"], 2, "invalid int value: 'x'"),

@@ -13,8 +13,8 @@ from conftest import ROOT, mistake
 
 from chapters import near
 from chapters.near import (add_new, band_keys, bucket_pairs, candidates, clusters, contaminated,
-                           gram_hashes, jaccard, leaks, near_clusters, near_duplicates, permutations,
-                           probability, repeated_lines, shingles, signature, words)
+                           gram_hashes, jaccard, leaks, near_clusters, near_duplicates,
+                           permutations, probability, repeated_lines, shingles, signature, words)
 from data import Documents, split
 
 OPTIONS = dict(threshold=0.8, n=5, hashes=128, bands=16, seed=0)

@@ -296,7 +296,7 @@ def test_two_runs_do_not_share_a_folder(shards, tmp_path):
                     (dict(resume=True), dict(out=str(tmp_path / "new"))))
     for second in resumed, new:
         Path(second.out).mkdir(exist_ok=True)
-        with module.locked(second.out), pytest.raises(ValueError, match="in use by another process"):
+        with module.locked(second.out), pytest.raises(ValueError, match="in use by another"):
             train(second, shape, **QUIET)
         train(second, shape, **QUIET)
 
