@@ -105,9 +105,22 @@ def skipped_lines(source):
     return f"<p>Skipped of {html.escape(source['name'])}:</p>\n<ul>{items}</ul>" if lines else ""
 
 
+def cards_of(card):
+    """Yield a card and the cards of its sources, and of their sources."""
+    yield card
+    for source in card.get("sources", ()):
+        yield from cards_of(source.get("curated") or {})
+
+
+def full_name(source):
+    """The name of a source, and whether some of it was written by a program."""
+    is_synthetic = any(card.get("synthetic") for card in cards_of(source.get("curated") or {}))
+    return source["name"] + " (synthetic)" * is_synthetic
+
+
 def page(card, name):
     """The card of a folder, a dict, as an HTML page."""
-    sources = [(source["name"], source.get("license") or card.get("license") or "not stated",
+    sources = [(full_name(source), source.get("license") or card.get("license") or "not stated",
                 source["files"], source.get("n_skipped", len(source["skipped"])))
                for source in card["sources"]]
     parts = [f"<h1>Data card: {html.escape(name)}</h1>",
@@ -122,8 +135,8 @@ def page(card, name):
                   "<h2>Lost on the way to shards</h2>", table(["what", "how many"], [
                       (what, n) for what, n in card["counts"].items()
                       if what not in ("documents", "bytes")])]
-    for curated in [card, *(source.get("curated") or {} for source in card["sources"])]:
-        parts += curated_part(curated) if "stages" in curated else []
+    for known in cards_of(card):
+        parts += curated_part(known) if "stages" in known else []
     return ('<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>Data card</title>'
             f"<style>{STYLE}</style>\n" + "\n".join(parts) + "</html>\n")
 

@@ -490,7 +490,7 @@ def command(name, megabytes, n_documents, *words):
 
 def curation():
     """Megabytes a second of each stage, and of all of them; of near-duplicates; of data.py."""
-    texts = prose(60_000_000)  # so many that starting the processes does not decide
+    texts = prose(120_000_000)  # so many that starting the processes does not decide
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     small, n = texts[:1000], sum(len(text.encode()) for text in texts[:1000]) / 1e6
     config = CurateConfig(near=0.0)

@@ -6,6 +6,7 @@ import json
 import lzma
 import os
 import random
+import re
 
 import numpy as np
 import pytest
@@ -328,3 +329,12 @@ def test_a_wrong_input_ends_in_one_line(tmp_path, monkeypatch, capsys, words, me
     assert code in (1, 2) and len(lines) == 1 and message in lines[0]
     assert sorted(os.listdir(tmp_path)) == ["empty", "empty.txt", "raw"]
     assert os.listdir("raw") == ["a.txt"]
+
+
+def test_a_page_says_what_is_synthetic_however_often_it_was_curated(tmp_path):
+    made = write(tmp_path / "made", documents__jsonl=json.dumps(dict(text=story())))
+    write(made, card__json=json.dumps(dict(sources=[], synthetic=True)))
+    run(made, tmp_path / "once")
+    run([tmp_path / "once", write(tmp_path / "raw", a__txt=story())], tmp_path / "twice")
+    names = re.findall(r"<tr><td>([^<]*)</td>", datacard.write_page(tmp_path / "twice").read_text())
+    assert f"{tmp_path / 'once'} (synthetic)" in names and str(tmp_path / "raw") in names
