@@ -60,7 +60,8 @@ LEARN_BYTES = 200_000_000  # a tokenizer learns from a sample of this size: more
 TIMEOUT, WAITS = 30, (1, 4, 16)  # seconds: without a byte; before a download is tried again
 PACKED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma", ".zst": "compression.zstd"}  # and modules
 PROGRAMS = ".py .c .h .cpp .cs .go .java .js .jl .kt .lua .php .pl .r .rb .rs .sh .sql .swift .ts"
-HEAVY = ".html .htm .xhtml .xht .shtml .epub .xml .mbox .srt .vtt .pdf .warc .wet".split()
+PAGES = ".html .htm .xhtml .xht .shtml".split()
+HEAVY = [*PAGES, *".epub .xml .mbox .srt .vtt .pdf .warc .wet".split()]
 CURATE = "python -m chapters.curate FILE --out=FOLDER makes text of it"
 KINDS = "only .txt .md .rst .json .jsonl .csv .tsv and programs as .py, each also packed as .gz"
 

@@ -10,11 +10,9 @@ import numpy as np
 
 from chapters import formats
 from chapters.pages import html_to_text
-from data import (HEAVY, READERS, download, ending, find_files, is_readable, open_packed,
+from data import (HEAVY, PAGES, READERS, download, ending, find_files, is_readable, open_packed,
                   read_documents, read_rows, text_hash)
 from tokenizer import reading
-
-PAGES = ".html", ".htm", ".xhtml", ".xht", ".shtml"
 
 
 def read_any(path, config, skip):

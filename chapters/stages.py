@@ -11,8 +11,8 @@ import numpy as np
 
 from chapters import cleaning
 from chapters.classify import language, quality_classifier, toxicity
-from chapters.privacy import KINDS, mask_pii
-from chapters.rules import THRESHOLDS, quality
+from chapters.privacy import mask_pii
+from chapters.rules import quality
 from data import read_documents
 
 PIECES = {"paragraphs": cleaning.split_paragraphs, "sentences": cleaning.split_sentences}

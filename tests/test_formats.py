@@ -15,7 +15,7 @@ import pytest
 
 from chapters import formats, warc, wikitext
 from chapters.formats import READERS
-from chapters.warc import join_chunks, parse_fields, unpack
+from chapters.warc import join_chunks, parse_fields
 from chapters.wikitext import wikitext_to_text
 
 

@@ -17,7 +17,7 @@ import train
 from chapters import export
 from chapters.prompts import read_rows
 from data import check_shards, file_hash, read_card, read_documents, read_shard, read_split
-from model import GPTConfig, load_model, read_progress, read_safetensors, save_model
+from model import GPTConfig, load_model, read_progress, read_safetensors
 from sample import pick_checkpoint
 from tokenizer import Tokenizer, read_json, write_json
 from train import TrainConfig, new_run, read_config, read_log, snapshot, take_step

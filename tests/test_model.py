@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from model import (ACTIVATIONS, ARCHITECTURES, GPT, KERNELS, KEY_TILE, QUERY_TILE, SIZES, Block,
                    GPTConfig, KVCache, LayerNorm, RMSNorm, fused_attention, fused_loss, load_model,
-                   plain_attention, plain_loss, plain_norm, plain_rotary, position_ids,
+                   plain_attention, plain_loss, plain_rotary, position_ids,
                    read_progress, read_safetensors, rotary_table, save_model, torch_attention,
                    write_safetensors)
 from train import TrainConfig, build_optimizer, clip_gradients

@@ -9,7 +9,6 @@ import sys
 import time
 import tracemalloc
 import unicodedata
-from collections import Counter
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
