@@ -118,7 +118,7 @@ def test_batches_on_many_processes_give_what_one_gives(raw, tmp_path, monkeypatc
     monkeypatch.setattr(curate, "BATCH_CHARS", 2000)
     card, texts = run(raw, tmp_path / "many")
     assert texts == alone and card["stages"][0]["documents"] == 40
-    assert [len(stage["examples"]) <= 5 for stage in card["stages"]]
+    assert all(len(stage["examples"]) <= 5 for stage in card["stages"])
 
 
 def test_no_near_duplicate_is_on_the_other_side_of_the_split(tmp_path):
