@@ -28,7 +28,6 @@ import unicodedata
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import MISSING, fields, make_dataclass
-from functools import partial
 from itertools import accumulate, chain, compress, groupby, islice, starmap, tee
 from pathlib import Path
 
@@ -49,10 +48,9 @@ O200K_SPLIT = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}
 CL100K_SPLIT = GPT4_SPLIT.replace(r"|\s*[\r\n]", r"|\s+(?!\s|\S)|\s*[\r\n]")
 SPLITS = {"gpt2": GPT2_SPLIT, "gpt4": GPT4_SPLIT, "cl100k": CL100K_SPLIT, "o200k": O200K_SPLIT}
 ASCII_SPLITS = {  # the same for ASCII text in Python's own `re`, which needs half the time
-    GPT2_SPLIT: re.compile(r"(?a)'(?:[sdmt]|ll|ve|re)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+"
-                           r"|\s+(?!\S)|\s+"),
-    GPT4_SPLIT: re.compile(r"(?a)'(?i:[sdmt]|ll|ve|re)|[^\r\nA-Za-z0-9]?[A-Za-z]+|[0-9]{1,3}"
-                           r"| ?[^\sA-Za-z0-9]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")}
+    pattern: re.compile("(?a)" + pattern.replace(r"\p{L}\p{N}]", "A-Za-z0-9]")
+                        .replace(r"\p{L}", "[A-Za-z]").replace(r"\p{N}", "[0-9]"))
+    for pattern in (GPT2_SPLIT, GPT4_SPLIT)}
 PLAIN = {  # tiktoken writes two of them with possessive quantifiers, which many engines lack
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s": GPT2_SPLIT,
     (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
@@ -99,15 +97,14 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         if unknown := re.search(r"unrecognized arguments: ([^\s=]+)", message):
-            word = unknown[1].lstrip("-").replace("-", "_")
-            near = nearest(unknown[1], self._option_string_actions)
-            word = "config" if word.endswith(".py") else word
-            takes_data = unknown[1][0] != "-" and "--data" in self._option_string_actions
-            hint = read_json(HINTS).get(word, "") if HINTS.exists() else ""
-            own = {"", *self._option_string_actions}  # of this command
-            hint *= re.match(r"(--\w+)?", hint)[0] in own
-            here = hint or takes_data and f"--data={unknown[1]}"
-            message = f"unknown option {unknown[1]}" + (f"; here: {here}" if here else near)
+            typed, own = unknown[1], self._option_string_actions
+            name = "config" if typed.endswith(".py") else typed.lstrip("-").replace("-", "_")
+            here = read_json(HINTS).get(name, "") if HINTS.exists() else ""
+            if here.startswith("--") and re.match(r"--\w+", here)[0] not in own:
+                here = ""  # the option is another command's
+            if not here and typed[0] != "-" and "--data" in own:
+                here = f"--data={typed}"
+            message = f"unknown option {typed}" + (f"; here: {here}" if here else nearest(typed, own))
         message = re.sub("ignored explicit argument.*", "it takes no value", message)
         self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
 
@@ -744,17 +741,15 @@ def main():
     parser = Parser(__doc__)
     parser.add_argument("command", choices=["train", "show", "encode", "decode"])
     parser.add_argument("input", nargs="+", help="train: files; encode, show: a text; decode: ids")
-    defaults = dict(vocab_size=4096, pattern="gpt4", out="tokenizer.json",
-                    tokenizer="tokenizer.json")
-    add = partial(parser.add_argument, default=argparse.SUPPRESS)
-    add("--vocab_size", type=int, help="of train (default 4096)")
-    add("--pattern", choices=SPLITS, help="of train (default gpt4)")
-    add("--out", help="train writes it (default tokenizer.json)")
-    add("--tokenizer", help="the others read it (default tokenizer.json)")
-    typed = vars(parser.parse_intermixed_args())
-    idle = ["tokenizer"] if typed["command"] == "train" else ["vocab_size", "pattern", "out"]
-    refuse_idle(typed, idle, f"beside {typed['command']}")
-    args = argparse.Namespace(**defaults | typed)
+    parser.add_argument("--vocab_size", type=int, default=4096, help="of train (default 4096)")
+    parser.add_argument("--pattern", choices=SPLITS, default="gpt4", help="of train (default gpt4)")
+    name = dict(default="tokenizer.json")
+    parser.add_argument("--out", help="train writes it (default tokenizer.json)", **name)
+    parser.add_argument("--tokenizer", help="the others read it (default tokenizer.json)", **name)
+    args = parser.parse_intermixed_args()
+    idle = ["tokenizer"] if args.command == "train" else ["vocab_size", "pattern", "out"]
+    changed = [name for name in idle if getattr(args, name) != parser.get_default(name)]
+    refuse_idle(changed, idle, f"beside {args.command}")
     if args.command == "train":
         start, texts = time.time(), read_files(args.input)
         sample = next(filter(None, texts), "")  # a pipe can be read only once
