@@ -20,7 +20,7 @@ import json
 import math
 import os
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial, reduce
 from pathlib import Path
 
@@ -105,6 +105,8 @@ class GPTConfig:
     n_head: int = option(12, "query heads", low=1)
     n_kv_head: int = option(0, "key/value heads; 0: the architecture's share of n_head")
     n_embd: int = option(768, "channels", low=1)
+    head_dim: int = option(0, "channels in a head; 0: n_embd / n_head")
+    n_hidden: int = option(0, "channels inside an MLP; 0: what suits the activation")
     n_encoder_layer: int = option(0, "of the encoder, where cross; 0: as n_layer", below=1025)
     n_classes: int = option(0, "0: tokens; 1: one number per text; more: a class per text")
     window: int = option(0, "a token attends to this many, itself the last; 0: all")
@@ -123,6 +125,7 @@ class GPTConfig:
     cross: bool | None = option(None, "an encoder reads a source, and each block attends to it")
     tied: bool | None = option(None, "the head shares the embedding's matrix")
     rope_theta: float = option(10000.0, "base of the rotary frequencies", low=1)
+    norm_eps: float = option(0.0, "added to what norms divide by; 0: the norm's own", below=1)
 
     def __post_init__(self):
         check_known(self.architecture, ARCHITECTURES, "architecture")
@@ -134,7 +137,7 @@ class GPTConfig:
         derived["n_kv_head"] = self.n_kv_head or self.n_head // math.gcd(self.n_head,
                                                                          queries_per_kv_head)
         derived["n_encoder_layer"] = self.cross and (self.n_encoder_layer or self.n_layer) or 0
-        if self.n_embd % self.n_head:
+        if self.n_embd % self.n_head and not self.head_dim:
             raise ValueError(f"n_embd={self.n_embd} is no multiple of n_head={self.n_head}")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head={self.n_head} is no multiple of n_kv_head={self.n_kv_head}")
@@ -143,7 +146,7 @@ class GPTConfig:
 
     @property
     def head_size(self):
-        return self.n_embd // self.n_head
+        return self.head_dim or self.n_embd // self.n_head
 
 
 # -----------------------------------------------------------------------------
@@ -359,19 +362,21 @@ def loss_tile(x, weight, targets, softcap, smoothing, z_loss, with_gradient):
     return loss, d_logits.to(x.dtype)
 
 
-def loss_and_gradients(tile, x, weight, targets, *options, with_gradient):
-    """-> (the sum of the losses, its gradients by x and weight, or None), some tokens at a time."""
+def loss_and_gradients(tile, x, weight, targets, *options, needs):
+    """-> (the sum of the losses, its gradients by x and weight, None where `needs`, two bools, says
+    that it is not asked for), some tokens at a time."""
     low, (N, V) = weight.to(x.dtype), (len(x), len(weight))
     total = torch.zeros((), dtype=sum_dtype(x.dtype), device=x.device)
-    d_x, d_weight = (torch.zeros_like(y) if with_gradient else None for y in (x, weight))
+    d_x, d_weight = (torch.zeros_like(y) if need else None for y, need in zip((x, weight), needs))
     held = LOSS_TILE if x.device.type == "cpu" else 8 * LOSS_TILE
     step = max(1, min(N, held // V))
     for start in range(0, N, step):
         rows = slice(start, start + step)
-        loss, d_logits = tile(x[rows], low, targets[rows], *options, with_gradient)
+        loss, d_logits = tile(x[rows], low, targets[rows], *options, any(needs))
         total += loss
-        if with_gradient:
+        if needs[0]:
             torch.mm(d_logits, low, out=d_x[rows])
+        if needs[1]:
             d_weight += d_logits.T @ x[rows]
     return total, d_x, d_weight
 
@@ -382,7 +387,7 @@ class FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, softcap, smoothing, z_loss, tile=loss_tile):
         total, *gradients = loss_and_gradients(tile, x, weight, targets, softcap, smoothing, z_loss,
-                                               with_gradient=any(ctx.needs_input_grad))
+                                               needs=ctx.needs_input_grad[:2])
         ctx.save_for_backward(*gradients)
         ctx.count = (targets != -1).sum().clamp(min=1)
         return total / ctx.count
@@ -390,9 +395,9 @@ class FusedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d_loss):
-        d_x, d_weight = ctx.saved_tensors
         share = d_loss / ctx.count  # not earlier: a gradient of 1 / count is too small for float16
-        return d_x * share, d_weight * share, None, None, None, None
+        d_x, d_weight = (None if d is None else d * share for d in ctx.saved_tensors)
+        return d_x, d_weight, None, None, None, None
 
 
 def fused_loss(x, weight, targets, softcap=0.0, smoothing=0.0, z_loss=0.0):
@@ -503,8 +508,9 @@ class RMSNorm(nn.Module):
     """x / root of its mean square, times a weight, over the last dimension. arXiv:1910.07467"""
     norm, center, eps = staticmethod(plain_norm), False, 1e-6
 
-    def __init__(self, size, bias=False):
+    def __init__(self, size, bias=False, eps=0.0):
         super().__init__()
+        self.eps = eps or self.eps
         self.weight = nn.Parameter(torch.ones(size))
         self.bias = nn.Parameter(torch.zeros(size)) if bias and self.center else None
 
@@ -565,8 +571,8 @@ class Attention(nn.Module):
         self.k_proj = Linear(C, config.n_kv_head * D, bias=bias)
         self.v_proj = Linear(C, config.n_kv_head * D, bias=bias)
         self.o_proj = Linear(config.n_head * D, C, bias=bias)
-        self.q_norm = RMSNorm(D) if config.qk_norm else None
-        self.k_norm = RMSNorm(D) if config.qk_norm else None
+        self.q_norm = RMSNorm(D, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(D, eps=config.norm_eps) if config.qk_norm else None
 
     def split_heads(self, x, norm=None, table=None):
         """(B, T, H * D) -> (B, H, T, D), normalised, and rotated by the table of its positions."""
@@ -576,8 +582,9 @@ class Attention(nn.Module):
         x = x if table is None else self.rotary(x, *table)
         return x.transpose(1, 2)
 
-    def forward(self, x, source=None, table=None, cache=None, **mask_options):
-        """x (B, T, C), source (B, S, C) or None -> (B, T, C); mask_options as for attention."""
+    def forward(self, x, source=None, table=None, cache=None, prefix=None, **mask_options):
+        """x (B, T, C), source (B, S, C) or None -> (B, T, C); mask_options as for attention. prefix
+        (keys, values, gate) is attended to as well, by all queries, with a softmax of its own."""
         q = self.split_heads(self.q_proj(x), self.q_norm, table)         # (B, H, T, D)
         if source is not None and cache is not None and cache.source is not None:
             k, v = cache.source                                          # (B, K, S, D)
@@ -591,6 +598,9 @@ class Attention(nn.Module):
             cache.source = k, v
         dropout = self.dropout if self.training else 0.0
         y = self.attention(q, k, v, dropout=dropout, **mask_options)     # (B, H, T, D)
+        if prefix is not None:
+            k, v = (x.expand(len(q), -1, -1, -1) for x in prefix[:2])    # (B, K, n, D)
+            y = y + prefix[2] * self.attention(q, k, v, causal=False)
         return self.o_proj(y.transpose(1, 2).flatten(2))                 # (B, T, C)
 
 
@@ -600,7 +610,7 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, gated = config.n_embd, config.activation.endswith("glu")
-        hidden = 64 * math.ceil(8 * C / 3 / 64) if gated else 4 * C
+        hidden = config.n_hidden or (64 * math.ceil(8 * C / 3 / 64) if gated else 4 * C)
         self.gate_proj = Linear(C, hidden, bias=config.bias) if gated else None
         self.up_proj = Linear(C, hidden, bias=config.bias)
         self.down_proj = Linear(hidden, C, bias=config.bias)
@@ -619,7 +629,7 @@ class Block(nn.Module):
 
     def __init__(self, config, cross=False):
         super().__init__()
-        norm = partial(NORMS[config.norm], config.n_embd, bias=config.bias)
+        norm = partial(NORMS[config.norm], config.n_embd, config.bias, config.norm_eps)
         self.norm_first = config.norm_first
         self.attn_norm, self.attn = norm(), Attention(config)
         self.cross_norm, self.cross = (norm(), Attention(config)) if cross else (None, None)
@@ -664,8 +674,9 @@ class Transformer(nn.Module):
         self.causal, cross = config.causal and not encoder, config.cross and not encoder
         n_layer = config.n_encoder_layer if encoder else config.n_layer
         self.blocks = nn.ModuleList(Block(config, cross) for _ in range(n_layer))
-        norm = NORMS[config.norm](config.n_embd, bias=config.bias)
+        norm = NORMS[config.norm](config.n_embd, config.bias, config.norm_eps)
         self.final_norm = norm if config.norm_first else None  # else the last block ends with one
+        self.prefix = None  # or a Prefix, by tune()
 
     def embed(self, ids, positions):
         """-> (the stream (B, T, C) as it begins, the rotary table if positions enter there)"""
@@ -686,11 +697,13 @@ class Transformer(nn.Module):
         x, table = self.embed(ids, positions)
         x = self.dropout(x if dtype is None else x.to(dtype))            # (B, T, C)
         mask_options = dict(causal=self.causal, window=c.window, segments=segments)
+        prefixes = self.prefix and self.prefix(self, x.dtype)
         for i, block in enumerate(self.blocks):
+            options = mask_options | dict(prefix=prefixes and prefixes[i])
             if self.recompute and self.training:
-                x = checkpoint(block, x, table, None, memory, use_reentrant=False, **mask_options)
+                x = checkpoint(block, x, table, None, memory, use_reentrant=False, **options)
             else:
-                x = block(x, table, cache[i] if cache else None, memory, **mask_options)
+                x = block(x, table, cache[i] if cache else None, memory, **options)
         return x if self.final_norm is None else self.final_norm(x)
 
 
@@ -700,7 +713,7 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.trial = config, {}
+        self.config, self.trial, self.tuning = config, {}, None
         self.transformer = Transformer(config)
         self.encoder = Transformer(config, encoder=True) if config.cross else None
         self.lm_head = Head(config.n_embd, config.n_classes or config.vocab_size, bias=False)
@@ -805,11 +818,222 @@ class GPT(nn.Module):
         """Of forward and backward on T tokens, and a source as long: 6 a weight of a product, 12 a
         channel of each key that a query attends to: on average T/2 before it, or its window."""
         T, c = T or self.config.block_size, self.config
-        weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, Linear))
+        weights = sum(m.weight.numel() for m in self.modules()
+                      if isinstance(m, (Linear, QuantLinear)))
         window = min(c.window or T, T)
         before, behind = window - window**2 / (2 * T), 0 if c.causal else T / 2
         keys = c.n_layer * (before + behind + T * c.cross) + c.n_encoder_layer * (before + T / 2)
-        return 6 * weights + 12 * c.n_embd * keys
+        return 6 * weights + 12 * c.n_head * c.head_size * keys
+
+
+# -----------------------------------------------------------------------------
+# Fine-tuning: surgery on a finished model, which stays as it is but for what is trained.
+
+
+def swap(model, names, build):
+    """Replace each submodule whose own name is in names by build(submodule); -> how many."""
+    found = [(parent, name, child) for parent in model.modules()
+             for name, child in parent.named_children() if name in names]
+    for parent, name, child in found:
+        setattr(parent, name, build(child))
+    return len(found)
+
+
+class Int8Product(torch.autograd.Function):
+    """x times weight (F, C) of int8, times scale (F,); backward makes the floats of it again."""
+
+    @staticmethod
+    def forward(ctx, x, weight, scale):
+        ctx.save_for_backward(weight, scale)
+        return F.linear(x, weight.to(x.dtype)) * scale.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_y):
+        weight, scale = ctx.saved_tensors
+        return (d_y * scale.to(d_y.dtype)) @ weight.to(d_y.dtype), None, None
+
+
+class QuantLinear(nn.Module):
+    """A linear layer, frozen, with int8 for its weights and a scale for each row."""
+
+    def __init__(self, base):
+        super().__init__()
+        scale = base.weight.detach().abs().amax(dim=1).clamp(min=1e-12) / 127
+        weight = (base.weight.detach() / scale[:, None]).round().to(torch.int8)
+        self.weight, self.scale = (nn.Parameter(w, requires_grad=False) for w in (weight, scale))
+        self.bias = base.bias
+
+    def forward(self, x):
+        y = Int8Product.apply(x, self.weight, self.scale)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def merged(self):
+        """The Linear whose weights are what the int8 stand for."""
+        return as_linear(self.weight * self.scale[:, None], self.bias)
+
+
+def as_linear(weight, bias):
+    """A Linear with these parameters."""
+    linear = Linear(*weight.shape[::-1], bias=False, device="meta")
+    linear.weight, linear.bias = nn.Parameter(weight.detach()), bias
+    return linear
+
+
+def with_bias(linear):
+    """The same layer; where it has no bias, it gets one of zeros."""
+    if linear.bias is None:
+        linear.bias = nn.Parameter(linear.weight.new_zeros(len(linear.weight), dtype=torch.float32))
+    return linear
+
+
+class LoRALinear(nn.Module):
+    """A linear layer W and beside it a trained product of rank r: W x + alpha / r * B A x, with B
+    (F, r) zero at first and A (r, C). arXiv:2106.09685"""
+
+    def __init__(self, base, rank=8, alpha=16.0, dropout=0.0):
+        super().__init__()
+        (n_out, n_in), device = base.weight.shape, base.weight.device
+        if rank > min(n_out, n_in):
+            raise ValueError(f"rank={rank} is above that of a layer of {n_out} x {n_in}: take at "
+                             f"most {min(n_out, n_in)}")
+        self.base, self.scale, self.dropout = base, alpha / rank, nn.Dropout(dropout)
+        self.lora_A = nn.Parameter(torch.empty(rank, n_in, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(n_out, rank, device=device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x):
+        low = plain_linear(self.dropout(x), self.lora_A)                 # (..., r)
+        return self.base(x) + plain_linear(low, self.lora_B) * self.scale
+
+    def merged(self):
+        """The Linear that gives the same, without dropout."""
+        base = self.base.merged() if isinstance(self.base, QuantLinear) else self.base
+        return as_linear(base.weight + self.scale * self.lora_B @ self.lora_A, base.bias)
+
+
+class Adapter(nn.Module):
+    """A linear layer and behind it a bottleneck that adds to its y: y + up(gelu(down(y))), where up
+    is zero at first. arXiv:1902.00751"""
+
+    def __init__(self, base, width):
+        super().__init__()
+        n, device = len(base.weight), base.weight.device
+        self.base, self.down = base, Linear(n, width, device=device)
+        self.up = Linear(width, n, device=device)
+        for w in self.up.parameters():
+            nn.init.zeros_(w)
+
+    def forward(self, x):
+        y = self.base(x)
+        return y + self.up(ACTIVATIONS["gelu"](self.down(y)))
+
+
+class Prefix(nn.Module):
+    """n keys and values for each layer that all tokens attend to: arXiv:2101.00190. So that they
+    change nothing at first, they have a softmax of their own, and for each head a gate, which is
+    zero then: arXiv:2303.16199."""
+
+    def __init__(self, transformer, n):
+        super().__init__()
+        c, device = transformer.config, transformer.wte.weight.device
+        self.gate = nn.Parameter(torch.zeros(c.n_layer, c.n_head, 1, 1, device=device))
+        self.k, self.v = (nn.Parameter(torch.randn(c.n_layer, 1, c.n_kv_head, n, c.head_size,
+                                                   device=device)) for _ in range(2))
+
+    def forward(self, transformer, dtype):
+        """-> for each layer keys and values (1, K, n, D) and gates (H, 1, 1), in this dtype."""
+        return [*zip(*(w.to(dtype) for w in (self.k, self.v, self.gate)))]
+
+
+class Prompt(Prefix):
+    """n vectors in the place of the embeddings of a text, arXiv:2104.08691: the blocks make the
+    keys and values of them; where positions rotate, theirs lie before the first token's."""
+
+    def __init__(self, transformer, n):
+        super().__init__(transformer, n)
+        table = transformer.wte.weight.detach()
+        self.k = self.v = None
+        self.embeddings = nn.Parameter(table[torch.randint(len(table), (n,), device=table.device)])
+
+    def forward(self, transformer, dtype):
+        c, x = transformer.config, self.embeddings.to(dtype)[None]       # (1, n, C)
+        cache = [KVCache(c, 1, x.size(1), x.device, dtype) for _ in transformer.blocks]
+        positions = torch.arange(-x.size(1), 0, device=x.device)
+        table = rotary_table(c, positions) if c.position == "rope" else None
+        for block, layer in zip(transformer.blocks, cache):
+            x = block(x, table, layer)
+        return [(layer.k, layer.v, gate) for layer, gate in zip(cache, self.gate.to(dtype))]
+
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TUNINGS = ("full", "head", "last", "bias", "lora", "adapter", "prefix", "prompt")
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """What of a model is trained."""
+    tune: str = option("full", f"what is trained: {' | '.join(TUNINGS)}, the last blocks as last:N")
+    rank: int = option(8, "of lora; channels of an adapter; vectors of a prefix or prompt", low=1)
+    alpha: float = option(0.0, "weight of lora: alpha / rank; 0: twice the rank")
+    lora_dropout: float = option(0.0, "share of lora's inputs dropped", below=1)
+    targets: list = option([*LINEARS], "layers that get lora", many=True)
+    quant: str | None = option(None, "the frozen layers in int8", known=lambda: ("int8",))
+
+    def __post_init__(self):
+        check_options(self)
+        method, _, n = self.tune.partition(":")
+        check_known(method, TUNINGS, "tune")
+        if (method == "last") != bool(n) or n and not (n.isdecimal() and int(n)):
+            raise ValueError(f"tune={self.tune}: how many blocks? such as last:2; others have none")
+        for name in self.targets:
+            check_known(name, LINEARS, "target")
+        if self.quant and method in ("full", "last"):
+            raise ValueError(f"quant={self.quant} freezes what --tune={self.tune} trains: leave it "
+                             "out, or take lora")
+
+
+def tune(model, config):
+    """Leave only that of a plain model to be trained which a TuneConfig says, and add it where it
+    is new: at first it changes nothing. -> how many parameters are trained"""
+    body, (method, _, n) = model.transformer, config.tune.partition(":")
+    if n and int(n) > len(body.blocks):
+        raise ValueError(f"tune={config.tune}: the model has {len(body.blocks)} blocks")
+    model.requires_grad_(method == "full")
+    model.tuning = None if method == "full" else config
+    if config.quant:
+        swap(body.blocks, LINEARS, QuantLinear)
+    if method == "lora":
+        swap(body.blocks, config.targets, lambda layer: LoRALinear(
+            layer, config.rank, config.alpha or 2.0 * config.rank, config.lora_dropout))
+    elif method == "adapter":
+        swap(body.blocks, ("o_proj", "down_proj"), lambda layer: Adapter(layer, config.rank))
+    elif method in ("prefix", "prompt"):
+        body.prefix = (Prefix if method == "prefix" else Prompt)(body, config.rank)
+    elif method == "last":
+        for part in filter(None, (*body.blocks[-int(n):], body.final_norm)):
+            part.requires_grad_()
+    elif method == "bias":  # arXiv:2106.10199; layers without one get one, zero at first
+        swap(body.blocks, LINEARS, with_bias)
+        for name, p in body.named_parameters():
+            p.requires_grad_(name.endswith("bias"))
+    elif method == "head" and model.config.tied:  # the embedding stays
+        model.config = replace(model.config, tied=False)
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    if method == "head" or model.config.n_classes:  # whose head is new
+        model.lm_head.requires_grad_()
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def merge(model):
+    """Make a tuned model a plain one that gives the same, in place; ValueError where none does."""
+    method = model.tuning.tune if model.tuning else "full"
+    if method in ("adapter", "prefix", "prompt") or method == "bias" and not model.config.bias:
+        raise ValueError(f"what --tune={method} adds has no place in a plain model: it stays apart")
+    swap(model.transformer.blocks, LINEARS,
+         lambda layer: layer if isinstance(layer, Linear) else layer.merged())
+    model.tuning = None
+    return model.requires_grad_()
 
 
 # -----------------------------------------------------------------------------
@@ -885,16 +1109,21 @@ def read_safetensors(path, only_check=False):
 
 
 def save_model(model, file, tensors={}, **progress):
-    """Write a model, further {name: tensor} and plain values to a path or an open binary file."""
+    """Write a model, further {name: tensor} and plain values to a path or an open binary file. Of
+    a tuned model only what is trained: its base lies beside it, in base.safetensors."""
     metadata = dict(format="pt", version=VERSION, config=json.dumps(asdict(model.config)),
                     progress=json.dumps(progress))
-    weights = dict(model.named_parameters())  # shared ones once
+    if model.tuning:
+        metadata |= dict(tuning=json.dumps(asdict(model.tuning)), base=model.base)
+    weights = {name: p for name, p in model.named_parameters()  # shared ones once
+               if p.requires_grad or not model.tuning}
     with nullcontext(file) if hasattr(file, "write") else open(file, "wb") as opened:
         write_safetensors(opened, weights | tensors, metadata)
 
 
 def read_progress(path):
-    """{"config": a GPTConfig, and each value that save_model wrote} from a header alone."""
+    """{"config": a GPTConfig, "tuning": a TuneConfig or None, "base": the checksum of its base, and
+    each value that save_model wrote} from a header alone."""
     if Path(path).suffix == ".pt":
         raise ValueError(f"{path} was written by an older version of this program: train again")
     _, metadata = read_header(path)
@@ -902,11 +1131,25 @@ def read_progress(path):
         raise ValueError(f"{path} is no checkpoint of this program: it has version "
                          f"{metadata.get('version')!r:.20}, and {VERSION!r} is read")
     try:
-        config = GPTConfig(**json.loads(metadata["config"]))
-        return json.loads(metadata["progress"]) | dict(config=config)
+        config, tuning = GPTConfig(**json.loads(metadata["config"])), metadata.get("tuning")
+        return json.loads(metadata["progress"]) | dict(
+            config=config, tuning=tuning and TuneConfig(**json.loads(tuning)),
+            base=metadata.get("base"))
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: its metadata makes no model ({error!s:.200})"
                          ) from None
+
+
+def check_weights(expected, found, path):
+    """ValueError that lists what of the {name: tensor} found in a file is not as expected."""
+    shapes, own = ({name: tuple(w.shape) for name, w in ws.items()} for ws in (expected, found))
+    wrong = [f"{name} is {own.get(name, 'missing')}, not {shapes.get(name, 'expected')}"
+             for name in shapes | own if shapes.get(name) != own.get(name)]
+    wrong += [f"{name} is {w.dtype}" for name, w in found.items() if not w.is_floating_point()]
+    if wrong:
+        words = " ".join("; ".join(wrong[:6]).split())[:600]  # names may be of any kind and length
+        more = f" and {len(wrong) - 6} more" if len(wrong) > 6 else ""
+        raise ValueError(f"{path} does not hold the weights of its config: {words}{more}")
 
 
 def from_weights(config, weights, path):
@@ -916,25 +1159,34 @@ def from_weights(config, weights, path):
             model = GPT(config)
     except RuntimeError as error:  # more numbers than can be counted
         raise ValueError(f"{path} has a config that makes no model: {error!s:.80}") from None
-    expected, found = ({name: tuple(w.shape) for name, w in tensors} for tensors in (
-        model.named_parameters(), weights.items()))
-    wrong = [f"{name} is {found.get(name, 'missing')}, not {expected.get(name, 'expected')}"
-             for name in expected | found if expected.get(name) != found.get(name)]
-    wrong += [f"{name} is {w.dtype}" for name, w in weights.items() if not w.is_floating_point()]
-    if wrong:
-        words = " ".join("; ".join(wrong[:6]).split())[:600]  # names may be of any kind and length
-        more = f" and {len(wrong) - 6} more" if len(wrong) > 6 else ""
-        raise ValueError(f"{path} does not hold the weights of its config: {words}{more}")
+    check_weights(dict(model.named_parameters()), weights, path)
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie()
     return model.requires_grad_()
 
 
+def load_tuned(tuning, base, weights, path, device):
+    """The model of base.safetensors, tuned, with these {name: tensor} of the file beside it."""
+    base_path = Path(path).with_name("base.safetensors")
+    if not base_path.exists() or read_header(base_path)[1].get("sha256") != base:
+        raise ValueError(f"{path} holds only what --tune={tuning.tune} trained, and {base_path} is "
+                         f"{'another' if base_path.exists() else 'missing'}: copy the one whose "
+                         f"sha256 begins with {base[:12]} from where this was trained")
+    model, _ = load_model(base_path, device)
+    tune(model, tuning)
+    check_weights({n: p for n, p in model.named_parameters() if p.requires_grad}, weights, path)
+    model.load_state_dict(weights, strict=False)
+    model.base = base
+    return model
+
+
 def load_model(path, device="cpu"):
     """-> (the model, {"tensors": what is not a weight, and each value of the progress})."""
     progress = read_progress(path)
-    config = progress.pop("config")
+    config, tuning, base = (progress.pop(name) for name in ("config", "tuning", "base"))
     tensors = {name: w.to(device) for name, w in read_safetensors(path).items()}
     names = [name for name in tensors if not name.startswith("optimizer.")]
-    model = from_weights(config, {name: tensors.pop(name) for name in names}, path)
+    weights = {name: tensors.pop(name) for name in names}
+    model = (load_tuned(tuning, base, weights, path, device) if tuning else
+             from_weights(config, weights, path))
     return model, progress | dict(tensors=tensors)

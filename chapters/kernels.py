@@ -165,10 +165,11 @@ def rows(kernels, device, dtype):
 def trial(model, rows, batch_size, seconds=0.3):
     """{name: seconds} that a block of the model takes, forward and backward, on batch_size whole
     sequences with the functions of each row but the plain one; the fastest of a few tries."""
-    block, c, found = model.transformer.blocks[0], model.config, {}
+    block, c, found = model.transformer.blocks[-1], model.config, {}
     x = torch.randn(batch_size, c.block_size, c.n_embd, device=model.device,
                     dtype=model.dtype or model.lm_head.weight.dtype,
                     generator=torch.Generator(model.device).manual_seed(0)).requires_grad_()
+    inputs = [x, *(p for p in block.parameters() if p.requires_grad)]
     table = rotary_table(c, torch.arange(c.block_size, device=model.device))
     options = dict(table=table if c.position == "rope" else None, window=c.window,
                    causal=model.transformer.causal, memory=(x.detach(), None))
@@ -177,7 +178,7 @@ def trial(model, rows, batch_size, seconds=0.3):
         times, begin = [], time.perf_counter()
         while len(times) < 2 or time.perf_counter() - begin < seconds:
             start = time.perf_counter()
-            grads = torch.autograd.grad(block(x, **options).sum(), [x, *block.parameters()])
+            grads = torch.autograd.grad(block(x, **options).sum(), inputs)
             grads[0].flatten()[0].item()  # a GPU has then finished
             times.append(time.perf_counter() - start)
         found[name] = min(times)
