@@ -37,9 +37,10 @@ import tempfile
 import time
 import unicodedata
 import zipfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field as dataclass_field
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import URLError
@@ -54,6 +55,7 @@ from tokenizer import (QUIET, SPECIAL_TOKENS, Parser, Tokenizer, check_fields, r
 
 SEPARATOR = "<|endoftext|>"  # between the documents of a text file
 LONG_TEXT = 1 << 21  # characters; a longer text is read as several documents
+CHATS = {"messages"}, {"instruction", "output"}, {"text", "label"}  # fields that make a row a chat
 LARGE = 1 << 25  # characters or bytes: of a JSON value or a row, and to find out an encoding
 GROUP_BYTES = 1 << 23  # text tokenized at a time: the ids of a large corpus must not fill memory
 LEARN_BYTES = 200_000_000  # a tokenizer learns from a sample of this size: more changes little
@@ -262,6 +264,50 @@ def read_documents(path, field="text", encoding=None, skip=None):
             return text
         raise ValueError(f"no text in field {field!r} of {row!r:.60}: --field=NAME names another")
     return read_rows(path, take, encoding, skip)
+
+
+BYTES = Tokenizer([])  # whose render_chat says what is wrong with a chat
+
+
+def take_chat(row):
+    """The messages of a row, which render_chat takes; ValueError for a row that has none."""
+    row = row if isinstance(row, dict) else {}
+    messages, answer = row.get("messages"), row.get("output", row.get("label"))
+    if "messages" not in row:
+        parts = [row.get("instruction"), row.get("input") or ""] if "output" in row else [
+            row.get("text")]
+        answer = str(answer) if isinstance(answer, int) else answer
+        if not all(isinstance(part, str) for part in [*parts, answer]):
+            raise ValueError("neither messages, a list, nor instruction and output, or text and "
+                             "label, which are texts")
+        messages = [dict(role="user", content="\n\n".join(filter(None, parts))),
+                    dict(role="assistant", content=answer)]
+    BYTES.render_chat(messages)
+    return messages
+
+
+def read_chats(path, skip=None, take=take_chat, encoding=None):
+    """Yield the messages of each row of a .jsonl or .json file; skip(reason) as in read_rows."""
+    return read_rows(path, take, encoding, skip)
+
+
+def chat_fields(paths, encoding=None):
+    """Those of CHATS that the first rows of files have, none for texts; ValueError for both."""
+    found = {}
+    for path in paths:
+        row = ""
+        if ending(path) in (".json", ".jsonl"):
+            with contextlib.suppress(OSError, ValueError):  # whoever reads all of it names it
+                rows = read_rows(path, lambda row: row, encoding, skip=lambda reason: None)
+                row = next(rows, None)
+        names = row.keys() if isinstance(row, dict) else ()
+        kind = next((i for i, fields in enumerate(CHATS) if fields <= {*names}), None)
+        found |= {kind: path} if row is not None else {}
+    if None in found and len(found) > 1:
+        texts = found.pop(None)
+        raise ValueError(f"{[*found.values()][0]} holds chats and {texts} does not: prepare them "
+                         "one by one, or all as texts, with --field=NAME")
+    return [CHATS[i] for i in found if i is not None]
 
 
 LINE_ENDS = re.compile("\r\n|[\r\v\f\x85\u2028\u2029]")
@@ -493,6 +539,7 @@ class Card:
     vocab_size: int
     checksums: dict   # {file name: sha256}
     date: str = ""    # of the day it was made
+    labels: list = dataclass_field(default_factory=list)  # sorted, where rows are text and label
 
     def __post_init__(self):
         counts = [split.get(n) for split in (self.train, self.val) for n in ("tokens", "bytes")]
@@ -536,7 +583,15 @@ class Documents:
         return self.file.read(self.ends[i] - self.starts[i]).decode()
 
 
-def gather(found, file, license=None, **how):
+def chat_line(row, counts):
+    """A row of chats as a line of JSON, its messages, cleaned; "" where they say nothing."""
+    messages = [dict(role=message["role"], content=clean(message["content"], counts))
+                for message in take_chat(row)]
+    is_empty = not any(message["content"] for message in messages)
+    return "" if is_empty else json.dumps(messages, ensure_ascii=False)
+
+
+def gather(found, file, license=None, chats=False, encoding=None, field="text"):
     """Read and clean all files into one -> (Documents, each text once; the sources, as a card has
     them; counts of what is lost). Broken documents and files that cannot be read are left out and
     named; where a source is a single such file, a ValueError."""
@@ -551,14 +606,16 @@ def gather(found, file, license=None, **how):
         for path in tqdm(paths, "read", unit=" files", **QUIET):
             start, n_before, n_chars, lost = file.tell(), len(sizes), 0, Counter()
             try:
-                for text in read_documents(path, skip=skip, **how):
-                    text = clean(text, lost)
+                texts = (read_rows(path, partial(chat_line, counts=lost), encoding, skip) if chats
+                         else (clean(text, lost) for text in
+                               read_documents(path, field, encoding, skip)))
+                for text in texts:
                     n_chars += len(text)
                     sizes.append(file.write(text.encode()))
                 if lost["replaced bytes"] > n_chars / 100:
                     raise ValueError(
                         f"{path}: {lost['replaced bytes'] / n_chars:.0%} of its characters are not "
-                        f"{how.get('encoding') or 'UTF-8'}: --encoding=NAME says what they are")
+                        f"{encoding or 'UTF-8'}: --encoding=NAME says what they are")
                 counts.update(lost)
                 n_files += 1
             except ValueError as error:
@@ -581,21 +638,25 @@ def gather(found, file, license=None, **how):
     return Documents(file, *unique), sources, counts
 
 
-def split(documents, val_ratio=None):
+def split(documents, val_ratio=None, whole=False):
     """Return Documents to train on, Documents to validate on, and in words what decides. Whole
     documents go by their own hash, so none changes sides when others come or go; but no long one
-    becomes most of what validates."""
+    becomes most of what validates. A few are cut instead, each near its end, unless they are to
+    stay whole."""
     starts, ends, are_few = documents.starts, documents.ends, len(documents) < 20
     ratio = val_ratio or (0.1 if are_few else 0.05)
     hashes = [int.from_bytes(text_hash(text)[:8], "big") / 2**64 for text in documents]
-    chosen, room = [], 2 * ratio * documents.n_bytes * (not are_few)
-    for i in np.argsort(hashes):
+    order = np.argsort(hashes)
+    chosen, room = [], 2 * ratio * documents.n_bytes * (whole or not are_few)
+    for i in order[:-1]:
         if hashes[i] > ratio and chosen:
             break
         if ends[i] - starts[i] <= room:
             chosen.append(i)
             room -= ends[i] - starts[i]
-    if chosen:
+    if whole and not chosen:
+        chosen = order[:1]
+    if len(chosen):
         rule = (f"documents with a sha256 (as a fraction of 1) below {ratio} validate, at least "
                 f"one, and at most {2 * ratio:.0%} of all bytes")
         cuts = ends.copy()
@@ -607,25 +668,33 @@ def split(documents, val_ratio=None):
                          for text, n in zip(documents, lengths)]
     train, val = Documents(documents.file, starts, cuts), Documents(documents.file, cuts, ends)
     if not train or not val:
-        raise ValueError(f"{documents.n_bytes:,} bytes of text do not split at val_ratio={ratio}")
+        raise ValueError("a single chat cannot both train and validate: give more" if whole else
+                         f"{documents.n_bytes:,} bytes of text do not split at val_ratio={ratio}")
     return train, val, rule
 
 
-def tokenize(documents, tokenizer):
+def tokenize(documents, tokenizer, chats=False):
     """Yield the ids of documents, each behind <|endoftext|>, in large arrays, with every core."""
     texts = tqdm(documents, "tokenize", unit=" documents", **QUIET)
     groups = (documents.ends - documents.starts).cumsum() // GROUP_BYTES
     for _, group in itertools.groupby(zip(groups, texts), lambda pair: pair[0]):
-        encoded = tokenizer.encode_batch(text for _, text in group)
-        yield np.array([id for ids in encoded for id in (tokenizer.eot, *ids)])
+        group = [text for _, text in group]
+        encoded = ([tokenizer.render_chat(json.loads(line))[0] for line in group] if chats else
+                   [(tokenizer.eot, *ids) for ids in tokenizer.encode_batch(group)])
+        yield np.array([id for ids in encoded for id in ids])
+
+
+def parts(shards):
+    """Yield the tokens of shards, a part after the other that is small beside memory."""
+    for ids in shards:
+        yield from np.array_split(ids, len(ids) // GROUP_BYTES + 1)
 
 
 def count_tokens(shards, tokenizer):
     """How many documents, bytes of text and tokens are in shards."""
-    parts = (part for ids in shards for part in np.array_split(ids, len(ids) // GROUP_BYTES + 1))
-    uses = sum(np.bincount(part, minlength=tokenizer.n_vocab) for part in parts)      # (n_vocab,)
+    uses = sum(np.bincount(ids, minlength=tokenizer.n_vocab) for ids in parts(shards))  # (n_vocab,)
     sizes = np.array([len(token) for token in tokenizer.token_bytes()])               # (n_vocab,)
-    sizes[tokenizer.eot] = 0
+    sizes[[*tokenizer.special.values()]] = 0
     return dict(documents=int(uses[tokenizer.eot]), bytes=int(uses @ sizes), tokens=int(uses.sum()))
 
 
@@ -671,7 +740,7 @@ def new_shards(folder, fingerprint):
 def build(folder, fingerprint, found, tokenizer, options, how, say):
     """All stages: read, clean, split, train a tokenizer, write the shards and, last, the card."""
     with new_shards(folder, fingerprint) as out, tempfile.TemporaryFile(dir=out.parent) as file:
-        [(first, paths), *_] = found.items()
+        [(first, paths), *_], chats, labels = found.items(), how["chats"], []
         if is_ready(first):
             splits = {name: [read_shard(path) for path in paths if name in path.name]
                       for name in ("train", "val")}
@@ -688,14 +757,20 @@ def build(folder, fingerprint, found, tokenizer, options, how, say):
             for line in skipped[:3]:
                 say(f"skipped: {line}")
             counts.update(documents=len(documents), bytes=documents.n_bytes)
-            train, val, rule = split(documents, options["val_ratio"])
+            train, val, rule = split(documents, options["val_ratio"], bool(chats))
+            if chats == [{"text", "label"}]:
+                labels = sorted({json.loads(line)[-1]["content"] for line in documents})
             if tokenizer is None:
                 sample = itertools.islice(train, 0, None, train.n_bytes // LEARN_BYTES + 1)
+                if chats:
+                    sample = (turn["content"] for line in sample for turn in json.loads(line))
                 tokenizer = Tokenizer.train(sample, options["vocab_size"])
                 say(f"tokenizer: {tokenizer.n_vocab:,} of {options['vocab_size']:,} tokens")
-            splits = dict(train=tokenize(train, tokenizer), val=tokenize(val, tokenizer))
+            splits = dict(train=tokenize(train, tokenizer, chats),
+                          val=tokenize(val, tokenizer, chats))
         card = dict(fingerprint=fingerprint, date=time.strftime("%Y-%m-%d"), sources=sources,
-                    python=sys.version.split()[0], options=options, counts=counts, split=rule)
+                    python=sys.version.split()[0], options=options, counts=counts, split=rule,
+                    labels=labels)
         for name, arrays in splits.items():
             write_shards(arrays, out, name, tokenizer.n_vocab)
             counted = card[name] = count_tokens(read_split(out, name), tokenizer)
@@ -707,7 +782,7 @@ def build(folder, fingerprint, found, tokenizer, options, how, say):
 
 
 def prepare(sources, out=None, vocab_size=4096, tokenizer=None, val_ratio=None, n_shards=1,
-            field="text", encoding=None, license=None, say=print):
+            field=None, encoding=None, license=None, say=print):
     """Turn sources (names, files, folders, URLs) into a folder of shards, if there is none yet ->
     its Path: `out`, or shards/NAME OF THE FIRST, where that holds other content with a part of the
     fingerprint. tokenizer: a file, "gpt2" or a Tokenizer; None trains one of vocab_size."""
@@ -728,10 +803,16 @@ def prepare(sources, out=None, vocab_size=4096, tokenizer=None, val_ratio=None, 
     folder = Path("shards", folder_name(sources[0])) if out is None else Path(out)
     found = {name: find_files(name, folder.parent / "downloads", n_shards) for name in sources}
     options = dict(vocab_size=vocab_size, tokenizer=tokenizer and tokenizer.hash(),
-                   val_ratio=val_ratio, field=field, encoding=encoding,
+                   val_ratio=val_ratio, field=field or "text", encoding=encoding,
                    version=3)  # raised when the same gives other shards
-    contents = [[ending(path), file_hash(path)] for paths in found.values() for path in paths
+    readable = [path for paths in found.values() for path in paths
                 if are_ready or ending(path) in READERS and is_readable(path)]
+    chats = [] if are_ready or field else chat_fields(readable, encoding)
+    if chats:
+        options["chats"] = True
+        if tokenizer:  # a ValueError for one without the tokens of chats
+            tokenizer.render_prompt([dict(role="user", content="")])
+    contents = [[ending(path), file_hash(path)] for path in readable]
     fingerprint = text_hash(json.dumps([options, contents])).hex()
     if out is None and not is_free(folder, fingerprint):
         folder = Path(f"{folder}-{fingerprint[:8]}")
@@ -739,51 +820,185 @@ def prepare(sources, out=None, vocab_size=4096, tokenizer=None, val_ratio=None, 
         if check_shards(folder, ("train", "val", "token")).fingerprint == fingerprint:
             say(f"{folder}: used again, the content and the options are the same")
             return folder
-    how = dict(field=field, encoding=encoding, license=license)
+    how = dict(field=field or "text", encoding=encoding, license=license, chats=chats)
     build(folder, fingerprint, found, tokenizer, options, how, say)
     return folder
 
 
-class TokenLoader(Iterator):
-    """Endless batches (x, y) of a shard folder: int64 (batch_size, block_size), y one token on. A
-    batch depends on (seed, position, rank, world_size) alone; position is the number of the next.
-    The ranks share one global batch: 2 ranks of 4 sequences read what 1 rank of 8 reads. Each epoch
-    reads all tokens, cut at another offset, in shuffled blocks."""
+class Loader(Iterator):
+    """Endless batches of a shard folder. A batch depends on (seed, position, rank, world_size)
+    alone; position is the number of the next. The ranks share one global batch: 2 ranks of 4
+    sequences read what 1 rank of 8 reads. Each epoch reads all blocks, in a new order."""
 
     def __init__(self, path, batch_size, block_size, rank=0, world_size=1, seed=0, position=0,
                  split="train", shuffle=True):
         self.shards = read_split(path, split)
         self.starts = np.cumsum([0, *map(len, self.shards)])
         self.n_tokens = int(self.starts[-1])
-        if self.n_tokens <= block_size:
-            raise ValueError(f"{path}: {split} has {self.n_tokens:,} tokens, a block needs "
-                             f"{block_size + 1:,}: give more text or a smaller block_size")
         self.batch_size, self.block_size, self.seed = batch_size, block_size, seed
         self.rank, self.world_size, self.position = rank, world_size, position
         self.shuffle = shuffle  # without it blocks come as they were written: a curriculum
-        # The first block begins at the first token, the last ends at the last one, at any offset.
-        self.n_blocks = math.ceil((self.n_tokens - 2) / block_size) + 1
-        self.epoch = None
+        self.n_blocks, self.epoch = self.lay_out(path, split), None
 
     def __next__(self):
         first = (self.position * self.world_size + self.rank) * self.batch_size
-        blocks = np.stack([self.block(first + i) for i in range(self.batch_size)])   # (B, T + 1)
+        batch = self.batch([self.block(first + i) for i in range(self.batch_size)])
         self.position += 1
-        return blocks[:, :-1].astype(np.int64), blocks[:, 1:].astype(np.int64)      # (B, T) twice
+        return batch
 
-    def block(self, number):
-        """A sequence of the endless stream, and one token more for y."""
+    def pick(self, number):
+        """Which of the n_blocks comes at a place of the endless stream."""
         epoch, i = divmod(number, self.n_blocks)
         if epoch != self.epoch:
             random = np.random.RandomState([self.seed, epoch])  # default_rng may change with numpy
             self.epoch, self.offset = epoch, random.randint(1 - self.block_size, 1)
             self.order = random.permutation(self.n_blocks) if self.shuffle else range(self.n_blocks)
-        start = self.offset + int(self.order[i]) * self.block_size
-        start = min(max(0, start), self.n_tokens - self.block_size - 1)
-        stop = start + self.block_size + 1
+        return int(self.order[i])
+
+    def read(self, start, stop):
+        """The tokens from start to stop, which may lie in several shards."""
         first, last = np.searchsorted(self.starts, [start, stop - 1], "right") - 1
-        shards = zip(self.shards[first:last + 1], self.starts[first:])  # a block may lie in several
+        shards = zip(self.shards[first:last + 1], self.starts[first:])
         return np.concatenate([ids[max(0, start - begin):stop - begin] for ids, begin in shards])
+
+
+class TokenLoader(Loader):
+    """Batches (x, y), int64 (batch_size, block_size), y one token on. Each epoch reads all tokens,
+    cut at another offset."""
+
+    def lay_out(self, path, split):
+        if self.n_tokens <= self.block_size:
+            raise ValueError(f"{path}: {split} has {self.n_tokens:,} tokens, a block needs "
+                             f"{self.block_size + 1:,}: give more text or a smaller block_size")
+        # The first block begins at the first token, the last ends at the last one, at any offset.
+        return math.ceil((self.n_tokens - 2) / self.block_size) + 1
+
+    def block(self, number):
+        """A sequence of the endless stream, and one token more for y."""
+        i = self.pick(number)
+        start = min(max(0, self.offset + i * self.block_size), self.n_tokens - self.block_size - 1)
+        return self.read(start, start + self.block_size + 1)
+
+    def batch(self, blocks):
+        blocks = np.stack(blocks).astype(np.int64)                               # (B, T + 1)
+        return blocks[:, :-1], blocks[:, 1:]
+
+
+def find_special(shards, special):
+    """Where in shards special tokens are, and which: int64, (N,) twice."""
+    ids, places, found, start = [*special.values()], [], [], 0
+    for part in parts(shards):
+        at = np.flatnonzero(np.isin(part, ids))
+        places.append(start + at)
+        found.append(part[at].astype(np.int64))
+        start += len(part)
+    return np.concatenate(places), np.concatenate(found)
+
+
+def learned(ids, special):
+    """The loss mask of ids (N,): of chats what the assistant says and the <|end|> after it, as of
+    render_chat; of a document without roles all. special: {name: id} of a tokenizer."""
+    speaks = np.isin(ids, [special.get(f"<|{role}|>", -1) for role in ("system", "user", "tool")])
+    begins = speaks | np.isin(ids, [special.get(name, -1) for name in (SEPARATOR, "<|assistant|>")])
+    last = np.maximum.accumulate(np.where(begins, np.arange(len(ids)), 0))
+    return ~begins & ~speaks[last]
+
+
+def pack(lengths, block_size):
+    """Which items go to which block, the longest first, each to the fullest block with room:
+    pack([2, 3, 1], 4) == [[1, 2], [0]]."""
+    blocks, with_room, rooms = [], defaultdict(list), 0  # bit r of rooms: some block has room r
+    for i in np.argsort(-np.asarray(lengths, int), kind="stable").tolist():
+        enough = rooms >> int(lengths[i]) << int(lengths[i])
+        room = (enough & -enough).bit_length() - 1 if enough else block_size
+        if not enough:
+            blocks.append([])
+            with_room[room].append(blocks[-1])
+        block = with_room[room].pop()
+        block.append(i)
+        left = room - int(lengths[i])
+        with_room[left].append(block)
+        rooms = rooms & ~(1 << room) | bool(with_room[room]) << room | 1 << left
+    return blocks
+
+
+class ChatLoader(Loader):
+    """Batches (x, y, segments), int64 (batch_size, block_size), of documents that share a block
+    without seeing each other. y is x one token on where that is learned(), and -1 elsewhere;
+    segments numbers the documents of a block from 1, and is 0 where a block is padded. A document
+    longer than a block loses its last turns; left_out counts those whose first is too long."""
+
+    def lay_out(self, path, split):
+        self.special = load_tokenizer(Path(path, "tokenizer.json")).special
+        places, found = find_special(self.shards, self.special)
+        self.begins = places[found == self.special[SEPARATOR]]
+        ends, longest = np.append(self.begins[1:], self.n_tokens), self.block_size + 1
+        answers = ((found[1:] == self.special.get("<|end|>"))
+                   & (found[:-1] == self.special.get("<|assistant|>")))
+        answers = np.append(0, places[1:][answers] + 1)  # where they end
+        cuts = answers[np.searchsorted(answers, self.begins + longest, "right") - 1]
+        self.ends = np.where(ends - self.begins <= longest, ends, cuts)
+        fits = self.ends > self.begins
+        self.left_out = int((~fits).sum())
+        if not fits.any():
+            raise ValueError(f"{path}: none of {len(fits):,} chats in {split} fits into a block of "
+                             f"{self.block_size} tokens: give shorter ones, or a larger block_size")
+        self.begins, self.ends = self.begins[fits], self.ends[fits]
+        self.blocks = pack(self.ends - self.begins - 1, self.block_size)
+        return len(self.blocks)
+
+    def block(self, number):
+        """x, y and segments of a block of the endless stream, (3, T)."""
+        x, y, segments = block = np.array([[self.special[SEPARATOR]], [-1], [0]]).repeat(
+            self.block_size, axis=1)
+        start = 0
+        for segment, i in enumerate(self.blocks[self.pick(number)], 1):
+            ids = self.read(self.begins[i], self.ends[i]).astype(np.int64)
+            own = slice(start, start := start + len(ids) - 1)
+            x[own], y[own] = ids[:-1], np.where(learned(ids, self.special)[1:], ids[1:], -1)
+            segments[own] = segment
+        return block
+
+    def batch(self, blocks):
+        return tuple(np.stack(blocks, axis=1))                                   # 3 times (B, T)
+
+
+class ClassLoader(Loader):
+    """Batches (x (B, T), y (B,), segments (B, T)), int64, of texts with labels: x is a chat up to
+    where the assistant speaks, at most block_size tokens of it, y the number in `labels` of what
+    it says, segments 1, and 0 for padding. A block is a text; T is the longest of the batch."""
+
+    def lay_out(self, path, split):
+        tokenizer = load_tokenizer(Path(path, "tokenizer.json"))
+        self.labels = read_card(path).labels
+        if not self.labels:
+            raise ValueError(f"{path} has no labels: make shards of rows with a text and a label")
+        self.eot, numbers = tokenizer.eot, {label: i for i, label in enumerate(self.labels)}
+        places, found = find_special(self.shards, tokenizer.special)
+        self.begins = places[found == self.eot]
+        ends = np.append(self.begins[1:], self.n_tokens)
+        answers = places[found == tokenizer.special.get("<|assistant|>")] + 1
+        self.ends = answers[np.searchsorted(answers, ends) - 1]
+        names = [tokenizer.decode(self.read(*span).tolist()).removesuffix("<|end|>")
+                 for span in zip(self.ends, ends)]
+        if unknown := {*names} - {*self.labels}:
+            raise ValueError(f"{path}: label {min(unknown)!r:.60} is not in its card, which has "
+                             f"{', '.join(self.labels):.200}")
+        self.classes = np.array([numbers[name] for name in names])
+        return len(self.begins)
+
+    def block(self, number):
+        """The tokens of a text of the endless stream, and its class."""
+        i = self.pick(number)
+        stop = min(self.ends[i], self.begins[i] + self.block_size)
+        return self.read(self.begins[i], stop), self.classes[i]
+
+    def batch(self, blocks):
+        texts, classes = zip(*blocks)
+        segments = np.array([len(ids) for ids in texts])[:, None] > np.arange(max(map(len, texts)))
+        x = np.full(segments.shape, self.eot)
+        x[segments] = np.concatenate(texts)
+        return x, np.array(classes), segments.astype(np.int64)
 
 
 def main():
