@@ -711,6 +711,14 @@ def load_tokenizer(tokenizer):
     return tokenizer
 
 
+def for_chats(tokenizer):
+    """A tokenizer with the special tokens of chats: those that it lacks get the next ids."""
+    missing = [name for name in SPECIAL_TOKENS if name not in tokenizer.special]
+    special = {name: tokenizer.n_vocab + i for i, name in enumerate(missing)}
+    return Tokenizer(tokenizer.merges, tokenizer.special | special, tokenizer.pattern,
+                     tokenizer.byte_order) if missing else tokenizer
+
+
 def is_free(folder, fingerprint):
     """Whether shards may go to a folder: it is new, or empty, or holds the same ones."""
     with contextlib.suppress(OSError, ValueError):
@@ -810,8 +818,9 @@ def prepare(sources, out=None, vocab_size=4096, tokenizer=None, val_ratio=None, 
     chats = [] if are_ready or field else chat_fields(readable, encoding)
     if chats:
         options["chats"] = True
-        if tokenizer:  # a ValueError for one without the tokens of chats
-            tokenizer.render_prompt([dict(role="user", content="")])
+        if tokenizer:
+            tokenizer = for_chats(tokenizer)
+            options["tokenizer"] = tokenizer.hash()
     contents = [[ending(path), file_hash(path)] for path in readable]
     fingerprint = text_hash(json.dumps([options, contents])).hex()
     if out is None and not is_free(folder, fingerprint):
