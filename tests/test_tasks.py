@@ -1,0 +1,135 @@
+"""Facts about chapters/tasks.py: chats whose answers are known, and how many a model gets right."""
+
+import json
+import re
+from random import Random
+
+import pytest
+from conftest import keep, mistake, tiny
+
+from chapters import tasks
+from chapters.grammar import FIELDS, PEOPLE
+from chapters.tasks import SINGLE, TASKS, exact, is_held_out, made_up, make
+from data import take_chat
+from tokenizer import Tokenizer
+
+ORDER = dict(first=0, second=1, third=2)
+
+
+def say(row):
+    return [message["content"] for message in row["messages"]]
+
+
+def listed(question):
+    return question.split(": ")[1].split(", ")
+
+
+def of_kind(name):
+    return {*PEOPLE} if name == "person" else {*FIELDS[name]}
+
+
+def answer(task, question):
+    """The answer, worked out from the words of the question alone, by other means than make's."""
+    numbers, words = [int(n) for n in re.findall(r"\d+", question)], question.split()
+    if task == "read":
+        return re.search(rf"\b({'|'.join(of_kind(words[-3]))})\b", question)[0]
+    if task == "capital":
+        return re.search(rf"of {words[-1][:-1]} is (\w+)\.", question)[1]
+    if task in ("spell", "add"):
+        return " ".join(words[1]) if task == "spell" else str(sum(numbers))
+    own = listed(question)
+    return dict(
+        repeat=lambda: ", ".join(own), backwards=lambda: ", ".join([*own][::-1]),
+        first=lambda: own[0], last=lambda: own[-1],
+        after=lambda: own[own.index(words[4][:-1]) + 1],
+        kind=lambda: next(word for word in own if word in of_kind(words[4][:-1])),
+        count=lambda: str(sum(word in of_kind(words[6][:-1]) for word in own)))[task]()
+
+
+@pytest.mark.parametrize("task", SINGLE)
+def test_each_answer_is_the_one_that_the_question_has(task):
+    for row in make(150, tasks=[task]):
+        question, reply = say(row)
+        assert reply == answer(task, question), question
+
+
+def test_a_second_turn_is_answered_from_the_first_and_a_tools_result_is_taken():
+    for row in make(50, tasks=["follow"]):
+        question, one, further, two = say(row)
+        places = [ORDER[re.search("first|second|third", text)[0]] for text in (question, further)]
+        assert [one, two] == [listed(question)[i] for i in places] and places[0] != places[1]
+    for row in make(50, tasks=["tool"]):
+        question, order, result, reply = say(row)
+        assert re.fullmatch(r"calculate (\d+) \+ (\d+)", order)
+        assert [*map(int, re.findall(r"\d+", order))] == [*map(int, re.findall(r"\d+", question))]
+        assert result == reply == answer("add", question)
+
+
+def test_no_question_comes_twice_nor_is_one_both_trained_and_held_out():
+    trained = [say(row)[0] for seed in range(2) for row in make(600, seed)]
+    held_out = [say(row)[0] for row in make(600, 0, held_out=True)]
+    assert len({*trained[:600]}) == len({*held_out}) == 600 and not {*trained} & {*held_out}
+    assert not any(map(is_held_out, trained)) and all(map(is_held_out, held_out))
+
+
+def test_the_same_seed_makes_the_same_rows_and_each_task_as_many():
+    rows = [*make(110, 3)]
+    assert rows == [*make(110, 3)] != [*make(110, 4)]
+    assert [row["task"] for row in rows] == [*SINGLE] * 10
+
+
+def test_every_row_is_a_chat_that_training_takes():
+    tokenizer = Tokenizer([])
+    for row in make(60, tasks=[*TASKS]):
+        ids, learned = tokenizer.render_chat(take_chat(row))
+        replies = [m["content"] for m in row["messages"] if m["role"] == "assistant"]
+        said = tokenizer.decode([id for id, own in zip(ids, learned) if own])
+        assert said == "".join(f"{reply}<|end|>" for reply in replies)
+
+
+def test_a_made_up_word_has_two_letters_a_syllable():
+    assert all(re.fullmatch("([bdfklmnprst][aeiou]){3}", made_up(Random(i), 3)) for i in range(9))
+
+
+def test_only_whole_answers_are_right_and_each_task_has_its_share(monkeypatch):
+    rows = [*make(8, tasks=["first", "repeat"])]
+    answers = {i: say(row)[-1] for i, row in enumerate(rows)}
+    told = [f" {answers[0]} ", answers[1] + ".", answers[2], answers[3], "", answers[5],
+            answers[6], answers[7][:-1]]
+    asked = []
+    monkeypatch.setattr(tasks, "complete_batch", lambda model, tokenizer, prompts, **options: (
+        asked.append((prompts, options)), told)[1])
+    assert exact(None, Tokenizer([]), rows) == (5 / 8, dict(first=3 / 4, repeat=2 / 4))
+    [(prompts, options)] = asked
+    assert prompts[0] == Tokenizer([]).render_prompt(rows[0]["messages"][:1])
+    longest = max(len(text.encode()) for text in answers.values())
+    assert options == dict(temperature=0, max_new_tokens=longest + 1)
+
+
+def test_a_file_of_rows_is_written_and_a_run_is_asked_what_is_held_out(tmp_path, call):
+    out, _ = call(tasks, f"--out={tmp_path}/a.jsonl", "--n=20", "--tasks", "tool", "first")
+    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert rows == [*make(20, tasks=["first", "tool"])] and "20 rows" in out
+    call(tasks, f"--out={tmp_path}/b.jsonl", "--n=20", "--held_out")
+    rows = [json.loads(line) for line in (tmp_path / "b.jsonl").read_text().splitlines()]
+    assert rows == [*make(20, held_out=True)]
+    tokenizer = Tokenizer([])
+    keep(tiny(vocab_size=tokenizer.n_vocab, block_size=128), tmp_path / "run")
+    tokenizer.save(tmp_path / "run" / "tokenizer.json")
+    out, _ = call(tasks, f"--run={tmp_path}/run", "--n=4", "--tasks=first")
+    assert out.split() == "first 0.0% right all 0.0% right".split()
+
+
+@pytest.mark.parametrize("words, message", [
+    ([], "give either --out"), (["--out=a", "--run=b"], "give either --out"),
+    (["--out=a", "--tasks=frist"], "--tasks=frist: must be none or of repeat"),
+    (["--out=a", "--tasks=none"], "--tasks=none makes nothing"),
+    (["--out=a", "--n=0"], "n=0 must be at least 1"),
+    (["--out=a", "--n=200", "--tasks=add", "--largest=9"], "add has no more than 82 questions"),
+    (["--run=a", "--held_out"], "--held_out would not act beside --run")])
+def test_a_mistake_is_one_line_and_nothing_is_written(tmp_path, monkeypatch, capsys, words,
+                                                      message):
+    monkeypatch.chdir(tmp_path)
+    code, lines = mistake(tasks.main, monkeypatch, capsys, *words)
+    assert code == 1 and len(lines) == 1 and message in lines[0]
+    assert not [*tmp_path.iterdir()]
