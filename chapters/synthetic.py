@@ -160,7 +160,7 @@ class SyntheticConfig:
     n: int = option(1000, f"documents; there are {N_STORIES:,} stories", low=1)
     seed: int = option(0, "same seed, same text")
     largest: int = option(99, "number in arithmetic problems", low=9, below=10**9)
-    chats: bool = option(False, "arithmetic as messages, for chapters.chats")
+    chats: bool = option(False, "arithmetic as messages, to learn from the solutions alone")
     from_run: str = option("", "run folder whose model writes")
     prompts: str = option("", "file with a prompt a line; without it, new documents")
     temperature: float = option(0.8, "of a run's sampling", below=100)
@@ -237,12 +237,11 @@ def main():
         raise ValueError("--out=FOLDER is missing, a new folder for the documents")
     idle = {*" ".join(OPTIONS.values()).split()} - {*OPTIONS[config.kind].split()}
     refuse_idle(options, sorted(idle), f"beside {config.kind}")
-    path, card = synthesize(config)
+    _, card = synthesize(config)
     record = card["stages"][0]
     print(f"{record['documents']:,} documents, {record['bytes'] / 1e6:.1f} MB; "
           f"left out: {record['dropped']:,}, empty or as before")
-    print(f"next: python -m chapters.chats {path}" if config.chats else
-          f"next: python data.py {config.out}")
+    print(f"next: python data.py {config.out}")
 
 
 if __name__ == "__main__":

@@ -179,7 +179,7 @@ def test_no_mask_is(fault, folder):
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_caught_by_the_check_of_its_name_and_by_no_other(fault, tmp_path, monkeypatch):
     others = [dict(role="system", content="s"), CHATS[0][0], dict(role="tool", content="t")]
-    folder = shards_of(tmp_path / "a", [*CHATS[:5], [*others, CHATS[0][1]]])  # no empty answer: it has but an end
+    folder = shards_of(tmp_path / "a", [*CHATS[:5], [*others, CHATS[0][1]]])  # no empty answer
     place, function = FAULTS[fault]
     monkeypatch.setattr(f"data.{place}", function)
     assert failing(folder) == {fault}
@@ -362,7 +362,8 @@ ROWS = [dict(messages=CHATS[0]), dict(instruction="Add.", input="1 1", output="2
         dict(instruction="Say a.", output="a"), dict(instruction="b", input=None, output="c"),
         dict(text="fine\r\n", label="good "), dict(messages=CHATS[1], id=7)]
 BROKEN = [dict(instruction="x"), ["y"], dict(instruction=None, output="a"), {}, 3,
-          dict(messages=[]), dict(text="a", label=0.5), dict(messages=[dict(role="king", content="x")]),
+          dict(messages=[]), dict(text="a", label=0.5),
+          dict(messages=[dict(role="king", content="x")]),
           dict(messages=CHATS[1][:3]), dict(messages="hello"), dict(messages=["x"]),
           dict(messages=[dict(role="user", content=None), CHATS[0][1]])]
 CLEANED = [CHATS[0], chat("Add.\n\n1 1", "2"), chat("Say a.", "a"), chat("b", "c"),
@@ -454,7 +455,7 @@ def test_chats_and_texts_do_not_mix_and_with_a_field_all_are_texts(tmp_path):
     with pytest.raises(ValueError, match="a.jsonl holds chats and .*b.txt does not: prepare them"):
         prepare(mixed, tmp_path / "out", 300, **quiet)
     card = read_card(prepare(mixed, tmp_path / "out", 300, field="text", **quiet))
-    assert "chats" not in card.options and card.labels == [] and card.counts["documents"] == 41
+    assert "chats" not in card.options and card.labels == [] and card.counts["documents"] == 40
     (mixed / "b.txt").unlink()
     assert read_card(prepare(mixed, tmp_path / "out2", 300, **quiet)).options["chats"] is True
 

@@ -13,7 +13,7 @@ from chapters import chats, grammar, synthetic
 from chapters.grammar import (FIELDS, N_STORIES, PEOPLE, PLOTS, SIZES, arithmetic, columns,
                               fields_of, stories, story)
 from chapters.synthetic import CHANGES, PAIRS, SYNONYMS, SyntheticConfig, synthesize
-from data import prepare, read_card, read_documents
+from data import prepare, read_card, read_chats, read_documents
 
 QUIET = dict(say=lambda text: None)
 PROBLEMS = dict(  # a word of each question, and its answer by the numbers in it
@@ -140,11 +140,13 @@ def test_no_more_problems_are_promised_than_there_are(monkeypatch):
 def test_a_chat_of_arithmetic_is_one_that_chats_reads(tmp_path, call):
     out, _ = call(synthetic, "arithmetic", "--n=20", "--chats", f"--out={tmp_path / 'a'}")
     path = tmp_path / "a" / "chats.jsonl"
-    assert out.splitlines()[-1] == f"next: python -m chapters.chats {path}"
-    for messages in chats.read_chats(path):
+    assert out.splitlines()[-1] == f"next: python data.py {tmp_path / 'a'}"
+    for messages in read_chats(path):
         assert [message["role"] for message in messages] == ["user", "assistant"]
         assert f" {answer_to(messages[0]['content']):.0f}." in messages[1]["content"]
     assert "20 chats of" in call(chats, path)[0]
+    shards = prepare(tmp_path / "a", tmp_path / "shards", vocab_size=300, **QUIET)
+    assert read_card(shards).options["chats"] and read_card(shards).counts["documents"] == 20
 
 
 # -----------------------------------------------------------------------------
