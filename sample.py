@@ -5,7 +5,8 @@ Text from a trained model: a run folder goes in, the continuation of a prompt co
     python sample.py runs/stdlib --prompt="def " --temperature=0.7 --top_p=0.95 --n_samples=3
     python sample.py --prompts=questions.txt             # a prompt a line, 64 at a time
     python sample.py --prompt="import " --show=logprobs  # how likely each token was
-    python -m chapters.talk runs/chat                    # a conversation, with a model taught to
+    python sample.py runs/chat --chat --prompt="Hi!"     # one reply; python -m chapters.talk: more
+    python sample.py runs/clauses --file=clause.txt      # of a classifier: how likely each label is
 
 A sample ends where the model ends the document, before a stop string, after max_new_tokens, or
 when prompt and continuation fill the model's context (block_size), unless --overflow=slide.
@@ -33,13 +34,15 @@ from torch.nn.utils.rnn import pad_sequence
 
 from model import (TINY, KVCache, check_known, check_options, has_bf16_units, load_model, option,
                    read_progress, read_safetensors)
-from tokenizer import Tokenizer, parse_options, reading, refuse_idle, run_command
+from tokenizer import (SPECIAL_TOKENS, Tokenizer, parse_options, read_json, reading, refuse_idle,
+                       run_command)
 
 DEVICES = ("cuda", "mps", "cpu")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHOWN = ("text", "logprobs")
 COLD = 1e-6  # temperatures below are 0: a division by them would overflow
 ROWS = 64  # texts that are written at a time: each takes memory
+END_LIKELY = 0.01  # chance of <|end|> after an answer: 20 steps on texts 0.0001, on chats 0.02
 
 # -----------------------------------------------------------------------------
 # Machines and runs: where to compute; from a run folder to a model and its tokenizer.
@@ -411,6 +414,11 @@ def release(text, stop, last=False):
     return text[:end], text[end:], False
 
 
+def to_ids(tokenizer, prompt):
+    """The ids of a prompt, a text or ids; an empty text is the beginning of a document."""
+    return tokenizer.encode(prompt) or [tokenizer.eot] if isinstance(prompt, str) else [*prompt]
+
+
 def end_ids(tokenizer):
     """The ids that end a text or a reply."""
     return {tokenizer.special.get(name) for name in ("<|endoftext|>", "<|end|>")} - {None}
@@ -439,10 +447,8 @@ class Continuation:
         # Token healing: " name" is one token, so the model has seldom seen a text that ends in a
         # space. The space is taken off the prompt, and the first token has to begin with it.
         self.heals = isinstance(prompt, str) and prompt.endswith(" ")
-        if isinstance(prompt, str):
-            prompt = tokenizer.encode(prompt.removesuffix(" ")) or [tokenizer.eot]
-        self.ids, self.n_prompt = list(prompt), len(prompt)
-        self.n_left = n_new_tokens(model, len(prompt), config)
+        self.ids = to_ids(tokenizer, prompt[:-1] if self.heals else prompt)
+        self.n_prompt, self.n_left = len(self.ids), n_new_tokens(model, len(self.ids), config)
         self.number, self.generator = number, seeded(config.seed, number)
         self.decode, self.waiting = tokenizer.decoder(), ""
         self.stop, self.ends = config.stop, end_ids(tokenizer)
@@ -494,6 +500,10 @@ def complete(model, tokenizer, prompt="", config=SampleConfig(), **options):
     return complete_batch(model, tokenizer, [prompt], config, **options)[0]
 
 
+# -----------------------------------------------------------------------------
+# The command: a text goes on, a chat gets a reply, a classifier says how likely each label is.
+
+
 @dataclass(frozen=True)
 class Command:
     """What is continued, how it is shown, and where it is computed."""
@@ -501,6 +511,7 @@ class Command:
     prompt: str = option("", "text to continue; without one a document begins")
     file: str | None = option(None, "a file with the prompt; - reads what is typed or piped in")
     prompts: str | None = option(None, "a file with a prompt a line, or -")
+    chat: bool = option(False, "a prompt is what a user says, and is replied to")
     n_samples: int = option(1, "how many continuations of each prompt", 1, 10_001)
     show: str = option("text", "a text, or its tokens' log-probabilities", known=lambda: SHOWN)
     beams: int | None = option(None, "no sampling: the likeliest text by so many beams", 1, 65)
@@ -521,11 +532,35 @@ def read_text(path):
         return data.decode("utf-8-sig").replace("\r\n", "\n")
 
 
+def knows_chats(model, tokenizer):
+    """Whether the model ends an answer by itself, as one does that was trained on chats."""
+    if not {*SPECIAL_TOKENS} <= {*tokenizer.special}:
+        return False
+    ids, _ = tokenizer.render_chat([dict(role="user", content="Hi"),
+                                    dict(role="assistant", content="Hello.")])
+    *before, end = ids[-model.config.block_size:]
+    with torch.inference_mode():
+        logits, _ = model(torch.tensor([before], device=model.device), last_only=True)
+    return logits[0, -1].float().softmax(dim=-1)[end].item() > END_LIKELY
+
+
+def run_labels(folder, n_classes):
+    """The names of a run's classes: data.labels of its config.json, or without them numbers."""
+    path = Path(folder, "config.json")
+    with reading(path):
+        data = read_json(path).get("data") if path.exists() else None
+        labels = (data or {}).get("labels") or [*range(n_classes)]
+        if len(labels) != n_classes:
+            raise ValueError(f"data.labels has {len(labels)} names for {n_classes} classes")
+    return labels
+
+
 def fitting(model, tokenizer, prompts, config):
-    """The prompts that fit the model's context, whose others a warning names, or all if none do."""
+    """The (text, prompt) that fit the context, whose others a warning names, or all if none do."""
     limit = math.inf if config.overflow == "slide" else model.config.block_size
-    lengths = [len(tokenizer.encode(prompt.removesuffix(" "))) for prompt in prompts]
-    fit = [prompt for prompt, T in zip(prompts, lengths) if T < limit]
+    lengths = [len(to_ids(tokenizer, prompt[:-1] if prompt[-1:] == " " else prompt))
+               for _, prompt in prompts]
+    fit = [pair for pair, T in zip(prompts, lengths) if T < limit]
     for line, T in enumerate(lengths, 1):
         if fit and T >= limit:
             warn(f"line {line} is left out: its {T} tokens are more than {limit - 1}, which fit")
@@ -539,21 +574,54 @@ def show_piece(tokenizer, piece, show):
     print(f"{piece.logprob:8.3f}  {tokenizer.decode([piece.token])!r}", flush=True)
 
 
-def show_texts(model, tokenizer, prompts, show, config):
-    """Print each prompt and what follows it, a single one as it comes; -> how many tokens."""
+def heading(number, total):
+    """What stands above one of several texts."""
+    return f"--- {number + 1} of {total}\n" if total > 1 else ""
+
+
+def show_texts(model, tokenizer, prompts, command, config):
+    """Print each text and what follows its prompt, a single one as it comes; -> how many tokens."""
+    prompts = [pair for pair in prompts for _ in range(command.n_samples)]
     number, n_texts, n_tokens = itemgetter(0), len(prompts), 0
-    pieces = write(model, tokenizer, prompts, config)
+    end = "" if command.chat or command.show == "text" else "\n"
+    pieces = write(model, tokenizer, [prompt for _, prompt in prompts], config)
     for _, group in groupby(pieces, lambda pair: pair[0] // ROWS):
         for i, own in groupby(sorted(group, key=number) if n_texts > 1 else group, number):
-            heading = f"--- {i + 1} of {n_texts}\n" if n_texts > 1 else ""
-            print(heading + prompts[i], end="" if show == "text" else "\n")
+            print(heading(i, n_texts) + prompts[i][0], end=end)
             for n_tokens, (_, piece) in enumerate(own, n_tokens + 1):
-                show_piece(tokenizer, piece, show)
+                show_piece(tokenizer, piece, command.show)
             print(flush=True)
     if n_texts == 1 and n_tokens < config.max_new_tokens and not (
             config.stop or piece.token in end_ids(tokenizer)):
         warn(f"the context of {model.config.block_size} tokens is full; --overflow=slide goes on")
     return n_tokens
+
+
+def show_beams(model, tokenizer, prompts, command, config):
+    """Print each text and the likeliest that follows its prompt; -> how many tokens."""
+    n_tokens = 0
+    for text, prompt in prompts:
+        ids = torch.tensor([to_ids(tokenizer, prompt)], device=model.device)
+        (best, score), *_ = beam_search(model, ids, command.beams, config.max_new_tokens,
+                                        command.length_penalty, end_ids(tokenizer), config.cache)
+        print(text + tokenizer.decode([id for id in best if id not in end_ids(tokenizer)]))
+        print(f"score {score:.3f} by {command.beams} beams", file=sys.stderr)
+        n_tokens += len(best)
+    return n_tokens
+
+
+def show_classes(model, prompts, labels):
+    """Print each text and how likely each label is, the likeliest first; -> how many tokens."""
+    block_size = model.config.block_size
+    for i, (text, ids) in enumerate(prompts):
+        if len(ids) > block_size:
+            warn(f"text {i + 1} is cut, as in training, to {block_size} of {len(ids)} tokens")
+        with torch.inference_mode():
+            logits, _ = model(torch.tensor([ids[:block_size]], device=model.device))
+        print(heading(i, len(prompts)) + text, end="")
+        for chance, label in sorted(zip(logits[0].softmax(dim=-1).tolist(), labels))[::-1]:
+            print(f"{chance:.4f}  {label}")
+    return sum(len(ids) for _, ids in prompts)
 
 
 def sampling_config(typed):
@@ -576,21 +644,31 @@ def main():
     folder = newest_run() if command.run is None else command.run
     device = pick_device(command.device)
     precision, dtype = pick_precision(command.precision, device)
-    prompts = [command.prompt if command.file is None else read_text(command.file)]
+    texts = [command.prompt if command.file is None else read_text(command.file)]
     if command.prompts is not None:
-        prompts = read_text(command.prompts).splitlines()
+        texts = read_text(command.prompts).splitlines()
     path = pick_checkpoint(folder, command.checkpoint)
     model, tokenizer = load_run(folder, path, device, dtype)
-    prompts, start = fitting(model, tokenizer, prompts, config), time.perf_counter()
-    texts = [prompt for prompt in prompts for _ in range(command.n_samples)]
-    n_tokens = 0 if command.beams else show_texts(model, tokenizer, texts, command.show, config)
-    for prompt in prompts if command.beams else ():
-        ids = torch.tensor([tokenizer.encode(prompt) or [tokenizer.eot]], device=device)
-        (text, score), *_ = beam_search(model, ids, command.beams, config.max_new_tokens,
-                                        command.length_penalty, end_ids(tokenizer), config.cache)
-        print(prompt + tokenizer.decode([id for id in text if id not in end_ids(tokenizer)]))
-        print(f"score {score:.3f} by {command.beams} beams", file=sys.stderr)
-        n_tokens += len(text)
+    n_classes, prompts = model.config.n_classes, [(text, text) for text in texts]
+    if n_classes == 1:
+        raise ValueError(f"{path} gives a text a number, for chapters.align, and no words")
+    if n_classes:
+        acting = {"run", "prompt", "file", "prompts", "checkpoint", "device", "precision"}
+        refuse_idle(typed | sampling, sorted({*typed, *sampling} - acting), "on a classifier")
+    if n_classes or command.chat:
+        turns = [[dict(role="user", content=text.rstrip("\n"))] for text in texts]
+        prompts = [("" if len(texts) == 1 else turn[0]["content"] + "\n",
+                    tokenizer.render_prompt(turn)) for turn in turns]
+    if command.chat and not knows_chats(model, tokenizer):
+        raise ValueError(f"{folder} was trained on texts and never learned to hold a conversation: "
+                         f"python train.py --init={folder} --data=chats.jsonl teaches it to")
+    start = time.perf_counter()
+    if n_classes:
+        n_tokens = show_classes(model, prompts, run_labels(folder, n_classes))
+    else:
+        show = show_beams if command.beams else show_texts
+        prompts = fitting(model, tokenizer, prompts, config)
+        n_tokens = show(model, tokenizer, prompts, command, config)
     rate = n_tokens / (time.perf_counter() - start)
     print(f"{path}: {n_tokens} tokens, {rate:,.0f} tokens/s on {device} in {precision}, "
           f"seed {config.seed}", file=sys.stderr)

@@ -21,13 +21,13 @@ if __name__ == "__main__":  # `python chapters/talk.py` works as well, from any 
 from chapters.client import Server, parse_keys
 from evaluate import score_ends
 from model import TINY, check_known, check_options, option
-from sample import (PRECISIONS, SHOWN, SampleConfig, load_run, newest_run, pick_checkpoint,
-                    pick_device, pick_precision, sampling_config, show_piece, warn, write)
+from sample import (PRECISIONS, SHOWN, SampleConfig, knows_chats, load_run, newest_run,
+                    pick_checkpoint, pick_device, pick_precision, sampling_config, show_piece,
+                    to_ids, warn, write)
 from tokenizer import parse_options, refuse_idle, run_command
 
 TEMPLATES = ("chat", "question", "text")
 TEMPLATE_HELP = "how runs are asked; auto: as a chat if they know it"
-END_LIKELY = 0.01  # chance of <|end|> after an answer: 20 steps on texts 0.0001, on chats 0.02
 
 # -----------------------------------------------------------------------------
 # Prompts, and a chat with a model. Messages are dicts with a role and a content.
@@ -45,18 +45,9 @@ def render(tokenizer, messages, template):
     return "".join(f"{name}: {content}\n" for name, content in said) + "Answer:"
 
 
-def to_ids(tokenizer, prompt):
-    return prompt if isinstance(prompt, list) else tokenizer.encode(prompt)
-
-
 def pick_template(model, tokenizer, base="question"):
-    """chat, if the model ends an answer by itself, else the template `base`."""
-    if "<|end|>" not in tokenizer.special:
-        return base
-    ids, _ = tokenizer.render_chat([dict(role="user", content="Hi"),
-                                    dict(role="assistant", content="Hello.")])
-    score, _ = score_ends(model, [(ids[-model.config.block_size:], 1)])[0]
-    return "chat" if score.exp().item() > END_LIKELY else base
+    """chat, if the model learned chats, else the template `base`."""
+    return "chat" if knows_chats(model, tokenizer) else base
 
 
 class Chat:

@@ -7,17 +7,18 @@ import signal
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, keep, run, tiny
+from conftest import ROOT, keep, mistake, run, tiny
 
 import sample
 from sample import (SampleConfig, beam_search, checkpoints, complete, complete_batch, distribution,
                     generate, keep_min_p, keep_top_k, keep_top_p, keep_typical, load_run,
                     newest_run, penalize_repeats, pick, pick_checkpoint, pick_device,
                     pick_precision, release, write)
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, write_json
 
 both = pytest.mark.parametrize("architecture", ["gpt2", "modern"])
 SAMPLINGS = [dict(temperature=0), dict(temperature=1.5), dict(temperature=0.8, top_k=5),
@@ -653,6 +654,124 @@ def test_a_banned_text_is_not_written(command, tokenizer):
     words = "--prompt=the", "--temperature=5", "--seed=1", "--max_new_tokens=40"
     assert " cat" in command(*words, "--logit_bias= cat=9")[0]
     assert " cat" not in command(*words, "--logit_bias= cat=9", "--ban= cat")[0]
+
+
+# -----------------------------------------------------------------------------
+# Chats and classes.
+
+
+def turn(text):
+    return [dict(role="user", content=text)]
+
+
+@pytest.fixture
+def chat(command, monkeypatch):
+    """The command with --chat, to whose run any chance of an end is enough."""
+    monkeypatch.setattr(sample, "END_LIKELY", 0.0)
+    return lambda *words: command("--chat", *words)
+
+
+@pytest.mark.parametrize("options", [dict(seed=3), dict(temperature=0), dict(stop=["e"], seed=5)])
+def test_a_reply_is_what_follows_the_rendered_turn_of_the_user(chat, model, tokenizer, options):
+    words = [f"--{name}={value[0] if name == 'stop' else value}" for name, value in options.items()]
+    text, _ = chat("--prompt=the <|end|> cat ", "--max_new_tokens=9", *words)
+    prompt = tokenizer.render_prompt(turn("the <|end|> cat "))
+    assert text == complete(model, tokenizer, prompt, max_new_tokens=9, **options) + "\n"
+
+
+def test_a_reply_ends_where_the_assistant_ends_it(chat, tokenizer, monkeypatch):
+    speak(monkeypatch, *b"Hi", tokenizer.special["<|end|>"], *b"what?")
+    text, notes = chat("--prompt=Hello")
+    assert text == "Hi\n" and notes.count("\n") == 1
+    text, _ = chat("--prompt=Hello", "--show=logprobs")
+    assert [line.split()[1] for line in text.splitlines() if line] == ["'H'", "'i'", "'<|end|>'"]
+
+
+def test_each_line_of_a_file_is_a_turn_and_a_whole_file_is_one(chat, tmp_path):
+    (tmp_path / "turns").write_text("the cat\nthe dog\n")
+    options = "--seed=3", "--max_new_tokens=6"
+    alone = [chat(f"--prompt=the {word}", f"--seed={seed}", options[1])[0]
+             for word, seed in (("cat", 3), ("cat", 4), ("dog", 5), ("dog", 6))]
+    text, _ = chat(f"--prompts={tmp_path / 'turns'}", "--n_samples=2", *options)
+    assert text == "".join(f"--- {i + 1} of 4\nthe {'cat' if i < 2 else 'dog'}\n{reply}"
+                           for i, reply in enumerate(alone))
+    one, _ = chat(f"--file={tmp_path / 'turns'}", *options)
+    assert one == chat("--prompt=the cat\nthe dog", *options)[0]
+
+
+def test_beams_find_the_likeliest_reply(chat, model, tokenizer):
+    ids = torch.tensor([tokenizer.render_prompt(turn("the"))])
+    (best, _), *_ = beam_search(model, ids, 3, 6, ends=sample.end_ids(tokenizer))
+    text, _ = chat("--prompt=the", "--beams=3", "--max_new_tokens=6")
+    reply = [id for id in best if id not in sample.end_ids(tokenizer)]
+    assert text == tokenizer.decode(reply) + "\n"
+
+
+def test_a_run_that_never_learned_chats_says_so_and_how_to_teach_it(folder, monkeypatch, capsys):
+    code, lines = mistake(sample.main, monkeypatch, capsys, folder, "--chat", "--prompt=Hi")
+    assert (code, lines) == (1, [
+        f"error: {folder} was trained on texts and never learned to hold a conversation: "
+        f"python train.py --init={folder} --data=chats.jsonl teaches it to"])
+
+
+def test_a_tokenizer_without_the_tokens_of_chats_is_said(folder, monkeypatch, capsys):
+    bare = Tokenizer([], ["<|endoftext|>"])
+    bare.save(folder / "tokenizer.json")
+    keep(tiny(vocab_size=bare.n_vocab), folder, 20, 1.8)
+    code, (line,) = mistake(sample.main, monkeypatch, capsys, folder, "--chat")
+    assert code == 1 and line.startswith("error: this tokenizer lacks <|system|>, ")
+    assert line.endswith("for chats: train another")
+
+
+@pytest.fixture
+def classifier(folder, tokenizer):
+    """A run with three classes in place of the newest."""
+    model = tiny(vocab_size=tokenizer.n_vocab, block_size=64, n_classes=3)
+    model.lm_head.weight.data *= 20
+    keep(model, folder, 40, 1.0)
+    return model
+
+
+@pytest.mark.parametrize("labels", [["lease", "loan", "sale"], None])
+def test_a_classifier_says_how_likely_each_label_is(command, folder, classifier, tokenizer, labels):
+    if labels:
+        write_json(folder / "config.json", {"data": {"labels": labels}})
+    text, _ = command("--prompt=the cat sees a dog")
+    ids = tokenizer.render_prompt(turn("the cat sees a dog"))
+    chances = classifier(torch.tensor([ids]))[0][0].softmax(dim=-1).tolist()
+    names = labels or ["0", "1", "2"]
+    best_first = sorted(zip(chances, names), reverse=True)
+    assert text == "".join(f"{chance:.4f}  {name}\n" for chance, name in best_first)
+    assert chances != sorted(chances, reverse=True)
+
+
+def test_each_line_of_a_file_is_classified_by_as_much_of_it_as_fits(command, classifier, tmp_path):
+    (tmp_path / "texts").write_text("the cat\n" + "#" * 99)
+    text, notes = command(f"--prompts={tmp_path / 'texts'}")
+    first, second = (command(f"--prompt={text}")[0] for text in ("the cat", "#" * 62 + "?" * 50))
+    assert text == f"--- 1 of 2\nthe cat\n{first}--- 2 of 2\n{'#' * 99}\n{second}"
+    assert notes.startswith("warning: text 2 is cut, as in training, to 64 of 103 tokens\n")
+
+
+@pytest.mark.parametrize("option", ["--chat", "--n_samples=2", "--show=logprobs", "--beams=2",
+                                    "--temperature=0", "--max_new_tokens=3", "--no-cache"])
+def test_what_a_classifier_does_not_use_is_refused(command, classifier, option):
+    name = option.partition("=")[0].replace("no-", "")
+    assert command(option) == (
+        "", f"error: {name} would not act on a classifier: leave it out\n")
+
+
+def test_labels_that_are_not_the_models_are_refused(command, folder, classifier):
+    write_json(folder / "config.json", {"data": {"labels": ["yes", "no"]}})
+    assert command()[1] == (f"error: {Path('runs/words/config.json')} cannot be read: data.labels "
+                            "has 2 names for 3 classes\n")
+
+
+def test_a_run_that_gives_texts_a_number_is_refused_in_one_line(command, folder, tokenizer):
+    keep(tiny(vocab_size=tokenizer.n_vocab, block_size=64, n_classes=1), folder, 40, 1.0)
+    text, notes = command("--prompt=the")
+    assert text == "" and "gives a text a number, for chapters.align" in notes
+    assert notes.count("\n") == 1
 
 
 def test_an_empty_place_says_how_to_make_a_run(command, folder):

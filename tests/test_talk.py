@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import keep, tiny
 
+import sample
 from chapters import client, talk
 from chapters.client import Server, parse_keys
 from chapters.talk import AnswerConfig, Chat, LocalModel, converse, open_model, pick_template
@@ -131,7 +132,7 @@ def test_a_base_model_is_said_not_to_have_learned_conversations(folder, call, mo
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     _, notes = call(talk, folder, f"--template={template}")
     assert ("this model never learned to hold a conversation" in notes) == warned
-    monkeypatch.setattr(talk, "END_LIKELY", 0.0)  # as low as if it had learned
+    monkeypatch.setattr(sample, "END_LIKELY", 0.0)  # as low as if it had learned
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     assert "never learned" not in call(talk, folder, f"--template={template}")[1]
 
