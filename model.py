@@ -977,7 +977,7 @@ class TuneConfig:
     rank: int = option(8, "of lora; channels of an adapter; vectors of a prefix or prompt", low=1)
     alpha: float = option(0.0, "weight of lora: alpha / rank; 0: twice the rank")
     lora_dropout: float = option(0.0, "share of lora's inputs dropped", below=1)
-    targets: list = option([*LINEARS], "layers that get lora", many=True)
+    targets: str | list = option([*LINEARS], "layers that get lora", many=True)
     quant: str | None = option(None, "the frozen layers in int8", known=lambda: ("int8",))
 
     def __post_init__(self):
@@ -986,11 +986,15 @@ class TuneConfig:
         check_known(method, TUNINGS, "tune")
         if (method == "last") != bool(n) or n and not (n.isdecimal() and int(n)):
             raise ValueError(f"tune={self.tune}: how many blocks? such as last:2; others have none")
-        for name in self.targets:
+        for name in self.names():
             check_known(name, LINEARS, "target")
         if self.quant and method in ("full", "last"):
             raise ValueError(f"quant={self.quant} freezes what --tune={self.tune} trains: leave it "
                              "out, or take lora")
+
+    def names(self):
+        """The targets, as a list."""
+        return [self.targets] if isinstance(self.targets, str) else self.targets
 
 
 def tune(model, config):
@@ -1000,11 +1004,12 @@ def tune(model, config):
     if n and int(n) > len(body.blocks):
         raise ValueError(f"tune={config.tune}: the model has {len(body.blocks)} blocks")
     model.requires_grad_(method == "full")
-    model.tuning = None if method == "full" else config
+    model.tuning = None if method == "full" else TuneConfig(
+        **{f.name: getattr(config, f.name) for f in fields(TuneConfig)})  # of a TrainConfig as well
     if config.quant:
         swap(body.blocks, LINEARS, QuantLinear)
     if method == "lora":
-        swap(body.blocks, config.targets, lambda layer: LoRALinear(
+        swap(body.blocks, config.names(), lambda layer: LoRALinear(
             layer, config.rank, config.alpha or 2.0 * config.rank, config.lora_dropout))
     elif method == "adapter":
         swap(body.blocks, ("o_proj", "down_proj"), lambda layer: Adapter(layer, config.rank))
@@ -1025,11 +1030,17 @@ def tune(model, config):
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def merge(model):
-    """Make a tuned model a plain one that gives the same, in place; ValueError where none does."""
+def check_mergeable(model):
+    """ValueError for a tuned model that no plain one equals."""
     method = model.tuning.tune if model.tuning else "full"
     if method in ("adapter", "prefix", "prompt") or method == "bias" and not model.config.bias:
-        raise ValueError(f"what --tune={method} adds has no place in a plain model: it stays apart")
+        raise ValueError(f"what --tune={method} adds has no place in a plain model, so it cannot "
+                         "be merged: take lora, or the run that this one began with")
+
+
+def merge(model):
+    """Make a tuned model a plain one that gives the same, in place, and give it back."""
+    check_mergeable(model)
     swap(model.transformer.blocks, LINEARS,
          lambda layer: layer if isinstance(layer, Linear) else layer.merged())
     model.tuning = None

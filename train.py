@@ -4,8 +4,11 @@ Train a model: text or token shards in, a run folder with checkpoints out.
     python train.py                                       # Python's own library, a few minutes
     python train.py --data=mybook.txt --size=small --minutes=60 --dropout=0.1
     python train.py --resume                              # continue the newest run
+    python train.py --init=runs/base --data=chats.jsonl --tune=lora        # fine-tune a run
     torchrun --nproc_per_node=2 train.py --max_steps=500  # the same losses, on two processes
 
+--init begins with the weights of a run, for other data: texts, chats (of which what the assistant
+says is learned), or with --n_classes texts and their labels; --tune says what of it is trained.
 With none of --max_steps, --tokens, --epochs and --minutes a run ends after 2 epochs or 4 minutes,
 whichever comes first. A resumed run can change every option but those of its model and its data.
 Ctrl-C or SIGTERM saves and ends it, with exit code 130 or 143; the second Ctrl-C at once.
@@ -38,9 +41,11 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import TokenLoader, check_shards, load_tokenizer, prepare, read_card, read_split
-from model import (GPT, KERNELS, SIZES, GPTConfig, accelerator, check_ids, check_known,
-                   check_options, has_bf16_units, load_model, option, read_safetensors, save_model)
+from data import (ChatLoader, ClassLoader, TokenLoader, check_shards, for_chats, load_tokenizer,
+                  prepare, read_card, read_split)
+from model import (GPT, KERNELS, SIZES, GPTConfig, TuneConfig, accelerator, check_ids, check_known,
+                   check_mergeable, has_bf16_units, load_model, merge, option, read_header,
+                   read_progress, read_safetensors, save_model, tune)
 from sample import (PRECISIONS, checkpoints, complete, first_whole, load_run as load_finished,
                     newest_run, pick_checkpoint, pick_device, pick_precision)
 from tokenizer import (QUIET, Tokenizer, check_fields, parse_options, read_json, reading,
@@ -53,11 +58,17 @@ SCHEDULES = {  # share of the learning rate at a progress from 0 to 1; wsd: arXi
     "wsd": lambda progress, decay_ratio: min(1.0, (1 - progress) / decay_ratio),
     "constant": lambda progress, decay_ratio: 1.0,
 }
+# The learning rate after --init, as a share of the one from scratch.
+SHARES = dict(full=0.1, last=0.1, head=1.0, bias=1.0, lora=0.5, adapter=0.5, prefix=3.0, prompt=3.0)
+# What may be another in a model than in the run of --init, as no weight depends on it.
+FREE = {"block_size", "n_classes", "softcap", "dropout", "label_smoothing", "z_loss", "window"}
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(TuneConfig):
     """How to train: data, length, optimizer, what is shown, machine."""
+    init: str = option("", "a run folder; its tokenizer and weights are what training begins with")
+    merge: bool = option(False, "write a plain model into the folder RUN-merged, too, at the end")
     data: str | list = option("stdlib", "shards, or what data.py takes: stdlib, files, folders, "
                               "URLs ...", many=True)
     out: str = option("", "run folder; empty: runs/ and the name of the data")
@@ -101,8 +112,9 @@ class TrainConfig:
     shuffle: bool = option(True, "read in a random order, else in that of the shards")
 
     def __post_init__(self):
-        check_options(self)
-        own = dict(learning_rate=self.learning_rate or OPTIMIZERS[self.optimizer].rate)
+        super().__post_init__()
+        share = SHARES[self.tune.partition(":")[0]] if self.init else 1.0
+        own = dict(learning_rate=self.learning_rate or share * OPTIMIZERS[self.optimizer].rate)
         if not any(getattr(self, name) for name in LENGTHS):
             own.update(epochs=2.0, minutes=4.0)
         vars(self).update(own)  # the class is frozen for everyone else
@@ -154,8 +166,21 @@ def complete_options(typed, typed_model):
         if typed.get("resume") or not ("size" in typed or "architecture" in typed_model):
             own_shape = asdict(shape)
     config = TrainConfig(**options | typed)
+    if config.init and not config.resume:
+        refuse_idle(typed, ["size", "vocab_size"], "beside --init")
+        own_shape = asdict(read_progress(pick_checkpoint(config.init))["config"])
+        for name in sorted(typed_model.keys() - FREE):
+            if typed_model[name] != own_shape[name]:
+                raise ValueError(f"{name}={typed_model[name]}: {config.init} has {own_shape[name]},"
+                                 f" which a model keeps: leave out --{name}")
     shape = model_shape(config.size, config.vocab_size, own_shape | typed_model)
+    method = config.tune.partition(":")[0]
     for name, acts, beside in (
+            *((f.name, config.init, "without --init") for f in fields(TuneConfig)),
+            ("merge", config.init, "without --init"),
+            ("rank", method in ("lora", "adapter", "prefix", "prompt"), f"beside --tune={method}"),
+            *((name, method == "lora", f"beside --tune={method}")
+              for name in ("alpha", "lora_dropout", "targets")),
             ("decay_ratio", config.schedule == "wsd", "without --schedule=wsd"),
             ("min_lr", config.schedule != "constant", "beside --schedule=constant"),
             ("rewarm", config.resume, "without --resume"),
@@ -222,7 +247,9 @@ def check_memory(shape, config, n_sequences, device):
     at least: weights, gradients, the optimizer's state, and what each block keeps for backward."""
     needed, limit = math.inf, machine_memory(device)
     with contextlib.suppress(RuntimeError), torch.device("meta"):  # no memory; too many to count
-        needed = GPT(shape).n_parameters() * (12 if config.optimizer == "muon" else 16)
+        model = GPT(shape)
+        needed = 4 * model.n_parameters() + (8 if config.optimizer == "muon" else 12) * (
+            tune(model, config))
     kept = 2 * shape.n_embd * (1 if config.recompute else 8)  # bytes a token, in bfloat16
     needed += kept * shape.n_layer * n_sequences * shape.block_size
     if needed > limit and not config.force:
@@ -358,14 +385,16 @@ OPTIMIZERS = {
 
 def build_optimizer(model, config):
     """AdamW (arXiv:1711.05101), whose weight decay pulls matrices to zero, never gains and biases.
-    Or Muon for the matrices of the blocks, and AdamW at half its rate for all else."""
+    Or Muon for the matrices of the blocks, and AdamW at half its rate for all else. Of what is
+    trained alone."""
     muon = config.optimizer == "muon"
     groups = [dict(params=[], muon=muon, share=1.0, weight_decay=config.weight_decay),
               dict(params=[], muon=False, share=0.5 if muon else 1.0, weight_decay=0.0)]
     for name, p in model.named_parameters():
-        is_matrix = p.dim() >= 2 and ("blocks." in name or not muon)
-        groups[0 if is_matrix else 1]["params"].append(p)
-    rate = config.learning_rate
+        is_matrix = p.dim() == 2 and ("blocks." in name or not muon)
+        if p.requires_grad:
+            groups[0 if is_matrix else 1]["params"].append(p)
+    groups, rate = [group for group in groups if group["params"]], config.learning_rate
     if config.cuda_graph:  # a graph repeats what it saw: only what is in a tensor can change
         rate = torch.tensor(rate, device=model.device)
     return OPTIMIZERS[config.optimizer].build(groups, lr=rate, betas=(config.beta1, config.beta2),
@@ -392,9 +421,10 @@ def clip_gradients(model, grad_clip):
 
 
 def to_device(batch, model):
-    """A batch of the loader, each (B, T), as tensors on the model's device."""
+    """A batch of the loader as tensors on the model's device."""
     batch = [torch.from_numpy(ids) for ids in batch]
-    check_ids(torch.stack(batch), model.config.vocab_size)
+    for ids, lowest in zip(batch, (0, -1)):
+        check_ids(ids, model.config.vocab_size, lowest)
     return [ids.to(model.device, non_blocking=True) for ids in batch]
 
 
@@ -405,26 +435,38 @@ def cut_short(ids, progress, curriculum):
 
 
 def micro_batches(batches, n, model, progress=1.0, curriculum=0.0):
-    """Yield the next n batches, inputs and targets (B, T)."""
+    """Yield the next n batches, as their loader makes them."""
     for _ in range(n):
-        yield [cut_short(ids, progress, curriculum) for ids in to_device(next(batches), model)]
+        batch = to_device(next(batches), model)
+        yield [cut_short(ids, progress, curriculum) for ids in batch] if curriculum else batch
+
+
+def batch_loss(model, x, y, segments=None):
+    """-> (the mean loss of a batch in nats, the share of its targets that count), tensors"""
+    _, loss = model(x, y, segments=segments)
+    return loss, (y != -1).float().mean()
 
 
 def gradients(run, model, pairs, n, grad_clip):
-    """Gradients on n pairs of batches, inputs and targets (B, T), clipped -> (mean loss in nats,
-    length of the gradient), tensors. Processes exchange gradients once, at the last batch."""
-    total = 0.0
-    for i, (x, y) in enumerate(pairs, 1):
+    """Gradients on n batches, (x, y) or (x, y, segments), clipped -> (mean loss in nats, length of
+    the gradient), tensors. Processes exchange gradients once, at the last batch."""
+    total = counted = 0.0
+    for i, batch in enumerate(pairs, 1):
         waits = hasattr(model, "no_sync") and i < n
         with model.no_sync() if waits else contextlib.nullcontext():
-            _, loss = model(x, y)
-            # gradients add up over the passes of a step; we want their mean
-            run.scaler.scale(loss / n).backward()
-        total += loss.detach() / n
-    unused = [name for name, p in run.model.named_parameters() if p.grad is None]
+            loss, share = batch_loss(model, *batch)
+            # gradients add up over the passes of a step; we want their mean over what counts
+            run.scaler.scale(loss * share / n).backward()
+        total, counted = total + loss.detach() * share / n, counted + share / n
+    trained = [(name, p) for name, p in run.model.named_parameters() if p.requires_grad]
+    unused = [name for name, p in trained if p.grad is None]
     if unused and dist.is_initialized():  # which would wait for them in vain
         raise ValueError(f"{unused[0]} got no gradient: forward must use it, or leave it out")
     run.scaler.unscale_(run.optimizer)
+    if len(batch) == 3:  # how much counts differs from batch to batch
+        counted, = average([max(float(counted), 1e-9)], run.model.device)
+        total = total / counted
+        torch._foreach_div_([p.grad for _, p in trained], counted)
     return total, clip_gradients(run.model, grad_clip)
 
 
@@ -444,17 +486,19 @@ def take_step(run, model, xs, ys, grad_clip):
 
 def validation_loss(model, shards, config, rank=0, world_size=1):
     """Mean loss in nats over the first eval_sequences sequences of the validation split, or all."""
-    loader = TokenLoader(shards, 1, model.config.block_size, rank, world_size, split="val")
-    n_all = min(config.eval_sequences, loader.n_blocks)
-    n_own, total = len(range(rank, n_all, world_size)), 0.0
+    loader = find_loader(shards, model.config)(shards, 1, model.config.block_size, split="val")
+    own = range(rank, min(config.eval_sequences, loader.n_blocks), world_size)
+    total = counted = 0.0
     model.eval()
     with torch.inference_mode():
-        for first in range(0, n_own, config.micro_batch_size):
-            n = min(config.micro_batch_size, n_own - first)
-            x, y = map(torch.cat, zip(*micro_batches(loader, n, model)))             # (n, T) twice
-            total += n * model(x, y)[1].item()
+        for first in range(0, len(own), config.micro_batch_size):
+            blocks = [loader.block(i) for i in own[first:first + config.micro_batch_size]]
+            loss, share = batch_loss(model, *to_device(loader.batch(blocks), model))
+            total += len(blocks) * (loss * share).item()
+            counted += len(blocks) * share.item()
     model.train()
-    return average([total], model.device)[0] * world_size / n_all
+    total, counted = average([total, counted], model.device)
+    return total / counted
 
 
 # -----------------------------------------------------------------------------
@@ -499,8 +543,9 @@ def new_run(folder, model, config, device):
 
 def snapshot(run):
     """What a checkpoint holds, copied to main memory: (model, optimizer's tensors, progress)."""
-    copies = {id(p): torch.nn.Parameter(p.detach().to("cpu", copy=True), requires_grad=False)
-              for p in run.model.parameters()}
+    copies = {id(p): torch.nn.Parameter(p.detach().to("cpu", copy=True), p.requires_grad)
+              for p in run.model.parameters() if p.requires_grad}
+    copies |= {id(p): p for p in run.model.parameters() if not p.requires_grad}  # never change
     names = {p: name for name, p in run.model.named_parameters()}
     tensors = {f"optimizer.{names[p]}.{what}": tensor.to("cpu", copy=True)
                for p, state in run.optimizer.state.items() for what, tensor in state.items()}
@@ -653,14 +698,21 @@ def run_folder(config, shards=None):
     return folder
 
 
-def find_shards(config, rank, say):
+def find_shards(config, rank, say, tokenizer=None):
     """-> the folder of token shards: --data itself if it is one, else made from it by rank 0."""
     if is_shards(config.data):
         return Path(config.data)
-    folder = [rank == 0 and prepare(config.data, vocab_size=config.vocab_size, say=say)]
+    folder = [rank == 0 and prepare(config.data, None, config.vocab_size, tokenizer, say=say)]
     if dist.is_initialized():
         dist.broadcast_object_list(folder, src=0)
     return folder[0]
+
+
+def find_loader(shards, shape):
+    """The class of the loader that reads a folder of shards for a model of this shape."""
+    if shape.n_classes:
+        return ClassLoader
+    return ChatLoader if read_card(shards).options.get("chats") else TokenLoader
 
 
 def split_batch(config, world_size):
@@ -681,7 +733,7 @@ def last_step(config, n_tokens, tokens_per_step):
 
 def check_model(shape, config):
     """ValueError for a model that this loop cannot train."""
-    if shape.cross or not shape.causal or shape.n_classes:
+    if shape.cross or not shape.causal or shape.n_classes and not config.init:
         raise ValueError(f"architecture={shape.architecture} does not predict the next token: "
                          "take gpt2 or modern; chapters/05_transformer.ipynb trains the others")
     if config.curriculum and shape.block_size % 8:
@@ -695,7 +747,8 @@ def check_resume(run, shape, card, say):
     old, new = asdict(run.model.config) | asdict(before), asdict(shape) | asdict(run.config)
     changed = {name: f"{name}={value} (it has {old[name]})" for name, value in new.items()
                if value != old[name] and name not in ("data", "out", "config", "resume")}
-    wrong = [changed[n] for n in (*asdict(shape), "size", "optimizer") if n in changed]
+    fixed = (*asdict(shape), "size", "optimizer", "init", *(f.name for f in fields(TuneConfig)))
+    wrong = [changed[n] for n in fixed if n in changed]
     if Tokenizer.load(run.folder / "tokenizer.json").hash() != run.tokenizer.hash():
         wrong.append("another tokenizer")
     if card.fingerprint != data["fingerprint"]:
@@ -707,17 +760,54 @@ def check_resume(run, shape, card, say):
         say(f"goes on at step {run.step} with {', '.join(changed.values())}")
 
 
+def reshaped(model, config):
+    """A model of another GPTConfig with the same weights. New tokens get embeddings distributed as
+    the others are; a head for classes starts anew."""
+    new, weights = GPT(config).to(model.device), dict(model.named_parameters())
+    for name, w in new.named_parameters():
+        if name in weights and not (name == "lm_head.weight" and config.n_classes):
+            old = weights[name].detach()[:len(w)]
+            w.data[:len(old)] = old
+            if len(old) < len(w):
+                w.data[len(old):] = old.mean(0) + old.std(0) * torch.randn_like(w[len(old):])
+    return new
+
+
+def open_base(config, device):
+    """-> (the model, a plain one, the tokenizer) of the run that --init names; None without."""
+    if not config.init or config.resume:
+        return None, None
+    model, tokenizer = load_finished(config.init, device=device)
+    return merge(model), tokenizer
+
+
+def fit_base(base, shape, known, tokenizer, shards):
+    """The model of --init in the shape asked for; ValueError for shards of another tokenizer."""
+    if tokenizer.hash() not in (known.hash(), for_chats(known).hash()):
+        raise ValueError(f"{shards} was made with another tokenizer than that of --init: make it "
+                         "again, data.py SOURCE --tokenizer=RUN/tokenizer.json")
+    if shape.position == "learned" and shape.block_size > base.config.block_size:
+        raise ValueError(f"block_size={shape.block_size} is above {base.config.block_size}, for "
+                         "which --init has learned positions: leave it out")
+    return base if shape == base.config else reshaped(base, shape)
+
+
 def prepare_run(config, model_config, say, stack):
     """Data and model, new or resumed, that fit -> Run; the ExitStack lets go of it at the end."""
     rank, world_size, device = start_processes(config)
     micro, _ = split_batch(config, world_size)
+    base, known = open_base(config, device)
     shape = model_config or (read_config(run_folder(config) / "config.json")[1] if config.resume
-                             else model_shape(config.size, config.vocab_size))
+                             else base.config if base else
+                             model_shape(config.size, config.vocab_size))
     check_model(shape, config)  # before the data is made
-    shards = find_shards(config, rank, say)
+    shards = find_shards(config, rank, say, known)
     tokenizer, folder = load_tokenizer(shards / "tokenizer.json"), run_folder(config, shards)
-    shape = replace(shape, vocab_size=tokenizer.n_vocab)
-    TokenLoader(shards, 1, shape.block_size, split="val")  # ValueError if that is too short
+    shape, loader = replace(shape, vocab_size=tokenizer.n_vocab), find_loader(shards, shape)
+    loader(shards, 1, shape.block_size, split="val")  # ValueError if that is too short
+    if shape.n_classes and shape.n_classes != len(labels := read_card(shards).labels):
+        raise ValueError(f"n_classes={shape.n_classes}: {shards} has {len(labels)} labels"
+                         f"{': '.join(['', ', '.join(labels)[:200]])}")
     check_memory(shape, config, micro, device)
     stack.enter_context(memory_explained(micro, shape.block_size, device))
     precision, dtype = pick_precision(config.precision, device)
@@ -725,27 +815,42 @@ def prepare_run(config, model_config, say, stack):
     torch.manual_seed(config.seed)
     if checkpoints(folder) and not config.resume:
         raise ValueError(f"{folder} already holds a run: add --resume, or choose another --out")
-    run = (load_run(folder, config, device) if config.resume else
-           new_run(folder, GPT(shape).to(device), config, device))
+    if rank == 0:
+        folder = claim_folder(config, folder, shards, stack)
+    if config.resume:
+        run = load_run(folder, config, device)
+    else:
+        model = fit_base(base, shape, known, tokenizer, shards) if base else GPT(shape).to(device)
+        if rank == 0 and base and config.tune != "full":
+            model.base = write_base(model, folder)
+        n_trained = tune(model, config)
+        if base:
+            say(f"--tune={config.tune} trains {n_trained:,} of {model.n_parameters():,} parameters")
+        run = new_run(folder, model, config, device)
+    if config.merge:
+        check_mergeable(run.model)
     names = [run.model.use(config.kernels, dtype, config.recompute, batch_size=micro)]
     if world_size > 1:
         dist.broadcast_object_list(names, src=0)  # what was the fastest there
         run.model.use(names[0], dtype, config.recompute)
     fits = names[0] in ("torch", "cuda") and precision != "fp16" and not config.skip_spikes
+    fits = fits and loader is TokenLoader
     if config.cuda_graph and not (fits and "cuda" in device and world_size == 1 and accelerator()):
         raise ValueError("--cuda_graph needs chapters/kernels.py, one GPU, fp32 or bf16, torch or "
-                         "cuda kernels, and no --skip_spikes: leave it out")
+                         "cuda kernels, texts, and no --skip_spikes: leave it out")
+    if config.curriculum and loader is not TokenLoader:
+        raise ValueError("--curriculum cuts texts into shorter ones, not chats: leave it out")
     if config.rewarm:
         run.start_step, run.start_elapsed = run.step, run.elapsed
     run.config = replace(config, kernels=names[0])  # a resumed run takes the same
     run.tokenizer, run.shards = tokenizer, shards
-    run.batches = TokenLoader(shards, micro, shape.block_size, rank, world_size, config.seed,
-                              run.sequences // (micro * world_size), shuffle=config.shuffle)
+    run.batches = loader(shards, micro, shape.block_size, rank, world_size, config.seed,
+                         run.sequences // (micro * world_size), shuffle=config.shuffle)
     if config.batch_size > max(1024, run.batches.n_blocks):
         raise ValueError(f"batch_size={config.batch_size} is more than the data, which has "
                          f"{run.batches.n_blocks:,} sequences: take at most so many")
     if rank == 0:
-        begin_folder(run, shape, say, stack)
+        begin_folder(run, shape, say)
     return run
 
 
@@ -767,18 +872,44 @@ def locked(folder):
         yield
 
 
-def begin_folder(run, shape, say, stack):
-    """Take the run's folder, lock it, check a run that is resumed, and write the first files."""
-    config, card = run.config, check_shards(run.shards)
-    run.folder.mkdir(parents=True, exist_ok=True)
+def claim_folder(config, folder, shards, stack):
+    """Take and lock the folder of a run, or of a new one the next that is free -> its Path."""
+    folder.mkdir(parents=True, exist_ok=True)
     while not (config.resume or config.out):  # another run may take the same name at this moment
         with contextlib.suppress(FileExistsError):
-            open(run.folder / "config.json", "x").close()
+            open(folder / "config.json", "x").close()
             break
-        run.folder = run_folder(config, run.shards)
-        run.folder.mkdir(parents=True, exist_ok=True)
-    stack.enter_context(locked(run.folder))
-    stack.callback(leave_nothing, run.folder)
+        folder = run_folder(config, shards)
+        folder.mkdir(parents=True, exist_ok=True)
+    stack.enter_context(locked(folder))
+    stack.callback(leave_nothing, folder)
+    return folder
+
+
+def write_base(model, folder):
+    """Write what --init gave to base.safetensors, which the checkpoints of a tuned run build on ->
+    its checksum."""
+    with replacing(folder / "base.safetensors") as file:
+        save_model(model, file)
+    return read_header(folder / "base.safetensors")[1]["sha256"]
+
+
+def write_merged(folder):
+    """Write the finished model of a tuned run as a plain one -> its folder."""
+    (model, tokenizer), path = load_finished(folder), pick_checkpoint(folder)
+    merged = Path(f"{folder}-merged")
+    merged.mkdir(exist_ok=True)
+    for old in checkpoints(merged).values():
+        old.unlink()
+    tokenizer.save(merged / "tokenizer.json")
+    with replacing(merged / path.name) as file:
+        save_model(merge(model), file, val_loss=read_progress(path).get("val_loss"))
+    return merged
+
+
+def begin_folder(run, shape, say):
+    """Check a run that is resumed, and write the first files of its folder."""
+    config, card = run.config, check_shards(run.shards)
     n_free, n_bytes = shutil.disk_usage(run.folder).free, 8 * run.model.n_parameters()
     if n_bytes > n_free:
         raise ValueError(f"{run.folder}: a checkpoint takes {n_bytes / 1e9:.1f} GB or more, and "
@@ -800,7 +931,7 @@ def leave_nothing(folder):
     """Remove what begin_folder wrote for a run that took no step, so that its name is free."""
     if not checkpoints(folder) and not read_log(folder):
         with contextlib.suppress(OSError):  # Windows keeps what is open; not all files may be ours
-            for name in ("config.json", "tokenizer.json", "log.jsonl", ".lock"):
+            for name in ("config.json", "tokenizer.json", "base.safetensors", "log.jsonl", ".lock"):
                 Path(folder, name).unlink(missing_ok=True)
             folder.rmdir()
 
@@ -889,10 +1020,20 @@ def duration(seconds):
             f"{seconds / 86400:,.0f} days" if seconds < 1e11 else "thousands of years")
 
 
-def sample_lines(model, tokenizer, n_tokens, seed):
-    """A few indented lines of what the model writes from nothing."""
+def first_prompt(run):
+    """The ids, a list, after which the first text that is learned of the validation split begins;
+    [] for classes."""
+    if run.model.config.n_classes or isinstance(run.batches, TokenLoader):
+        return []
+    x, y, _ = ChatLoader(run.shards, 1, run.batches.block_size, split="val").block(0)
+    return x[:(y != -1).argmax() + 1].tolist()
+
+
+def sample_lines(model, tokenizer, n_tokens, seed, prompt=()):
+    """A few indented lines of what the model writes from nothing, or after ids."""
     model.eval()
-    text = complete(model, tokenizer, max_new_tokens=n_tokens, temperature=0.8, top_k=50, seed=seed)
+    text = tokenizer.decode(prompt) + complete(model, tokenizer, prompt or "", temperature=0.8,
+                                               max_new_tokens=n_tokens, top_k=50, seed=seed)
     model.train()
     return "\n".join("    | " + line for line in text.strip("\n").splitlines())
 
@@ -988,9 +1129,12 @@ def train(config, model_config=None, say=tqdm.write):
                 said = time.perf_counter()
             if (is_check or stopping) and run.model.is_finite():
                 recorder.save(run)
-                if is_check and progress < 1 and not why:
-                    say(sample_lines(run.model, run.tokenizer, config.sample_tokens, config.seed))
+                if is_check and progress < 1 and not (why or run.model.config.n_classes):
+                    say(sample_lines(run.model, run.tokenizer, config.sample_tokens, config.seed,
+                                     first_prompt(run)))
     stopped = int(asked[0]) if asked else int(signal.SIGTERM) * bool(stopping)
+    if is_main and config.merge and not stopped:
+        say(f"{write_merged(run.folder)} holds a plain model")
     return summarize(run, time.perf_counter() - began, stopped) if is_main else None
 
 
@@ -998,14 +1142,17 @@ def summarize(run, seconds, stopped):
     """What train() returns: losses in nats a token, None if not finite; the signal that stopped it
     or 0; two whole words of the validation text to go on with ..."""
     rows, val = read_log(run.folder) or [{}], read_card(run.shards).val
-    bits = run.val_loss and run.val_loss / math.log(2) * val["tokens"] / val["bytes"]
-    text = run.tokenizer.decode(read_split(run.shards, "val")[0][1:50].tolist())
+    kind, prompt, special = type(run.batches), first_prompt(run), run.tokenizer.special.values()
+    bits = kind is TokenLoader and run.val_loss and (
+        run.val_loss / math.log(2) * val["tokens"] / val["bytes"])
+    ids = prompt if kind is ChatLoader else read_split(run.shards, "val")[0][1:50].tolist()
+    words = regex.findall(r"[^\W_]+", run.tokenizer.decode([id for id in ids if id not in special]))
     return dict(folder=str(run.folder), step=run.step, loss=rows[-1].get("loss"), stopped=stopped,
-                val_loss=run.val_loss, bits_per_byte=bits, seconds=seconds,
+                val_loss=run.val_loss, bits_per_byte=bits or None, seconds=seconds, prompt=prompt,
                 tokens_per_second=round(median(row.get("tokens_per_second") or 0 for row in rows)),
                 how=f"{run.model.device}, {run.config.precision}, {run.config.kernels} kernels",
-                words=" ".join(regex.findall(r"[^\W_]+", text)[1:3])[:20],  # the first may be cut
-                skipped=sum("skipped" in row for row in rows))
+                kind=kind, skipped=sum("skipped" in row for row in rows), words=" ".join(
+                    words[1:3])[:20] if kind is TokenLoader else " ".join(words[:8])[:50])
 
 
 def main():
@@ -1025,11 +1172,14 @@ def main():
         raise ValueError("all {step} steps were skipped, so the model learned nothing: python -m "
                          "chapters.doctor {folder} says more".format(**summary))
     elif summary:
-        print(sample_lines(*load_finished(summary["folder"]), 200, seed=1))
+        if summary["kind"] is not ClassLoader:
+            print(sample_lines(*load_finished(summary["folder"]), 200, 1, summary["prompt"]))
+        bits = summary["bits_per_byte"] and ", {bits_per_byte:.3f} bits per byte".format(**summary)
         print("{step:,} steps in {seconds:.0f} seconds on {how}, {tokens_per_second:,} tokens/s: "
-              "validation loss {val_loss:.4f}, {bits_per_byte:.3f} bits per byte\n"
+              "validation loss {val_loss:.4f}{bits}\n"
               "{folder} holds the model, its log and its picture {folder}/loss.png\n"
-              'next: python sample.py {folder} --prompt="{words}"'.format(**summary))
+              'next: python sample.py {folder}{chat} --prompt="{words}"'.format(
+                  bits=bits or "", chat=" --chat" * (summary["kind"] is ChatLoader), **summary))
 
 
 if __name__ == "__main__":
