@@ -29,7 +29,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from chapters.classify import read_examples
 from chapters.ngrams import Classifier
-from data import clean, new_shards, read_rows, take_chat
+from data import clean, new_shards, read_rows
 from evaluate import interval, score_shared, table
 from model import check_known
 from sample import load_run, pick_device
@@ -85,9 +85,10 @@ def read_labelled(path):
     """The rows of a file, as data.py cleans them; ValueError for one without a text or a label, and
     if there are none."""
     def take(row):
-        row = row if isinstance(row, dict) else {}
-        user, answer = take_chat({name: row.get(name) for name in ("text", "label")})
-        return row | dict(text=clean(user["content"]), label=clean(answer["content"]))
+        text, label = map((row if isinstance(row, dict) else {}).get, ("text", "label"))
+        if not isinstance(text, str) or not isinstance(label, str | int):
+            raise ValueError(f"{row!r:.60} lacks a text or a label")
+        return row | dict(text=clean(text), label=clean(str(label)))
     if not (rows := [*read_rows(path, take)]):
         raise ValueError(f"{path} is empty: it must have rows of text and label")
     return rows
