@@ -37,9 +37,9 @@ import tempfile
 import time
 import unicodedata
 import zipfile
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field as dataclass_field
+from dataclasses import dataclass, field
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
@@ -55,7 +55,7 @@ from tokenizer import (QUIET, SPECIAL_TOKENS, Parser, Tokenizer, check_fields, r
 
 SEPARATOR = "<|endoftext|>"  # between the documents of a text file
 LONG_TEXT = 1 << 21  # characters; a longer text is read as several documents
-CHATS = {"messages"}, {"instruction", "output"}, {"text", "label"}  # fields that make a row a chat
+CHATS = {"messages": "messages", "output": "instruction", "label": "text"}  # a row with both is one
 LARGE = 1 << 25  # characters or bytes: of a JSON value or a row, and to find out an encoding
 GROUP_BYTES = 1 << 23  # text tokenized at a time: the ids of a large corpus must not fill memory
 LEARN_BYTES = 200_000_000  # a tokenizer learns from a sample of this size: more changes little
@@ -180,41 +180,35 @@ def read_text(file, path):
 
 
 def read_lines(file, path):
-    """Yield the value in each line that is not empty, an error where it is broken."""
-    for line in filter(str.strip, iter(lambda: file.readline(LARGE), "")):
-        try:
-            yield json.loads(line)
-        except (ValueError, RecursionError) as error:
-            yield error
+    """The value in each line that is not empty; next() fails for a broken one, and then goes on."""
+    return map(json.loads, filter(str.strip, iter(lambda: file.readline(LARGE), "")))
 
 
 def read_list(file, path):
-    """Yield the values of a list, or a single one; of a JSON Lines file by this name, its lines."""
+    """The values of a list, or a single one; of a JSON Lines file by this name, its lines."""
     text = file.read(LARGE + 1)
     if len(text) > LARGE:
         raise ValueError(f"{path} has more than {LARGE:,} characters: write a value a line, .jsonl")
     try:
         value = json.loads(text)
     except ValueError:
-        return (yield from read_lines(io.StringIO(text), path))
-    yield from value if isinstance(value, list) else [value]
+        return read_lines(io.StringIO(text), path)
+    return value if isinstance(value, list) else [value]
 
 
 def read_table(file, path):
-    """Yield each row as a dict, by the names in the first line, or the error that it is."""
+    """Each row as a dict, by the names in the first line; next() as in read_lines."""
+    def whole(row):
+        if any(row.pop(None, ())):
+            raise ValueError("too many values: quote the texts")
+        return row
     csv.field_size_limit(LARGE)
     names = file.readline(LARGE)  # between them is what is between the values
-    rows = csv.DictReader(itertools.chain([names], file), delimiter=max(",;\t|", key=names.count))
-    while True:
-        try:
-            row = next(rows)
-            yield ValueError("too many values: quote the texts") if any(row.pop(None, ())) else row
-        except csv.Error as error:
-            yield error
-        except StopIteration:
-            return
+    rows = itertools.chain([names], file)
+    return map(whole, csv.DictReader(rows, delimiter=max(",;\t|", key=names.count)))
 
 
+BYTES = Tokenizer([])  # its render_chat says what is wrong with a chat
 READERS = {".json": read_list, ".jsonl": read_lines, ".csv": read_table, ".tsv": read_table,
            **dict.fromkeys([".txt", ".md", ".rst", *PROGRAMS.split()], read_text)}
 
@@ -245,69 +239,56 @@ def read_rows(path, take, encoding=None, skip=None):
         raise ValueError(f"{path}: cannot read {kind or 'a name without an ending'}: "
                          f"{CURATE if kind in HEAVY else KINDS}")
     with reading(path), open_packed(path) as file:
-        for number, row in enumerate(READERS[kind](as_text(file, encoding), path), 1):
+        rows = iter(READERS[kind](as_text(file, encoding), path))
+        for number in itertools.count(1):
             try:
-                if isinstance(row, Exception):
-                    raise ValueError(str(row))
-                yield take(row)
-            except ValueError as error:
+                yield take(next(rows))
+            except StopIteration:
+                return
+            except (ValueError, RecursionError, csv.Error) as error:
                 if not skip:
                     raise ValueError(f"{path}, row {number}: {error}") from None
                 skip(f"{path}, row {number}: {error}")
 
 
+def take_text(row, field="text"):
+    """The text in a field of a row, or that is the row; ValueError where there is none."""
+    text = row.get(field) if isinstance(row, dict) else row
+    if isinstance(text, str):
+        return text
+    raise ValueError(f"no text in field {field!r} of {row!r:.60}: --field=NAME names another")
+
+
 def read_documents(path, field="text", encoding=None, skip=None):
     """Yield the documents of one file, as read_rows does; of JSON and CSV the texts in a field."""
-    def take(row):
-        text = row.get(field) if isinstance(row, dict) else row
-        if isinstance(text, str):
-            return text
-        raise ValueError(f"no text in field {field!r} of {row!r:.60}: --field=NAME names another")
-    return read_rows(path, take, encoding, skip)
+    return read_rows(path, partial(take_text, field=field), encoding, skip)
 
 
-BYTES = Tokenizer([])  # whose render_chat says what is wrong with a chat
+def chat_kind(row):
+    """Which of CHATS a row is, or "" if none: chat_kind({"text": "Hi", "label": 1}) == "label"."""
+    names = {*row} if isinstance(row, dict) else set()
+    return next((kind for kind, asks in CHATS.items() if {kind, asks} <= names), "")
 
 
 def take_chat(row):
     """The messages of a row, which render_chat takes; ValueError for a row that has none."""
-    row = row if isinstance(row, dict) else {}
-    messages, answer = row.get("messages"), row.get("output", row.get("label"))
-    if "messages" not in row:
-        parts = [row.get("instruction"), row.get("input") or ""] if "output" in row else [
-            row.get("text")]
-        answer = str(answer) if isinstance(answer, int) else answer
-        if not all(isinstance(part, str) for part in [*parts, answer]):
-            raise ValueError("neither messages, a list, nor instruction and output, or text and "
-                             "label, which are texts")
-        messages = [dict(role="user", content="\n\n".join(filter(None, parts))),
-                    dict(role="assistant", content=answer)]
-    BYTES.render_chat(messages)
+    if not (kind := chat_kind(row)):
+        raise ValueError("neither messages, nor instruction and output, nor text and label")
+    if kind == "messages":
+        messages = row[kind]
+    else:
+        asks, says = row[CHATS[kind]], row[kind]
+        if kind == "output" and row.get("input") and isinstance(asks, str):
+            asks += f"\n\n{row['input']}"
+        messages = [dict(role="user", content=asks), dict(
+            role="assistant", content=str(says) if isinstance(says, int) else says)]
+    BYTES.render_chat(messages)  # a ValueError where turns are wrong
     return messages
 
 
-def read_chats(path, skip=None, take=take_chat, encoding=None):
+def read_chats(path, skip=None):
     """Yield the messages of each row of a .jsonl or .json file; skip(reason) as in read_rows."""
-    return read_rows(path, take, encoding, skip)
-
-
-def chat_fields(paths, encoding=None):
-    """Those of CHATS that the first rows of files have, none for texts; ValueError for both."""
-    found = {}
-    for path in paths:
-        row = ""
-        if ending(path) in (".json", ".jsonl"):
-            with contextlib.suppress(OSError, ValueError):  # whoever reads all of it names it
-                rows = read_rows(path, lambda row: row, encoding, skip=lambda reason: None)
-                row = next(rows, None)
-        names = row.keys() if isinstance(row, dict) else ()
-        kind = next((i for i, fields in enumerate(CHATS) if fields <= {*names}), None)
-        found |= {kind: path} if row is not None else {}
-    if None in found and len(found) > 1:
-        texts = found.pop(None)
-        raise ValueError(f"{[*found.values()][0]} holds chats and {texts} does not: prepare them "
-                         "one by one, or all as texts, with --field=NAME")
-    return [CHATS[i] for i in found if i is not None]
+    return read_rows(path, take_chat, skip=skip)
 
 
 LINE_ENDS = re.compile("\r\n|[\r\v\f\x85\u2028\u2029]")
@@ -539,7 +520,7 @@ class Card:
     vocab_size: int
     checksums: dict   # {file name: sha256}
     date: str = ""    # of the day it was made
-    labels: list = dataclass_field(default_factory=list)  # sorted, where rows are text and label
+    labels: list = field(default_factory=list)  # sorted, where rows are text and label
 
     def __post_init__(self):
         counts = [split.get(n) for split in (self.train, self.val) for n in ("tokens", "bytes")]
@@ -583,18 +564,38 @@ class Documents:
         return self.file.read(self.ends[i] - self.starts[i]).decode()
 
 
-def chat_line(row, counts):
-    """A row of chats as a line of JSON, its messages, cleaned; "" where they say nothing."""
+def clean_text(row, counts, field="text"):
+    """The text of a row, cleaned; counts gets what is lost."""
+    return clean(take_text(row, field), counts)
+
+
+def clean_chat(row, counts):
+    """The messages of a row, cleaned, as a line of JSON; "" where they say nothing."""
     messages = [dict(role=message["role"], content=clean(message["content"], counts))
                 for message in take_chat(row)]
-    is_empty = not any(message["content"] for message in messages)
-    return "" if is_empty else json.dumps(messages, ensure_ascii=False)
+    says = any(message["content"] for message in messages)
+    return json.dumps(messages, ensure_ascii=False) if says else ""
 
 
-def gather(found, file, license=None, chats=False, encoding=None, field="text"):
-    """Read and clean all files into one -> (Documents, each text once; the sources, as a card has
-    them; counts of what is lost). Broken documents and files that cannot be read are left out and
-    named; where a source is a single such file, a ValueError."""
+def chat_kinds(paths, encoding=None):
+    """The chat_kind() of the first rows of files, a set; ValueError if some are chats and some not.
+    Files without a row, or that cannot be read, do not count."""
+    found = {}
+    for path in paths:
+        is_list = ending(path) in (".json", ".jsonl")
+        with contextlib.suppress(OSError, ValueError, StopIteration):
+            kind = next(read_rows(path, chat_kind, encoding, str)) if is_list else ""
+            found.setdefault(kind, path)
+    if "" in found and len(found) > 1:
+        raise ValueError(f"{found[max(found)]} holds chats and {found['']} does not: prepare them "
+                         "one by one, or all as texts, with --field=NAME")
+    return found.keys() - {""}
+
+
+def gather(found, file, take, license=None, encoding=None):
+    """Read all files into one by take(row, counts=...) -> (Documents, each text once; the sources,
+    as a card has them; counts of what is lost). Broken documents and files that cannot be read are
+    left out and named; where a source is a single such file, a ValueError."""
     sources, sizes, counts = [], [], Counter()
     for source, paths in found.items():
         skipped, n_files = [], 0
@@ -606,10 +607,7 @@ def gather(found, file, license=None, chats=False, encoding=None, field="text"):
         for path in tqdm(paths, "read", unit=" files", **QUIET):
             start, n_before, n_chars, lost = file.tell(), len(sizes), 0, Counter()
             try:
-                texts = (read_rows(path, partial(chat_line, counts=lost), encoding, skip) if chats
-                         else (clean(text, lost) for text in
-                               read_documents(path, field, encoding, skip)))
-                for text in texts:
+                for text in read_rows(path, partial(take, counts=lost), encoding, skip):
                     n_chars += len(text)
                     sizes.append(file.write(text.encode()))
                 if lost["replaced bytes"] > n_chars / 100:
@@ -745,18 +743,19 @@ def new_shards(folder, fingerprint):
             path.replace(real / path.name)
 
 
-def build(folder, fingerprint, found, tokenizer, options, how, say):
+def build(folder, fingerprint, found, tokenizer, options, chats, license, say):
     """All stages: read, clean, split, train a tokenizer, write the shards and, last, the card."""
     with new_shards(folder, fingerprint) as out, tempfile.TemporaryFile(dir=out.parent) as file:
-        [(first, paths), *_], chats, labels = found.items(), how["chats"], []
+        [(first, paths), *_] = found.items()
         if is_ready(first):
             splits = {name: [read_shard(path) for path in paths if name in path.name]
                       for name in ("train", "val")}
-            sources = [dict(name=first, license=how["license"] or LICENSES.get(first),
-                            files=len(paths), skipped=[], curated={})]
-            counts, rule = {}, "as published"
+            sources = [dict(name=first, license=license or LICENSES.get(first), files=len(paths),
+                            skipped=[], curated={})]
+            counts, rule, labels = {}, "as published", []
         else:
-            documents, sources, counts = gather(found, file, **how)
+            take = clean_chat if chats else partial(clean_text, field=options["field"])
+            documents, sources, counts = gather(found, file, take, license, options["encoding"])
             skipped = [line for source in sources for line in source["skipped"]]
             if not documents:
                 raise ValueError(f"no text in {', '.join(found)}{': '.join(['', *skipped[:1]])}")
@@ -765,17 +764,17 @@ def build(folder, fingerprint, found, tokenizer, options, how, say):
             for line in skipped[:3]:
                 say(f"skipped: {line}")
             counts.update(documents=len(documents), bytes=documents.n_bytes)
+            labels = sorted({json.loads(line)[-1]["content"] for line in documents
+                             if chats == {"label"}})
             train, val, rule = split(documents, options["val_ratio"], bool(chats))
-            if chats == [{"text", "label"}]:
-                labels = sorted({json.loads(line)[-1]["content"] for line in documents})
             if tokenizer is None:
                 sample = itertools.islice(train, 0, None, train.n_bytes // LEARN_BYTES + 1)
                 if chats:
                     sample = (turn["content"] for line in sample for turn in json.loads(line))
                 tokenizer = Tokenizer.train(sample, options["vocab_size"])
                 say(f"tokenizer: {tokenizer.n_vocab:,} of {options['vocab_size']:,} tokens")
-            splits = dict(train=tokenize(train, tokenizer, chats),
-                          val=tokenize(val, tokenizer, chats))
+            splits = {name: tokenize(part, tokenizer, chats)
+                      for name, part in (("train", train), ("val", val))}
         card = dict(fingerprint=fingerprint, date=time.strftime("%Y-%m-%d"), sources=sources,
                     python=sys.version.split()[0], options=options, counts=counts, split=rule,
                     labels=labels)
@@ -815,7 +814,7 @@ def prepare(sources, out=None, vocab_size=4096, tokenizer=None, val_ratio=None, 
                    version=3)  # raised when the same gives other shards
     readable = [path for paths in found.values() for path in paths
                 if are_ready or ending(path) in READERS and is_readable(path)]
-    chats = [] if are_ready or field else chat_fields(readable, encoding)
+    chats = set() if are_ready or field else chat_kinds(readable, encoding)
     if chats:
         options["chats"] = True
         if tokenizer:
@@ -829,8 +828,7 @@ def prepare(sources, out=None, vocab_size=4096, tokenizer=None, val_ratio=None, 
         if check_shards(folder, ("train", "val", "token")).fingerprint == fingerprint:
             say(f"{folder}: used again, the content and the options are the same")
             return folder
-    how = dict(field=field or "text", encoding=encoding, license=license, chats=chats)
-    build(folder, fingerprint, found, tokenizer, options, how, say)
+    build(folder, fingerprint, found, tokenizer, options, chats, license, say)
     return folder
 
 
@@ -893,15 +891,20 @@ class TokenLoader(Loader):
         return blocks[:, :-1], blocks[:, 1:]
 
 
-def find_special(shards, special):
-    """Where in shards special tokens are, and which: int64, (N,) twice."""
-    ids, places, found, start = [*special.values()], [], [], 0
+def find_turns(shards, special):
+    """Where the documents of shards begin and end, (N,) each, and where the assistant's turns do,
+    after <|assistant|> and after <|end|>. special: {name: id} of the tokenizer."""
+    places, found, n_tokens = [], [], 0
     for part in parts(shards):
-        at = np.flatnonzero(np.isin(part, ids))
-        places.append(start + at)
-        found.append(part[at].astype(np.int64))
-        start += len(part)
-    return np.concatenate(places), np.concatenate(found)
+        at = np.flatnonzero(np.isin(part, [*special.values()]))
+        places.append(n_tokens + at)
+        found.append(part[at])
+        n_tokens += len(part)
+    places, found = np.append(np.concatenate(places), n_tokens - 1), np.concatenate(found)
+    begins, turns = (np.flatnonzero(found == special.get(name, -1))
+                     for name in (SEPARATOR, "<|assistant|>"))
+    ends = np.append(places[begins[1:]], n_tokens)
+    return places[begins], ends, places[turns] + 1, places[turns + 1] + 1
 
 
 def learned(ids, special):
@@ -916,18 +919,21 @@ def learned(ids, special):
 def pack(lengths, block_size):
     """Which items go to which block, the longest first, each to the fullest block with room:
     pack([2, 3, 1], 4) == [[1, 2], [0]]."""
-    blocks, with_room, rooms = [], defaultdict(list), 0  # bit r of rooms: some block has room r
+    blocks, with_room = [], [[] for _ in range(block_size + 1)]  # of each room from 0 on, blocks
+    some = 0  # its bit r says whether with_room[r] has some
     for i in np.argsort(-np.asarray(lengths, int), kind="stable").tolist():
-        enough = rooms >> int(lengths[i]) << int(lengths[i])
-        room = (enough & -enough).bit_length() - 1 if enough else block_size
-        if not enough:
-            blocks.append([])
-            with_room[room].append(blocks[-1])
-        block = with_room[room].pop()
+        length = int(lengths[i])
+        enough = some >> length << length
+        if enough:
+            room = (enough & -enough).bit_length() - 1
+            block = with_room[room].pop()
+            some ^= (not with_room[room]) << room
+        else:
+            room, block = block_size, []
+            blocks.append(block)
         block.append(i)
-        left = room - int(lengths[i])
-        with_room[left].append(block)
-        rooms = rooms & ~(1 << room) | bool(with_room[room]) << room | 1 << left
+        with_room[room - length].append(block)
+        some |= 1 << room - length
     return blocks
 
 
@@ -939,20 +945,16 @@ class ChatLoader(Loader):
 
     def lay_out(self, path, split):
         self.special = load_tokenizer(Path(path, "tokenizer.json")).special
-        places, found = find_special(self.shards, self.special)
-        self.begins = places[found == self.special[SEPARATOR]]
-        ends, longest = np.append(self.begins[1:], self.n_tokens), self.block_size + 1
-        answers = ((found[1:] == self.special.get("<|end|>"))
-                   & (found[:-1] == self.special.get("<|assistant|>")))
-        answers = np.append(0, places[1:][answers] + 1)  # where they end
-        cuts = answers[np.searchsorted(answers, self.begins + longest, "right") - 1]
-        self.ends = np.where(ends - self.begins <= longest, ends, cuts)
-        fits = self.ends > self.begins
+        begins, ends, _, answers = find_turns(self.shards, self.special)
+        longest = self.block_size + 1
+        last = np.append(0, answers)[np.searchsorted(answers, begins + longest, "right")]
+        ends = np.where(ends - begins <= longest, ends, last)
+        fits = ends > begins
         self.left_out = int((~fits).sum())
         if not fits.any():
             raise ValueError(f"{path}: none of {len(fits):,} chats in {split} fits into a block of "
                              f"{self.block_size} tokens: give shorter ones, or a larger block_size")
-        self.begins, self.ends = self.begins[fits], self.ends[fits]
+        self.begins, self.ends = begins[fits], ends[fits]
         self.blocks = pack(self.ends - self.begins - 1, self.block_size)
         return len(self.blocks)
 
@@ -982,19 +984,15 @@ class ClassLoader(Loader):
         self.labels = read_card(path).labels
         if not self.labels:
             raise ValueError(f"{path} has no labels: make shards of rows with a text and a label")
-        self.eot, numbers = tokenizer.eot, {label: i for i, label in enumerate(self.labels)}
-        places, found = find_special(self.shards, tokenizer.special)
-        self.begins = places[found == self.eot]
-        ends = np.append(self.begins[1:], self.n_tokens)
-        answers = places[found == tokenizer.special.get("<|assistant|>")] + 1
-        self.ends = answers[np.searchsorted(answers, ends) - 1]
+        self.begins, ends, turns, _ = find_turns(self.shards, tokenizer.special)
+        self.ends, self.eot = turns[np.searchsorted(turns, ends) - 1], tokenizer.eot
         names = [tokenizer.decode(self.read(*span).tolist()).removesuffix("<|end|>")
                  for span in zip(self.ends, ends)]
         if unknown := {*names} - {*self.labels}:
             raise ValueError(f"{path}: label {min(unknown)!r:.60} is not in its card, which has "
                              f"{', '.join(self.labels):.200}")
-        self.classes = np.array([numbers[name] for name in names])
-        return len(self.begins)
+        self.classes = np.array([self.labels.index(name) for name in names])
+        return len(names)
 
     def block(self, number):
         """The tokens of a text of the endless stream, and its class."""

@@ -439,7 +439,7 @@ def test_no_chat_is_cut_and_one_alone_is_one_line(tmp_path):
 def test_a_file_without_a_chat_names_the_first_reason(tmp_path):
     for row, reason in ((dict(messages=CHATS[1][:3]), "row 1: message 2 is .* here assistant"),
                         (dict(messages=[]), "row 1: a chat is a list of messages"),
-                        (dict(instruction="a", output=7.5), "row 1: neither messages")):
+                        (dict(instruction="a", output=7.5), "row 1: message 1 is .*7.5")):
         path = write_rows(tmp_path / "a.jsonl", [row, BROKEN[0]])
         with pytest.raises(ValueError, match=f"no text in .*a.jsonl: .*{reason}"):
             prepare(path, tmp_path / "out", 300, **quiet)
