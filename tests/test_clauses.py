@@ -202,14 +202,16 @@ def test_an_answer_is_guessed_that_is_likeliest_as_a_whole():
     assert guess_by_answer(model, prompts, answers) == expected and len({*expected}) > 2
 
 
-def test_a_chat_model_is_asked_as_in_a_chat_and_answers_with_a_label(tmp_path, tokenizer):
-    model, folder = made_run(tmp_path, tokenizer, n_classes=0)
-    rows, end = clauses(4, "test"), tokenizer.special["<|end|>"]
-    answers = [[*tokenizer.encode(label), end] for label in LABELS]
-    prompts = [tokenizer.render_prompt([dict(role="user", content=row["text"])]) for row in rows]
-    expected = [LABELS[int(np.argmax([likelihood(model, prompt, answer) for answer in answers]))]
-                for prompt in prompts]
-    assert guess(folder, rows) == ("answer", expected, LABELS)
+def test_a_chat_model_is_asked_as_in_a_chat_for_a_label_and_the_end(tmp_path, tokenizer,
+                                                                    monkeypatch):
+    rows, asked = clauses(4, "test"), []
+    monkeypatch.setattr(leaf, "guess_by_answer",
+                        lambda model, *ids: asked.extend(ids) or [5, 0, 2, 2])
+    _, folder = made_run(tmp_path, tokenizer, n_classes=0)
+    assert guess(folder, rows) == ("answer", [LABELS[i] for i in (5, 0, 2, 2)], LABELS)
+    assert asked == [
+        [tokenizer.render_prompt([dict(role="user", content=row["text"])]) for row in rows],
+        [[*tokenizer.encode(label), tokenizer.special["<|end|>"]] for label in LABELS]]
 
 
 def test_the_end_counts_as_part_of_an_answer():
