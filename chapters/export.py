@@ -6,10 +6,11 @@ Tokenizers and weights of other libraries: out and in.
     python -m chapters.export folder --out=tokenizer.json   # from Hugging Face's tokenizer.json
     python -m chapters.export theirs.tiktoken --pattern=cl100k --out=tokenizer.json
     python -m chapters.export compare corpus.txt gpt2 o200k_base other.json
-    python -m chapters.export in gpt2 --out=runs/gpt2       # GPT-2 as Hugging Face has it
+    python -m chapters.export in gpt2 --out=runs/gpt2       # a model as Hugging Face has it
+    python -m chapters.export peft runs/chat --out=folder   # LoRA as the library peft has it
 
-The last needs the files config.json, model.safetensors, and vocab.json with merges.txt or
-tokenizer.json, of any of GPT-2's sizes; sample.py and evaluate.py read what it writes.
+`in` needs config.json, safetensors files and tokenizer.json (or GPT-2's vocab.json and merges.txt)
+of one of the families in chapters/weights.py, and writes a run like any other.
 """
 
 import base64
@@ -23,11 +24,14 @@ if __name__ == "__main__":  # `python chapters/export.py` works as well, from an
 
 import tiktoken
 
-from model import (GPTConfig, check_options, from_weights, option, read_safetensors,
-                   save_model)
-from tokenizer import (FORMAT, GPT2_SPLIT, GPT4_SPLIT, SPECIAL_TOKENS, SPLITS, Tokenizer,
-                       parse_options, read_files, read_json, reading, recover_merges, refuse_idle,
-                       replacing, run_command, to_chars, write_json)
+from chapters.weights import export_peft, load_pretrained, new_folder, read_shape, write_run
+from model import check_options, option
+from sample import warn
+from tokenizer import (CHAR_TO_BYTE, FORMAT, GPT2_SPLIT, GPT4_SPLIT, SPECIAL_TOKENS, SPLITS,
+                       Tokenizer, parse_options, read_files, read_json, reading, recover_merges,
+                       refuse_idle, replacing, run_command, to_bytes, to_chars, write_json)
+
+load_gpt2 = load_pretrained  # the name that it has in chapter 10
 
 # A chat in Jinja, as Tokenizer.render_chat encodes it. In Hugging Face's libraries a special token
 # in a message would become its id, so the template refuses it.
@@ -40,19 +44,20 @@ CHAT_TEMPLATE = (
 
 SPLIT = dict(type="Split", behavior="Isolated", invert=False)  # Hugging Face's names
 BYTES = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True)
-GPT2_NAMES = {"h": "blocks", "ln_1": "attn_norm", "attn.c_proj": "attn.o_proj", "ln_2": "mlp_norm",
-              "mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj", "ln_f": "final_norm"}
+DIGITS = dict(type="Digits", individual_digits=True)
+# GPT-2's pattern behind a step that makes each digit a chunk; GPT-4's in Llama 3's words.
+DIGITS_SPLIT = (GPT2_SPLIT.replace(r" ?\p{N}+", r"\p{N}")
+                .replace(r"|\s+(?!\S)", r"|\s+(?=\p{N})|\s+(?!\S)"))
+LLAMA3_SPLIT = GPT4_SPLIT.replace("'(?i:[sdmt]|ll|ve|re)", "(?i:'s|'t|'re|'ve|'m|'ll|'d)")
+CHANGES_IDS = "byte_fallback continuing_subword_prefix end_of_word_suffix dropout".split()
 
 # -----------------------------------------------------------------------------
 # Tokenizers in Hugging Face's tokenizer.json.
 
 
 def to_huggingface(tokenizer, folder):
-    """Write tokenizer.json and tokenizer_config.json for Hugging Face's libraries.
-
-    They give the same ids (a pattern other than those of SPLITS must mean the same in Ruby's
-    syntax), but read special tokens in any text, so encode(special=True) is what they do.
-    """
+    """Write tokenizer.json and tokenizer_config.json for Hugging Face's libraries, which give the
+    ids of encode(special=True); a pattern of none of SPLITS must mean the same in Ruby's syntax."""
     path = Path(folder, "tokenizer.json")
     if path.exists() and FORMAT in path.read_text(encoding="utf-8", errors="replace")[:99]:
         raise ValueError(f"{path} is a tokenizer of this program; give another folder")
@@ -75,23 +80,66 @@ def to_huggingface(tokenizer, folder):
         clean_up_tokenization_spaces=False, chat_template=template))
 
 
-def from_huggingface(path):
-    """The tokenizer of a tokenizer.json, or of its folder, that is a byte-level BPE like ours."""
+def expect(found, *known):
+    """ValueError for a part of a tokenizer.json that is none of the known."""
+    if found not in known:
+        raise ValueError(f"it has {found!r:.60} where only {known[0]!r:.60} is known")
+
+
+def split_pattern(pre_tokenizer):
+    """The pattern by which a pre_tokenizer splits; ValueError if it does something else."""
+    *before, last = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    own = before in ([], [DIGITS])  # then the last step splits, by GPT-2's pattern
+    pattern = (DIGITS_SPLIT if before else GPT2_SPLIT) if own else before[0]["pattern"]["Regex"]
+    expect(before, before if own else [dict(SPLIT, pattern={"Regex": pattern})])
+    last = dict(use_regex=True) | last | dict(trim_offsets=True)  # which concerns no id
+    expect(last, dict(BYTES, use_regex=own))
+    return GPT4_SPLIT if pattern == LLAMA3_SPLIT else pattern
+
+
+def single_merges(tokens, pairs, ids):
+    """The merges, one for each of the tokens in order, where the file lists all pairs that make a
+    token, as those made of tiktoken's ranks do: the first to merge are those of the lowest id."""
+    merges, _ = recover_merges({rank: to_bytes(token) for rank, token in enumerate(tokens)})
+    made = [ids[left + right] for left, right in pairs]
+    if made != sorted(made) or not {*merges} <= {tuple(map(to_bytes, pair)) for pair in pairs}:
+        raise ValueError("its merges are not in the order of the tokens that they make")
+    return merges
+
+
+def read_huggingface(path):
+    """-> (the tokenizer of a tokenizer.json, or of its folder, that is a byte-level BPE; the id in
+    that file of each of its ids). To normalize to NFC is left to data.clean, which does."""
     path = Path(path, "tokenizer.json") if Path(path).is_dir() else Path(path)
     state = read_json(path)
     with reading(path):
-        first, model = state["pre_tokenizer"], state["model"]
-        *before, last = first.get("pretokenizers", [first])
-        pattern = before[0]["pattern"]["Regex"] if before else GPT2_SPLIT
-        isolate = [dict(SPLIT, pattern={"Regex": pattern})] if before else []
-        last = {**last, "trim_offsets": True}  # which concerns no id
-        for found, known in ((state["normalizer"], None), (model["type"], "BPE"),
-                             (before, isolate), (last, dict(BYTES, use_regex=not before))):
-            if found != known:
-                raise ValueError(f"it has {found!r:.60} where only {known!r:.60} is known")
+        model, pattern = state["model"], split_pattern(state["pre_tokenizer"])
+        expect(state["normalizer"], None, dict(type="NFC"))
+        expect(model["type"], "BPE")
+        expect([name for name in CHANGES_IDS if model.get(name)], [])
         added = {token["content"]: token["id"] for token in state["added_tokens"]}
-        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-        return Tokenizer.from_vocab(model["vocab"] | added, merges, pattern)
+        ids, chars = model["vocab"] | added, sorted(CHAR_TO_BYTE, key=model["vocab"].get)
+        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        merges = [tuple(map(to_bytes, pair)) for pair in pairs]
+        if model.get("ignore_merges") or len({*map("".join, pairs)}) < len(pairs):
+            tokens = sorted({*model["vocab"]} - {*added}, key=ids.get)
+            merges = single_merges(tokens, pairs, ids)
+        names = [*chars, *(to_chars(left + right) for left, right in merges)]
+        order = [ids.pop(name) for name in names]
+        if order != [*range(len(order))]:
+            rest = sorted(ids, key=ids.get)
+            return Tokenizer(merges, rest, pattern, to_bytes(chars)), order + sorted(ids.values())
+        tokenizer = Tokenizer(merges, ids, pattern, to_bytes(chars))
+        return tokenizer, [*range(tokenizer.n_vocab)]
+
+
+def from_huggingface(path):
+    """The tokenizer of read_huggingface, if its ids are the same there; else ValueError."""
+    tokenizer, ids = read_huggingface(path)
+    if ids != [*range(len(ids))]:
+        raise ValueError(f"{path} cannot be read: other ids than those of bytes and merges come "
+                         "first; `export in` imports it with its model")
+    return tokenizer
 
 
 # -----------------------------------------------------------------------------
@@ -121,85 +169,56 @@ def from_rank_file(path, special_tokens=SPECIAL_TOKENS, pattern=GPT4_SPLIT):
 
 
 # -----------------------------------------------------------------------------
-# GPT-2's weights.
+# A folder with a model of Hugging Face's becomes a run.
 
 
-def weight_files(folder):
-    """The safetensors files of a model: those that its index names, else model.safetensors, else
-    the only one there is; ValueError for what is missing."""
-    index, there = folder / "model.safetensors.index.json", {*folder.glob("*.safetensors")}
-    if index.exists():
-        with reading(index):
-            named = {folder / name for name in read_json(index)["weight_map"].values()}
-            if lost := sorted(map(str, named - there)):
-                raise ValueError(f"it names {', '.join(lost)}: not in this folder")
-            return sorted(named)
-    paths = {folder / "model.safetensors"} & there or there
-    if len(paths) != 1:
-        raise ValueError(f"{folder} has {len(paths)} .safetensors files and no index of them; a "
-                         "pickle can run code when it is read: convert it to model.safetensors")
-    return [*paths]
+def name_eot(tokenizer, ids, config):
+    """The tokenizer with <|endoftext|>. Where it has none, the token is called so that config.json
+    says begins a document, or else that ends one, by its id there: ids has those of all of ours."""
+    if tokenizer.eot is not None:
+        return tokenizer
+    names, eos = {ids[id]: name for name, id in tokenizer.special.items()}, config["eos_token_id"]
+    wanted = [config.get("bos_token_id"), *(eos if isinstance(eos, list) else [eos])]
+    if not (found := [names[id] for id in wanted if id in names]):
+        raise ValueError("its bos_token_id and eos_token_id are of no special token, and there is "
+                         "no <|endoftext|>: what begins a document?")
+    warn(f"{found[0]} is called <|endoftext|> here, which begins every document")
+    special = dict(tokenizer.special)
+    special["<|endoftext|>"] = special.pop(found[0])
+    return Tokenizer(tokenizer.merges, special, tokenizer.pattern, tokenizer.byte_order)
 
 
-def load_gpt2(folder):
-    """The GPT in a folder with Hugging Face's config.json and safetensors files, of any of GPT-2's
-    sizes. Its vocabulary: Tokenizer.from_gpt2."""
-    path = Path(folder, "config.json")
-    shape = read_json(path)
-    with reading(path):
-        if shape.get("activation_function", "gelu_new") != "gelu_new" or shape.get("n_inner"):
-            raise ValueError("only GPT-2's own activation gelu_new and n_inner null are known")
-        own = {name: shape[name] for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
-        config = GPTConfig("gpt2", block_size=shape.get("n_positions", shape.get("n_ctx")), **own)
-    found = {n: w for path in weight_files(Path(folder)) for n, w in read_safetensors(path).items()}
-    with reading(folder):
-        return from_weights(config, gpt2_weights(found), folder)
-
-
-def gpt2_weights(found):
-    """Hugging Face's names and tensors of GPT-2 -> ours."""
-    weights = {}
-    for name, w in found.items():
-        if name.endswith((".attn.bias", ".attn.masked_bias")) or name == "lm_head.weight":
-            continue  # old files carry the causal mask; the head is the embedding
-        name = "transformer." + name.removeprefix("transformer.")
-        for theirs, ours in GPT2_NAMES.items():
-            name = name.replace(f".{theirs}.", f".{ours}.")
-        if name.endswith("_proj.weight") or ".c_attn.weight" in name:
-            w = w.transpose(-2, -1)  # their Conv1D keeps its matrix transposed, and q, k, v in one
-        parts = "qkv" if ".c_attn." in name else "q"
-        weights |= {name.replace("c_attn", f"{x}_proj"): part.float().contiguous()
-                    for x, part in zip(parts, w.chunk(len(parts)))}
-    return weights
-
-
-def import_gpt2(folder, out):
-    """Write a run folder, tokenizer.json and one checkpoint, of a folder of GPT-2 -> its Path."""
-    folder, out = Path(folder), Path(out or Path("runs", Path(folder).resolve().name))
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is there already: give another --out")
-    model, vocab = load_gpt2(folder), folder / "vocab.json"
-    tokenizer = (Tokenizer.from_gpt2(vocab, folder / "merges.txt") if vocab.exists()
-                 else from_huggingface(folder))
-    if tokenizer.n_vocab != model.config.vocab_size:
+def read_vocabulary(folder):
+    """-> (the tokenizer of a model's folder, the row of the embedding that each of its ids has)."""
+    family, shape = read_shape(folder)
+    if family == "gpt2" and not (folder / "tokenizer.json").exists():
+        tokenizer = Tokenizer.from_gpt2(folder / "vocab.json", folder / "merges.txt")
+        ids = [*range(tokenizer.n_vocab)]
+    else:
+        tokenizer, ids = read_huggingface(folder)
+    if sorted({*ids} & {*range(shape.vocab_size)}) != sorted(ids):
         raise ValueError(f"{folder}: {tokenizer.n_vocab} tokens, but weights for "
-                         f"{model.config.vocab_size}: the files are of two models")
-    part = out.with_name(f".{out.name}.part")  # it gets its name when it is whole
-    part.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(part / "tokenizer.json")
-    with replacing(part / "step_000000.safetensors") as file:
-        save_model(model, file, step=0)
-    if out.exists():
-        out.rmdir()
-    return part.rename(out)
+                         f"{shape.vocab_size}: the files are of two models")
+    if unused := shape.vocab_size - len(ids):
+        warn(f"{unused} rows of the embedding belong to no token: they are left out")
+    with reading(folder / "config.json"):
+        return name_eot(tokenizer, ids, read_json(folder / "config.json")), ids
+
+
+def import_run(folder, out=""):
+    """Write a run, a tokenizer and one checkpoint, of a model's folder -> its Path."""
+    out = new_folder(out or Path("runs", Path(folder).resolve().name))
+    tokenizer, ids = read_vocabulary(Path(folder))
+    return write_run(load_pretrained(folder, ids), tokenizer, out)
 
 
 # -----------------------------------------------------------------------------
 # The command.
 
-
 FORMATS = {"huggingface": (to_huggingface, "huggingface"),  # what writes it, and where
            "tiktoken": (to_rank_file, "tokenizer.tiktoken")}
+FOLDERS = {"in": (import_run, "next: python sample.py {}"),  # what reads one, and what is said
+           "peft": (export_peft, "next: peft.PeftModel.from_pretrained(base, '{}')")}
 
 
 @dataclass(frozen=True)
@@ -207,9 +226,9 @@ class ExportConfig:
     """What is written from what."""
     source: str = option("tokenizer.json", "our tokenizer.json, which is exported; or a Hugging "
                          "Face tokenizer or a .tiktoken file, of which ours is made; or the word "
-                         "compare or in", positional=True)
+                         "compare, in or peft", positional=True)
     others: list = option([], "compare: a file of text, then tokenizers of ours or names of "
-                          "OpenAI's encodings; in: a folder of GPT-2", positional=True)
+                          "OpenAI's encodings; in: a model's folder; peft: a run", positional=True)
     tokenizer: str = option("tokenizer.json", "compare: the first one")
     format: str = option("huggingface", "of an export", known=lambda: FORMATS)
     pattern: str = option("gpt4", "how a .tiktoken file splits", known=lambda: SPLITS)
@@ -217,11 +236,11 @@ class ExportConfig:
 
     def __post_init__(self):
         check_options(self)
-        if bool(self.others) != (self.source in ("compare", "in")):
+        if bool(self.others) != (self.source in ("compare", *FOLDERS)):
             raise ValueError("export takes one source; compare takes a file of text and "
-                             "tokenizers, in a folder of GPT-2")
-        if self.source == "in" and len(self.others) > 1:
-            raise ValueError(f"in takes one folder, not {' '.join(self.others)}")
+                             "tokenizers, in the folder of a model, peft a run")
+        if self.source in FOLDERS and len(self.others) > 1:
+            raise ValueError(f"{self.source} takes one folder, not {' '.join(self.others)}")
 
 
 def read_foreign(config):
@@ -257,9 +276,10 @@ def compare(path, *names):
 def main():
     typed, = parse_options(__doc__, ExportConfig)
     config = ExportConfig(**typed)
-    if config.source == "in":
-        refuse_idle(typed, ["format", "pattern", "tokenizer"], "with in")
-        return print(f"next: python sample.py {import_gpt2(config.others[0], config.out)}")
+    if config.source in FOLDERS:
+        refuse_idle(typed, ["format", "pattern", "tokenizer"], f"with {config.source}")
+        make, words = FOLDERS[config.source]
+        return print(words.format(make(config.others[0], config.out)))
     if config.others:
         refuse_idle(typed, ["format", "pattern", "out"], "with compare")
         path, *others = config.others
@@ -267,8 +287,8 @@ def main():
     tokenizer = read_foreign(config)
     refuse_idle(typed, ["tokenizer"] + ["format"] * bool(tokenizer), f"on {config.source}")
     refuse_idle(typed, ["pattern"] * (not config.source.endswith(".tiktoken")), "without .tiktoken")
-    write, out = (Tokenizer.save, "tokenizer.json") if tokenizer else FORMATS[config.format]
-    out = config.out or out
+    write, own = (Tokenizer.save, "tokenizer.json") if tokenizer else FORMATS[config.format]
+    out = config.out or own
     if tokenizer and Path(out).exists():
         raise ValueError(f"{out} is there already: give another --out")
     tokenizer = tokenizer or Tokenizer.load(config.source)

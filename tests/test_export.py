@@ -1,29 +1,26 @@
 """What is exported means the same in other libraries, and what comes from them the same here."""
 
 import json
-import os
 import random
-import subprocess
-import sys
+import unicodedata
 
 import jinja2
 import jinja2.sandbox
-import nbformat
 import pytest
 import tokenizers
-import torch
 from tiktoken.load import load_tiktoken_bpe
-from torch import nn
+from tokenizers import pre_tokenizers
 
 from chapters import export
-from chapters.export import (CHAT_TEMPLATE, GPT2_NAMES, from_huggingface, from_rank_file,
-                             load_gpt2, to_huggingface, to_rank_file)
-from conftest import ROOT, mistake, tiny
-from model import read_safetensors, write_safetensors
-from sample import load_run
+from chapters.export import (BYTES, CHAT_TEMPLATE, DIGITS, LLAMA3_SPLIT, from_huggingface,
+                             from_rank_file, read_huggingface, to_huggingface, to_rank_file)
+from conftest import mistake
 from test_tokenizer import CHAT, COMMON, NASTY, NESTED, gpt2_files, random_kinds, turn
 from tokenizer import (GPT2_BYTES, GPT2_SPLIT, SPECIAL_TOKENS, SPLITS, Tokenizer, read_json,
-                       write_json)
+                       to_chars, write_json)
+
+
+QWEN_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 
 
 @pytest.fixture(scope="module")
@@ -89,10 +86,13 @@ def test_a_tokenizer_of_gpt2s_kind_is_read_from_hugging_faces_file(trained, tmp_
 
 
 @pytest.mark.parametrize("name, value", [
-    ("normalizer", {"type": "NFC"}), ("model", {"type": "WordPiece"}), ("model", None),
+    ("normalizer", {"type": "NFKC"}), ("model", {"type": "WordPiece"}), ("model", None),
     ("pre_tokenizer", {"type": "Whitespace"}), ("pre_tokenizer", None), ("added_tokens", [{}]),
     ("pre_tokenizer", {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}),
     ("model", {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]}),
+    ("pre_tokenizer", {"pretokenizers": [DIGITS | {"individual_digits": False},
+                                         BYTES | {"use_regex": True}]}),
+    ("pre_tokenizer", {"pretokenizers": [DIGITS, BYTES | {"use_regex": False}]}),
 ])
 def test_what_hugging_face_can_do_and_we_cannot_is_refused(trained, tmp_path, name, value):
     to_huggingface(trained, tmp_path)
@@ -100,6 +100,116 @@ def test_what_hugging_face_can_do_and_we_cannot_is_refused(trained, tmp_path, na
     path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {name: value}))
     with pytest.raises(ValueError, match="tokenizer.json cannot be read"):
         from_huggingface(path)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("byte_fallback", True), ("dropout", 0.1), ("end_of_word_suffix", "</w>"),
+    ("continuing_subword_prefix", "##")])
+def test_an_option_of_bpe_that_changes_ids_is_named(trained, tmp_path, name, value):
+    to_huggingface(trained, tmp_path)
+    state = read_json(tmp_path / "tokenizer.json")
+    state["model"] |= {name: value}
+    write_json(tmp_path / "tokenizer.json", state)
+    with pytest.raises(ValueError, match=f"cannot be read: it has .'{name}'. where only"):
+        from_huggingface(tmp_path)
+
+
+def write_theirs(path, names, pairs, steps, special, normalizer=None, **options):
+    """Write a tokenizer.json by their library -> what it is read as there."""
+    vocab = {name: id for id, name in enumerate(names)}
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, pairs, **options))
+    theirs.normalizer = normalizer
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(steps)
+    theirs.add_special_tokens(special)
+    theirs.save(str(path))
+    return tokenizers.Tokenizer.from_file(str(path))
+
+
+def own_pairs(trained):
+    """-> (the tokens by their ids, as GPT-2's characters; the merges, as pairs of them)."""
+    return ([to_chars(trained.tokens[id]) for id in range(256 + len(trained.merges))],
+            [tuple(map(to_chars, pair)) for pair in trained.merges])
+
+
+def split_steps(pattern):
+    return [pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(False, use_regex=False)]
+
+
+def qwen(trained, path):
+    """As Qwen's: a pattern of its own, NFC."""
+    return write_theirs(path, *own_pairs(trained), split_steps(QWEN_SPLIT),
+                        ["<|endoftext|>", "<|im_start|>", "<think>"], tokenizers.normalizers.NFC())
+
+
+def llama3(trained, path):
+    """As Llama 3's: all pairs that make a token, in the order of these."""
+    names, _ = own_pairs(trained)
+    rank = {name: id for id, name in enumerate(names)}
+    pairs = [pair for name in names[256:] for pair in sorted(
+        ((name[:i], name[i:]) for i in range(1, len(name)) if {name[:i], name[i:]} <= {*rank}),
+        key=lambda pair: [*map(rank.get, pair)])]
+    assert len(pairs) > len(trained.merges)
+    return write_theirs(path, names, pairs, split_steps(LLAMA3_SPLIT),
+                        ["<|begin_of_text|>", "<|end_of_text|>"], ignore_merges=True)
+
+
+def smollm(trained, path):
+    """As SmolLM's: digits apart, special tokens first."""
+    names, pairs = own_pairs(trained)
+    special = ["<|endoftext|>", "<|im_start|>"]
+    steps = [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(False)]
+    return write_theirs(path, special + names, pairs, steps, special)
+
+
+@pytest.mark.parametrize("write", [qwen, llama3, smollm])
+def test_the_tokenizers_of_three_families_give_the_ids_of_hugging_faces(trained, tmp_path, write):
+    trained = Tokenizer(trained.merges, [], byte_order=GPT2_BYTES)
+    theirs = write(trained, tmp_path / "tokenizer.json")
+    tokenizer, ids = read_huggingface(tmp_path)
+    rng = random.Random(0)
+    texts = [COMMON, "1a 23  4\t5 IT'S 'LL it'ſ", "<|endoftext|><think>", *NASTY.values()]
+    for text in texts + [random_kinds(rng, 12) for _ in range(50)]:
+        text = unicodedata.normalize("NFC", text)
+        found = tokenizer.encode(text, special=True)
+        assert [ids[id] for id in found] == theirs.encode(text).ids
+
+
+@pytest.mark.slow
+def test_these_files_are_those_of_transformers(trained, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="compares with transformers")
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+    trained = Tokenizer(trained.merges, [], byte_order=GPT2_BYTES)
+    names, pairs = own_pairs(trained)
+    to_rank_file(trained, tmp_path / "ranks")
+    vocab = {name: id for id, name in enumerate(names)}
+    for write, theirs in ((llama3, TikTokenConverter(str(tmp_path / "ranks")).converted()),
+                          (qwen, transformers.Qwen2Tokenizer(vocab, pairs)._tokenizer)):
+        write(trained, tmp_path / "tokenizer.json")
+        ours, state = read_json(tmp_path / "tokenizer.json"), json.loads(theirs.to_str())
+        empty = dict(continuing_subword_prefix=None, end_of_word_suffix=None)  # or ""
+        assert ours["model"] | empty == state["model"] | empty
+        for part in "normalizer", "pre_tokenizer":
+            assert ours[part] == state[part]
+
+
+def test_a_tokenizer_whose_ids_are_in_another_order_comes_only_with_its_model(trained, tmp_path):
+    smollm(trained, tmp_path / "tokenizer.json")
+    tokenizer, ids = read_huggingface(tmp_path)
+    assert ids == [*range(2, 2 + len(ids) - 2), 0, 1] and tokenizer.eot == len(ids) - 2
+    with pytest.raises(ValueError, match="`export in` imports it with its model"):
+        from_huggingface(tmp_path)
+
+
+def test_merges_that_do_not_say_what_merges_first_are_refused(trained, tmp_path):
+    llama3(Tokenizer(trained.merges, [], byte_order=GPT2_BYTES), tmp_path / "tokenizer.json")
+    state = read_json(tmp_path / "tokenizer.json")
+    pairs = state["model"]["merges"]
+    for wrong in pairs[::-1], pairs[1:]:
+        write_json(tmp_path / "tokenizer.json", state | dict(model=state["model"] | dict(
+            merges=wrong)))
+        with pytest.raises(ValueError, match="not in the order of the tokens that they make"):
+            from_huggingface(tmp_path)
 
 
 def test_an_export_overwrites_no_tokenizer_of_ours_and_tells_all_tokens_apart(trained, tmp_path):
@@ -170,7 +280,12 @@ def test_compare_shows_a_line_for_each_tokenizer(call, trained, tmp_path, monkey
     (["--tokenizer=x.json"], "--tokenizer would not act on tokenizer.json"),
     (["--pattern=gpt2"], "--pattern would not act without .tiktoken"),
     (["compare"], "compare takes a file of text"), (["hf", "text"], "export takes one source"),
-    (["in"], "in a folder of GPT-2"), (["in", "hf", "text"], "in takes one folder, not hf text"),
+    (["in"], "in the folder of a model"),
+    (["in", "hf", "text"], "in takes one folder, not hf text"),
+    (["peft"], "peft a run"), (["peft", "a", "b"], "peft takes one folder, not a b"),
+    (["peft", "hf", "--pattern=gpt2"], "--pattern would not act with peft: leave it out"),
+    (["peft", "hf"], "there is no run folder hf with a checkpoint"),
+    (["peft", "hf", "--out=hf"], "hf is there already: give another --out"),
     (["in", "hf", "--format=tiktoken"], "--format would not act with in: leave it out"),
     (["in", "hf"], "No such file or directory: hf/config.json"),
 ])
@@ -182,160 +297,3 @@ def test_a_mistake_is_one_line(trained, tmp_path, monkeypatch, capsys, words, pr
     (tmp_path / "empty").write_text("")
     code, lines = mistake(export.main, monkeypatch, capsys, *words)
     assert code == 1 and len(lines) == 1 and problem in lines[0]
-
-
-# -----------------------------------------------------------------------------
-# GPT-2's weights.
-
-
-@pytest.fixture(scope="module")
-def hugging_face(tmp_path_factory):
-    """A folder with GPT-2's files of a small random model, and that model."""
-    transformers = pytest.importorskip("transformers", reason="compares with transformers")
-    shape = dict(vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=4)
-    torch.manual_seed(0)
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).eval()
-    for p in theirs.parameters():
-        nn.init.normal_(p, std=0.2)
-    folder = tmp_path_factory.mktemp("gpt2")
-    theirs.save_pretrained(folder)
-    return folder, theirs
-
-
-@pytest.mark.parametrize("old", [False, True])
-def test_gpt2s_weights_give_the_logits_of_transformers(hugging_face, tmp_path, old):
-    folder, theirs = hugging_face
-    if old:  # a file of weights as the hub still has it: no prefix, the causal mask inside
-        weights = {name.removeprefix("transformer."): w for name, w in theirs.state_dict().items()
-                   if name != "lm_head.weight"} | {"h.0.attn.bias": torch.ones(1, 1, 16, 16)}
-        with open(tmp_path / "model.safetensors", "wb") as file:
-            write_safetensors(file, weights, {})
-        (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
-        folder = tmp_path
-    ids = torch.randint(64, (2, 16))
-    with torch.inference_mode():
-        logits, _ = load_gpt2(folder).eval()(ids)
-        torch.testing.assert_close(logits, theirs(ids).logits, rtol=1e-4, atol=1e-4)
-
-
-def test_a_folder_whose_config_and_weights_differ_is_refused_with_the_list(hugging_face, tmp_path):
-    folder, _ = hugging_face
-    config = json.loads((folder / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | dict(n_layer=3)))
-    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
-    with pytest.raises(ValueError, match="blocks.2.attn_norm.weight is missing"):
-        load_gpt2(tmp_path)
-    for wrong in "{}", "[]", json.dumps(config | dict(activation_function="relu")):
-        (tmp_path / "config.json").write_text(wrong)
-        with pytest.raises(ValueError, match="config.json cannot be read"):
-            load_gpt2(tmp_path)
-
-
-def test_weights_in_a_pickle_are_refused_as_it_can_run_code(tmp_path):
-    shape = dict(vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=4)
-    (tmp_path / "config.json").write_text(json.dumps(shape))
-    torch.save({}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="can run code when it is read: convert it"):
-        load_gpt2(tmp_path)
-
-
-def split_weights(folder, out, lost=()):
-    """Copy GPT-2's files with the weights in two files and an index, but not the lost ones."""
-    weights = read_safetensors(folder / "model.safetensors")
-    names = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(weights)}
-    write_json(out / "model.safetensors.index.json", dict(metadata={}, weight_map=names))
-    (out / "config.json").write_bytes((folder / "config.json").read_bytes())
-    for file in {*names.values()} - {*lost}:
-        with open(out / file, "wb") as opened:
-            write_safetensors(opened, {n: w for n, w in weights.items() if names[n] == file}, {})
-
-
-def write_gpt2(folder, ours):
-    """Write GPT-2's config.json and model.safetensors of a model of ours -> the folder."""
-    theirs, c = {}, ours.config
-    for name, w in ours.state_dict().items():
-        name = name.replace("blocks.", "h.").replace("final_norm.", "ln_f.")
-        for old, new in GPT2_NAMES.items():
-            name = name.replace(f".{new}.", f".{old}.")
-        theirs[name] = w.mT if name.endswith("_proj.weight") or ".c_fc.weight" in name else w
-    for i in range(c.n_layer):
-        for kind in "weight", "bias":
-            parts = [theirs.pop(f"transformer.h.{i}.attn.{x}_proj.{kind}") for x in "qkv"]
-            theirs[f"transformer.h.{i}.attn.c_attn.{kind}"] = torch.cat(parts, -1)
-    write_json(folder / "config.json", dict(
-        vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
-        n_head=c.n_head))
-    with open(folder / "model.safetensors", "wb") as file:
-        write_safetensors(file, {n: w.contiguous() for n, w in theirs.items()}, {})
-    return folder
-
-
-@pytest.fixture
-def gpt2(tmp_path):
-    """A folder with GPT-2's files, written by us from a model of ours with random weights."""
-    ours = tiny("gpt2", block_size=16)
-    return write_gpt2(tmp_path / "whole", ours), ours
-
-
-@pytest.fixture
-def gpt2_with_text(trained, tmp_path):
-    """The same with a vocabulary in GPT-2's two files, and that as a tokenizer of ours."""
-    ours = tiny("gpt2", vocab_size=256 + len(trained.merges) + 1, block_size=64)
-    folder = write_gpt2(tmp_path / "gpt2", ours)
-    return folder, ours, Tokenizer.from_gpt2(*gpt2_files(folder, trained.merges))
-
-
-def test_a_folder_of_gpt2_becomes_a_run(call, gpt2_with_text, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    folder, ours, theirs = gpt2_with_text
-    assert call(export, "in", folder, "--out=run")[0] == "next: python sample.py run\n"
-    model, tokenizer = load_run("run")
-    ids = theirs.encode(COMMON)[:16]
-    assert tokenizer.encode(COMMON)[:16] == ids
-    torch.testing.assert_close(model(torch.tensor([ids]))[0], ours(torch.tensor([ids]))[0])
-    assert call(export, "in", folder)[0] == "next: python sample.py runs/gpt2\n"
-
-
-def test_an_import_replaces_nothing_and_needs_files_of_one_model(call, gpt2_with_text, tmp_path):
-    folder, *_ = gpt2_with_text
-    assert "whole is there already" in call(export, "in", folder, f"--out={folder}")[1].replace(
-        str(folder), "whole")
-    write_json(folder / "vocab.json", read_json(folder / "vocab.json") | {"more": 10**4})
-    out, error = call(export, "in", folder, f"--out={tmp_path}/run")
-    assert error and not out and not (tmp_path / "run").exists()
-
-
-@pytest.mark.slow
-def test_chapter_10_samples_from_gpt2s_files_where_they_are(gpt2_with_text, tmp_path):
-    cells = nbformat.read(ROOT / "chapters/10_sampling.ipynb", 4).cells
-    first, *_, last = (cell.source for cell in cells if "import load_gpt2" in cell.source
-                       or 'Path("gpt2")' in cell.source)
-    done = subprocess.run([sys.executable, "-c", f"{first}\n{last}"], cwd=tmp_path, text=True,
-                          env=dict(os.environ, PYTHONPATH=str(ROOT)), capture_output=True)
-    assert done.stdout.startswith("A language model is") and "openai" not in done.stdout
-
-
-def test_weights_in_several_files_or_under_another_name_are_the_same(gpt2, tmp_path):
-    (folder, ours), ids = gpt2, torch.arange(16).view(1, 16)
-    (tmp_path / "parts").mkdir()
-    split_weights(folder, tmp_path / "parts")
-    expected = ours(ids)[0]
-    torch.testing.assert_close(load_gpt2(folder)(ids)[0], expected)
-    torch.testing.assert_close(load_gpt2(tmp_path / "parts")(ids)[0], expected)
-    (folder / "model.safetensors").rename(folder / "pytorch_gpt2.safetensors")
-    torch.testing.assert_close(load_gpt2(folder)(ids)[0], expected)
-
-
-def test_weights_that_are_missing_are_named(gpt2, tmp_path):
-    lost, (folder, _) = "model-00002-of-00002.safetensors", gpt2
-    split_weights(folder, tmp_path, [lost])
-    with pytest.raises(ValueError, match=f"index.json cannot be read: it names .*/{lost}: not in"):
-        load_gpt2(tmp_path)
-    outside = dict(weight_map=dict(a="../whole/model.safetensors"))
-    for wrong, message in (outside, "it names .*whole/model.*: not in this"), ([], "TypeError"):
-        write_json(tmp_path / "model.safetensors.index.json", wrong)
-        with pytest.raises(ValueError, match=f"index.json cannot be read: {message}"):
-            load_gpt2(tmp_path)
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="has 0 .safetensors files and no index"):
-        load_gpt2(folder)
