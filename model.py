@@ -977,7 +977,7 @@ class TuneConfig:
     rank: int = option(8, "of lora; channels of an adapter; vectors of a prefix or prompt", low=1)
     alpha: float = option(0.0, "weight of lora: alpha / rank; 0: twice the rank")
     lora_dropout: float = option(0.0, "share of lora's inputs dropped", below=1)
-    targets: str | list = option([*LINEARS], "layers that get lora", many=True)
+    targets: str | list = option("all", "linear layers that get lora", many=True)
     quant: str | None = option(None, "the frozen layers in int8", known=lambda: ("int8",))
 
     def __post_init__(self):
@@ -993,8 +993,9 @@ class TuneConfig:
                              "out, or take lora")
 
     def names(self):
-        """The targets, as a list."""
-        return [self.targets] if isinstance(self.targets, str) else self.targets
+        """The targets, as a list or tuple."""
+        one = LINEARS if self.targets == "all" else [self.targets]
+        return one if isinstance(self.targets, str) else self.targets
 
 
 def tune(model, config):
@@ -1027,7 +1028,11 @@ def tune(model, config):
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     if method == "head" or model.config.n_classes:  # whose head is new
         model.lm_head.requires_grad_()
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if not n_trained:
+        raise ValueError(f"--tune={config.tune} finds nothing to train in this model: take other "
+                         "--targets")
+    return n_trained
 
 
 def check_mergeable(model):

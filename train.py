@@ -781,6 +781,16 @@ def open_base(config, device):
     return merge(model), tokenizer
 
 
+def tell_apart(head, unseen):
+    """Draw the rows of a head (V, C) anew that are like the one of a token that no text had: where
+    a head starts at zero all of these move together, and if it is frozen can never be chosen
+    between. They are distributed as the others are."""
+    w = head.detach()
+    alike = torch.nn.functional.cosine_similarity(w, w[unseen:unseen + 1]) > 0.99     # (V,)
+    if 1 < alike.sum() < len(w):
+        w[alike] = w[~alike].mean(0) + w[~alike].std(0) * torch.randn_like(w[alike])
+
+
 def fit_base(base, shape, known, tokenizer, shards):
     """The model of --init in the shape asked for; ValueError for shards of another tokenizer."""
     if tokenizer.hash() not in (known.hash(), for_chats(known).hash()):
@@ -789,7 +799,10 @@ def fit_base(base, shape, known, tokenizer, shards):
     if shape.position == "learned" and shape.block_size > base.config.block_size:
         raise ValueError(f"block_size={shape.block_size} is above {base.config.block_size}, for "
                          "which --init has learned positions: leave it out")
-    return base if shape == base.config else reshaped(base, shape)
+    model = base if shape == base.config else reshaped(base, shape)
+    if find_loader(shards, shape) is ChatLoader:
+        tell_apart(model.lm_head.weight, tokenizer.special["<|tool|>"])
+    return model
 
 
 def prepare_run(config, model_config, say, stack):
