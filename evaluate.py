@@ -32,8 +32,8 @@ import regex
 import torch
 from tqdm import tqdm
 
-from data import check_shards, file_hash, read_split, text_hash
-from model import cap_logits, check_known, check_options, option, read_header
+from data import check_shards, file_hash, learned, read_split, text_hash
+from model import cap_logits, check_known, check_options, option, read_header, read_progress
 from sample import (checkpoints, load_run, new_cache, newest_run, pick_checkpoint, pick_device,
                     pick_precision, warn)
 from tokenizer import (QUIET, Tokenizer, parse_options, read_json, reading, refuse_idle, replacing,
@@ -150,8 +150,14 @@ def windows(tokens, block_size, stride):
 def surprisal(model, tokens, stride=None):
     """The surprise -log p in nats of each of N tokens but the first: an array (N - 1,). The window
     that the model sees moves by stride, half of it by default: less is more exact, and slower."""
+    return surprisal_of_each(model, [tokens], stride)
+
+
+def surprisal_of_each(model, documents, stride=None):
+    """The surprisal of documents, each read alone, in one array."""
     T = model.config.block_size
-    rows = windows(tokens, T, math.ceil(T / 2) if stride is None else stride)
+    stride = math.ceil(T / 2) if stride is None else stride
+    rows = [row for tokens in documents for row in windows(tokens, T, stride)]
     scores, _ = zip(*score_ends(model, rows, "held-out text"))
     return -torch.cat(scores).double().numpy()
 
@@ -254,11 +260,19 @@ def continuation_rows(texts, n_rows=200, seed=0):
 
 
 def score_text(model, tokenizer, questions, config):
-    """Perplexity and bits per byte of documents {"target"}, in blocks of text of like length."""
-    documents = tokenizer.encode_batch([question["target"] for question in questions])
-    tokens = np.concatenate([[tokenizer.eot, *ids] for ids in documents])
+    """Perplexity and bits per byte of documents {"target"}, in blocks of text of like length; of
+    chats {"ids"}, where each is read alone, of what the assistant says."""
+    chats = [np.array(question["ids"]) for question in questions if "ids" in question]
+    texts = [] if chats else tokenizer.encode_batch([question["target"] for question in questions])
+    documents = chats or [np.concatenate([[tokenizer.eot, *ids] for ids in texts])]
     stride = model.config.block_size if config.stride == "rolling" else config.stride
-    nats, tokens = surprisal(model, tokens, stride and int(stride)), tokens[1:]
+    nats = surprisal_of_each(model, documents, stride and int(stride))
+    tokens = np.concatenate([ids[1:] for ids in documents])
+    if chats:
+        said = np.concatenate([learned(ids, tokenizer.special)[1:] for ids in chats])
+        nats, tokens = nats[said], tokens[said]
+        if not len(tokens):
+            raise ValueError(f"no assistant speaks in max_tokens={config.max_tokens}: score more")
     lengths = np.array([len(token) for token in tokenizer.token_bytes()])
     lengths[list(tokenizer.special.values())] = 0  # the end of a document has no bytes
     ends, V = lengths[tokens].cumsum(), model.config.vocab_size
@@ -375,7 +389,7 @@ def draw_scores(scores, path):
 
 Task = namedtuple("Task", "questions score metrics options", defaults=[()])
 TASKS = {
-    "perplexity": Task(lambda config, texts: [dict(target=text) for text in texts()], score_text,
+    "perplexity": Task(lambda config, texts: texts(rows=True), score_text,
                        {"perplexity": exp_ratio, "bits per byte": ratio},
                        ("data", "max_tokens", "stride")),
     "continuation": Task(
@@ -395,9 +409,10 @@ def trained_on(folder):
         return data | dict(names=" ".join(source["name"] for source in data.get("sources", ())))
 
 
-def held_out(folder, data=None, split="val", max_tokens=65_536):
-    """The documents in the first max_tokens of a split of shards: data, or those of the run.
-    ValueError if they are another tokenizer's, or not those that the run was trained on."""
+def held_out(folder, data=None, split="val", max_tokens=65_536, rows=False):
+    """The documents in the first max_tokens of a split of shards: data, or those of the run; with
+    `rows`, where chats are as good, {"target": text}, of a chat with its "ids". ValueError if they
+    are another tokenizer's, or not those that the run was trained on."""
     own, trained = Path(folder, "tokenizer.json"), {} if data else trained_on(folder)
     path, tokenizer = trained.get("path") if data is None else data, Tokenizer.load(own)
     if not isinstance(path, str) or not path:
@@ -411,8 +426,15 @@ def held_out(folder, data=None, split="val", max_tokens=65_536):
         raise ValueError(f"{path} was written with another tokenizer than {own}: python data.py "
                          f"SOURCE --tokenizer={own} --out=shards/NAME writes shards that fit")
     tokens = np.concatenate([shard[:max_tokens] for shard in shards])[:max_tokens].astype(int)
-    documents = np.split(tokens, np.flatnonzero(tokens == tokenizer.eot))
-    return [tokenizer.decode(ids[ids != tokenizer.eot].tolist()) for ids in documents if len(ids)]
+    begins = np.flatnonzero(tokens == tokenizer.eot)
+    documents = [ids for ids in np.split(tokens, begins) if len(ids)]
+    texts = [tokenizer.decode(ids[ids != tokenizer.eot].tolist()) for ids in documents]
+    if not card.options.get("chats"):
+        return [dict(target=text) for text in texts] if rows else texts
+    if not rows:
+        raise ValueError(f"{path} holds chats: --tasks=perplexity scores what the assistant says, "
+                         "--data=FOLDER names shards of texts")
+    return [dict(target=text, ids=ids.tolist()) for text, ids in zip(texts, documents)]
 
 
 def make_questions(config, tasks, default, folder):
@@ -474,8 +496,6 @@ def score_run(checkpoint, questions, config, tasks):
     folder, device = checkpoint.parent, pick_device(config.device)
     precision, dtype = pick_precision(config.precision, device)
     model, tokenizer = load_run(folder, checkpoint, device, dtype)
-    if not model.config.causal or model.config.cross or model.config.n_classes:
-        raise ValueError(f"{checkpoint} does not continue a text, as a causal language model does")
     print(f"{checkpoint} ({model.n_parameters() / 1e6:.1f}M parameters, {device}, {precision}): "
           f"{', '.join(questions)}", flush=True)
     fitting = {name: those for name, asked in questions.items()
@@ -513,6 +533,11 @@ def score_runs(config, tasks=TASKS, default=DEFAULT):
         if run not in runs and not Path(run).is_file():
             warn(f"{run} is not a run folder with a checkpoint: left out")
     chosen = [pick_checkpoint(run, config.checkpoint) for run in runs]
+    for checkpoint in chosen:
+        c = read_progress(checkpoint)["config"]
+        if c.cross or c.n_classes or not c.causal:
+            raise ValueError(f"{checkpoint} does not continue a text as a causal language model: "
+                             "chapters.clauses scores a classifier, chapters.align a reward model")
     first, *_ = folders = [checkpoint.parent for checkpoint in chosen]
     questions = make_questions(config, tasks, default, first)
     if any("data" in tasks[name].options for name in questions):

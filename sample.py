@@ -536,12 +536,11 @@ def knows_chats(model, tokenizer):
     """Whether the model ends an answer by itself, as one does that was trained on chats."""
     if not {*SPECIAL_TOKENS} <= {*tokenizer.special}:
         return False
-    ids, _ = tokenizer.render_chat([dict(role="user", content="Hi"),
-                                    dict(role="assistant", content="Hello.")])
-    *before, end = ids[-model.config.block_size:]
+    chat = [dict(role="user", content="Hi"), dict(role="assistant", content="Hello.")]
+    *before, end = tokenizer.render_chat(chat)[0][-model.config.block_size:]
     with torch.inference_mode():
         logits, _ = model(torch.tensor([before], device=model.device), last_only=True)
-    return logits[0, -1].float().softmax(dim=-1)[end].item() > END_LIKELY
+    return logits.float().softmax(dim=-1)[0, -1, end].item() > END_LIKELY
 
 
 def run_labels(folder, n_classes):
@@ -574,20 +573,14 @@ def show_piece(tokenizer, piece, show):
     print(f"{piece.logprob:8.3f}  {tokenizer.decode([piece.token])!r}", flush=True)
 
 
-def heading(number, total):
-    """What stands above one of several texts."""
-    return f"--- {number + 1} of {total}\n" if total > 1 else ""
-
-
 def show_texts(model, tokenizer, prompts, command, config):
     """Print each text and what follows its prompt, a single one as it comes; -> how many tokens."""
-    prompts = [pair for pair in prompts for _ in range(command.n_samples)]
     number, n_texts, n_tokens = itemgetter(0), len(prompts), 0
     end = "" if command.chat or command.show == "text" else "\n"
     pieces = write(model, tokenizer, [prompt for _, prompt in prompts], config)
     for _, group in groupby(pieces, lambda pair: pair[0] // ROWS):
         for i, own in groupby(sorted(group, key=number) if n_texts > 1 else group, number):
-            print(heading(i, n_texts) + prompts[i][0], end=end)
+            print(prompts[i][0], end=end)
             for n_tokens, (_, piece) in enumerate(own, n_tokens + 1):
                 show_piece(tokenizer, piece, command.show)
             print(flush=True)
@@ -613,12 +606,12 @@ def show_beams(model, tokenizer, prompts, command, config):
 def show_classes(model, prompts, labels):
     """Print each text and how likely each label is, the likeliest first; -> how many tokens."""
     block_size = model.config.block_size
-    for i, (text, ids) in enumerate(prompts):
+    for i, (text, ids) in enumerate(prompts, 1):
         if len(ids) > block_size:
-            warn(f"text {i + 1} is cut, as in training, to {block_size} of {len(ids)} tokens")
+            warn(f"text {i} is cut, as in training, to {block_size} of {len(ids)} tokens")
         with torch.inference_mode():
             logits, _ = model(torch.tensor([ids[:block_size]], device=model.device))
-        print(heading(i, len(prompts)) + text, end="")
+        print(text, end="")
         for chance, label in sorted(zip(logits[0].softmax(dim=-1).tolist(), labels))[::-1]:
             print(f"{chance:.4f}  {label}")
     return sum(len(ids) for _, ids in prompts)
@@ -657,17 +650,21 @@ def main():
         refuse_idle(typed | sampling, sorted({*typed, *sampling} - acting), "on a classifier")
     if n_classes or command.chat:
         turns = [[dict(role="user", content=text.rstrip("\n"))] for text in texts]
-        prompts = [("" if len(texts) == 1 else turn[0]["content"] + "\n",
+        prompts = [(turn[0]["content"] + "\n" if len(texts) > 1 else "",
                     tokenizer.render_prompt(turn)) for turn in turns]
     if command.chat and not knows_chats(model, tokenizer):
         raise ValueError(f"{folder} was trained on texts and never learned to hold a conversation: "
                          f"python train.py --init={folder} --data=chats.jsonl teaches it to")
+    prompts = prompts if n_classes else fitting(model, tokenizer, prompts, config)
+    prompts = [pair for pair in prompts for _ in range(command.n_samples)]
+    if len(prompts) > 1:
+        prompts = [(f"--- {i} of {len(prompts)}\n{text}", prompt)
+                   for i, (text, prompt) in enumerate(prompts, 1)]
     start = time.perf_counter()
     if n_classes:
         n_tokens = show_classes(model, prompts, run_labels(folder, n_classes))
     else:
         show = show_beams if command.beams else show_texts
-        prompts = fitting(model, tokenizer, prompts, config)
         n_tokens = show(model, tokenizer, prompts, command, config)
     rate = n_tokens / (time.perf_counter() - start)
     print(f"{path}: {n_tokens} tokens, {rate:,.0f} tokens/s on {device} in {precision}, "

@@ -12,7 +12,7 @@ from conftest import keep, run, tiny
 
 import evaluate
 from chapters.prompts import EXAMPLE_ROW, format_row, read_rows
-from data import read_card, read_split
+from data import prepare, read_card, read_split
 from evaluate import (bits_per_byte, bootstrap, cells, continuation_rows, difference, encode_pair,
                       exact_match, exp_ratio, interval, loglikelihood, multiple_choice, pairs_of,
                       perplexity, score_choice, surprisal, table, wilson, windows)
@@ -530,10 +530,54 @@ def test_a_task_that_the_text_is_too_short_for_is_left_out_unless_asked_for(comm
     assert "perplexity  bits per byte" in shown
 
 
-def test_a_model_that_does_not_continue_a_text_is_refused(command, folder, tokenizer):
-    keep(tiny("bert", vocab_size=tokenizer.n_vocab, block_size=64), folder)
-    _, notes = command()
-    assert "does not continue a text" in notes and notes.count("\n") == 1
+@pytest.mark.parametrize("options", [dict(architecture="bert"), dict(n_classes=3),
+                                     dict(n_classes=1), dict(architecture="transformer")])
+def test_a_model_that_does_not_continue_a_text_is_refused(command, folder, tokenizer, options):
+    keep(tiny(vocab_size=tokenizer.n_vocab, block_size=64, **options), folder)
+    shown, notes = command()
+    assert shown == "" and "does not continue a text" in notes and notes.count("\n") == 1
+    assert "chapters.clauses scores a classifier, chapters.align a reward model" in notes
+
+
+@pytest.fixture
+def chats(folder, tokenizer, tmp_path):
+    """Shards of chats, on which the run was trained -> the chats that are held out."""
+    rng, words = random.Random(0), "the a cat dog sees likes big red old bird tree".split()
+    rows = [dict(instruction=" ".join(rng.choices(words, k=3)) + "?",
+                 output="".join(rng.choices(words, k=rng.randrange(4)))) for _ in range(60)]
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    path = prepare([tmp_path / "chats.jsonl"], tmp_path / "chats", tokenizer=tokenizer,
+                   val_ratio=0.2, say=lambda text: None)
+    write_json(folder / "config.json", {"data": {"path": str(path)}})
+    held = tokenizer.decode(np.concatenate(read_split(path, "val")).tolist())
+    found = [[turn("user", row["instruction"]), turn("assistant", row["output"])] for row in rows]
+    return [chat for chat in found if tokenizer.decode(tokenizer.render_chat(chat)[0]) in held]
+
+
+def turn(role, text):
+    return dict(role=role, content=text)
+
+
+def test_of_chats_what_the_assistant_says_is_scored_each_chat_alone(command, folder, model,
+                                                                    tokenizer, chats):
+    scores, n_bytes = [], sum(len(chat[-1]["content"]) for chat in chats)
+    for ids, loss_mask in map(tokenizer.render_chat, chats):
+        said = model(torch.tensor([ids]))[0][0].double().log_softmax(dim=-1)
+        scores += [said[i - 1, ids[i]].item() for i, learned in enumerate(loss_mask) if learned]
+    shown, notes = command()
+    assert notes == "" and "continuation is left out: " in shown and len(chats) > 4
+    perplexity, bits = json.loads((folder / "scores.json").read_text("utf-8"))["scores"]
+    assert (perplexity["n"], bits["n"]) == (len(scores), n_bytes)
+    assert perplexity["value"] == pytest.approx(math.exp(-np.mean(scores)), rel=1e-5)
+    assert bits["value"] == pytest.approx(-sum(scores) / math.log(2) / n_bytes, rel=1e-5)
+
+
+@pytest.mark.parametrize("words, line", [
+    (["--tasks=continuation"], "holds chats: --tasks=perplexity scores what the assistant says"),
+    (["--max_tokens=3"], "no assistant speaks in max_tokens=3: score more")])
+def test_of_chats_what_cannot_be_scored_is_refused(command, chats, words, line):
+    _, notes = command(*words)
+    assert line in notes and notes.count("\n") == 1
 
 
 @pytest.mark.parametrize("words, line", [

@@ -417,6 +417,13 @@ def test_a_run_is_found_and_loaded_with_its_best_checkpoint(folder, model):
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight) and not loaded.training
 
 
+def test_the_base_of_a_tuned_run_is_no_checkpoint_of_it(folder):
+    shutil.copy(folder / "step_000010.safetensors", folder / "base.safetensors")
+    os.utime(folder / "base.safetensors", (2**31, 2**31))
+    assert list(checkpoints(folder)) == [10, 20, 30]
+    assert load_run(folder, "last")[0].config == load_run(folder)[0].config
+
+
 def test_without_validations_the_last_checkpoint_is_the_best(folder, model):
     for step in 10, 20, 30:
         keep(model, folder, step)
@@ -664,19 +671,29 @@ def turn(text):
     return [dict(role="user", content=text)]
 
 
+def decided(tokenizer, folder, **options):
+    """A model that is sure of what it says, as the best checkpoint of a run."""
+    model = tiny(vocab_size=tokenizer.n_vocab, block_size=64, **options)
+    model.lm_head.weight.data *= 50
+    keep(model, folder, 40, 1.0)
+    return model
+
+
 @pytest.fixture
-def chat(command, monkeypatch):
-    """The command with --chat, to whose run any chance of an end is enough."""
+def chat(command, folder, tokenizer, monkeypatch):
+    """The command with --chat for a run that is taken to know chats; .model is its model."""
     monkeypatch.setattr(sample, "END_LIKELY", 0.0)
-    return lambda *words: command("--chat", *words)
+    chat = partial(command, "--chat")
+    chat.model = decided(tokenizer, folder)
+    return chat
 
 
 @pytest.mark.parametrize("options", [dict(seed=3), dict(temperature=0), dict(stop=["e"], seed=5)])
-def test_a_reply_is_what_follows_the_rendered_turn_of_the_user(chat, model, tokenizer, options):
+def test_a_reply_is_what_follows_the_rendered_turn_of_the_user(chat, tokenizer, options):
     words = [f"--{name}={value[0] if name == 'stop' else value}" for name, value in options.items()]
     text, _ = chat("--prompt=the <|end|> cat ", "--max_new_tokens=9", *words)
     prompt = tokenizer.render_prompt(turn("the <|end|> cat "))
-    assert text == complete(model, tokenizer, prompt, max_new_tokens=9, **options) + "\n"
+    assert text == complete(chat.model, tokenizer, prompt, max_new_tokens=9, **options) + "\n"
 
 
 def test_a_reply_ends_where_the_assistant_ends_it(chat, tokenizer, monkeypatch):
@@ -684,7 +701,7 @@ def test_a_reply_ends_where_the_assistant_ends_it(chat, tokenizer, monkeypatch):
     text, notes = chat("--prompt=Hello")
     assert text == "Hi\n" and notes.count("\n") == 1
     text, _ = chat("--prompt=Hello", "--show=logprobs")
-    assert [line.split()[1] for line in text.splitlines() if line] == ["'H'", "'i'", "'<|end|>'"]
+    assert [line.split()[1] for line in text[:-2].split("\n")] == ["'H'", "'i'", "'<|end|>'"]
 
 
 def test_each_line_of_a_file_is_a_turn_and_a_whole_file_is_one(chat, tmp_path):
@@ -695,13 +712,13 @@ def test_each_line_of_a_file_is_a_turn_and_a_whole_file_is_one(chat, tmp_path):
     text, _ = chat(f"--prompts={tmp_path / 'turns'}", "--n_samples=2", *options)
     assert text == "".join(f"--- {i + 1} of 4\nthe {'cat' if i < 2 else 'dog'}\n{reply}"
                            for i, reply in enumerate(alone))
-    one, _ = chat(f"--file={tmp_path / 'turns'}", *options)
-    assert one == chat("--prompt=the cat\nthe dog", *options)[0]
+    whole, _ = chat(f"--file={tmp_path / 'turns'}", *options)
+    assert whole == chat("--prompt=the cat\nthe dog", *options)[0]
 
 
-def test_beams_find_the_likeliest_reply(chat, model, tokenizer):
+def test_beams_find_the_likeliest_reply(chat, tokenizer):
     ids = torch.tensor([tokenizer.render_prompt(turn("the"))])
-    (best, _), *_ = beam_search(model, ids, 3, 6, ends=sample.end_ids(tokenizer))
+    (best, _), *_ = beam_search(chat.model, ids, 3, 6, ends=sample.end_ids(tokenizer))
     text, _ = chat("--prompt=the", "--beams=3", "--max_new_tokens=6")
     reply = [id for id in best if id not in sample.end_ids(tokenizer)]
     assert text == tokenizer.decode(reply) + "\n"
@@ -725,11 +742,8 @@ def test_a_tokenizer_without_the_tokens_of_chats_is_said(folder, monkeypatch, ca
 
 @pytest.fixture
 def classifier(folder, tokenizer):
-    """A run with three classes in place of the newest."""
-    model = tiny(vocab_size=tokenizer.n_vocab, block_size=64, n_classes=3)
-    model.lm_head.weight.data *= 20
-    keep(model, folder, 40, 1.0)
-    return model
+    """A run with three classes."""
+    return decided(tokenizer, folder, n_classes=3)
 
 
 @pytest.mark.parametrize("labels", [["lease", "loan", "sale"], None])
