@@ -839,21 +839,6 @@ def swap(model, names, build):
     return len(found)
 
 
-class Int8Product(torch.autograd.Function):
-    """x times weight (F, C) of int8, times scale (F,); backward makes the floats of it again."""
-
-    @staticmethod
-    def forward(ctx, x, weight, scale):
-        ctx.save_for_backward(weight, scale)
-        return F.linear(x, weight.to(x.dtype)) * scale.to(x.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_y):
-        weight, scale = ctx.saved_tensors
-        return (d_y * scale.to(d_y.dtype)) @ weight.to(d_y.dtype), None, None
-
-
 class QuantLinear(nn.Module):
     """A linear layer, frozen, with int8 for its weights and a scale for each row."""
 
@@ -865,7 +850,9 @@ class QuantLinear(nn.Module):
         self.bias = base.bias
 
     def forward(self, x):
-        y = Int8Product.apply(x, self.weight, self.scale)
+        # backward makes the floats of the weights again: kept, they would take what int8 saves
+        y = checkpoint(lambda: F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype),
+                       use_reentrant=False)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def merged(self):
@@ -1035,17 +1022,13 @@ def tune(model, config):
     return n_trained
 
 
-def check_mergeable(model):
-    """ValueError for a tuned model that no plain one equals."""
+def merge(model):
+    """Make a tuned model a plain one that gives the same, in place, and give it back; ValueError
+    where no plain one does."""
     method = model.tuning.tune if model.tuning else "full"
     if method in ("adapter", "prefix", "prompt") or method == "bias" and not model.config.bias:
         raise ValueError(f"what --tune={method} adds has no place in a plain model, so it cannot "
                          "be merged: take lora, or the run that this one began with")
-
-
-def merge(model):
-    """Make a tuned model a plain one that gives the same, in place, and give it back."""
-    check_mergeable(model)
     swap(model.transformer.blocks, LINEARS,
          lambda layer: layer if isinstance(layer, Linear) else layer.merged())
     model.tuning = None
@@ -1184,10 +1167,11 @@ def from_weights(config, weights, path):
 def load_tuned(tuning, base, weights, path, device):
     """The model of base.safetensors, tuned, with these {name: tensor} of the file beside it."""
     base_path = Path(path).with_name("base.safetensors")
-    if not base_path.exists() or read_header(base_path)[1].get("sha256") != base:
+    header = read_header(base_path)[1] if base_path.exists() else {}
+    if not base or header.get("sha256") != base or "tuning" in header:
         raise ValueError(f"{path} holds only what --tune={tuning.tune} trained, and {base_path} is "
-                         f"{'another' if base_path.exists() else 'missing'}: copy the one whose "
-                         f"sha256 begins with {base[:12]} from where this was trained")
+                         f"{'another' if header else 'missing'}: copy the one whose sha256 begins "
+                         f"with {str(base)[:12]} from where this was trained")
     model, _ = load_model(base_path, device)
     tune(model, tuning)
     check_weights({n: p for n, p in model.named_parameters() if p.requires_grad}, weights, path)

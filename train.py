@@ -44,8 +44,8 @@ from tqdm import tqdm
 from data import (ChatLoader, ClassLoader, TokenLoader, check_shards, for_chats, load_tokenizer,
                   prepare, read_card, read_split)
 from model import (GPT, KERNELS, SIZES, GPTConfig, TuneConfig, accelerator, check_ids, check_known,
-                   check_mergeable, has_bf16_units, load_model, merge, option, read_header,
-                   read_progress, read_safetensors, save_model, tune)
+                   has_bf16_units, load_model, merge, option, read_header, read_progress,
+                   read_safetensors, save_model, tune)
 from sample import (PRECISIONS, checkpoints, complete, first_whole, load_run as load_finished,
                     newest_run, pick_checkpoint, pick_device, pick_precision)
 from tokenizer import (QUIET, Tokenizer, check_fields, parse_options, read_json, reading,
@@ -68,7 +68,6 @@ FREE = {"block_size", "n_classes", "softcap", "dropout", "label_smoothing", "z_l
 class TrainConfig(TuneConfig):
     """How to train: data, length, optimizer, what is shown, machine."""
     init: str = option("", "a run folder; its tokenizer and weights are what training begins with")
-    merge: bool = option(False, "write a plain model into the folder RUN-merged, too, at the end")
     data: str | list = option("stdlib", "shards, or what data.py takes: stdlib, files, folders, "
                               "URLs ...", many=True)
     out: str = option("", "run folder; empty: runs/ and the name of the data")
@@ -177,7 +176,6 @@ def complete_options(typed, typed_model):
     method = config.tune.partition(":")[0]
     for name, acts, beside in (
             *((f.name, config.init, "without --init") for f in fields(TuneConfig)),
-            ("merge", config.init, "without --init"),
             ("rank", method in ("lora", "adapter", "prefix", "prompt"), f"beside --tune={method}"),
             *((name, method == "lora", f"beside --tune={method}")
               for name in ("alpha", "lora_dropout", "targets")),
@@ -773,14 +771,6 @@ def reshaped(model, config):
     return new
 
 
-def open_base(config, device):
-    """-> (the model, a plain one, the tokenizer) of the run that --init names; None without."""
-    if not config.init or config.resume:
-        return None, None
-    model, tokenizer = load_finished(config.init, device=device)
-    return merge(model), tokenizer
-
-
 def tell_apart(head, unseen):
     """Draw the rows of a head (V, C) anew that are like the one of a token that no text had: where
     a head starts at zero all of these move together, and if it is frozen can never be chosen
@@ -791,36 +781,56 @@ def tell_apart(head, unseen):
         w[alike] = w[~alike].mean(0) + w[~alike].std(0) * torch.randn_like(w[alike])
 
 
-def fit_base(base, shape, known, tokenizer, shards):
-    """The model of --init in the shape asked for; ValueError for shards of another tokenizer."""
-    if tokenizer.hash() not in (known.hash(), for_chats(known).hash()):
-        raise ValueError(f"{shards} was made with another tokenizer than that of --init: make it "
-                         "again, data.py SOURCE --tokenizer=RUN/tokenizer.json")
+def start_model(base, config, shape, tokenizer, loader, folder, say):
+    """The model of --init in this shape, tuned as --tune says. What it was before goes to a file of
+    the folder, where there is one: checkpoints hold only what is trained."""
     if shape.position == "learned" and shape.block_size > base.config.block_size:
         raise ValueError(f"block_size={shape.block_size} is above {base.config.block_size}, for "
                          "which --init has learned positions: leave it out")
-    model = base if shape == base.config else reshaped(base, shape)
-    if find_loader(shards, shape) is ChatLoader:
+    model = merge(base)
+    if shape != model.config:
+        model = reshaped(model, shape)
+    if loader is ChatLoader:
         tell_apart(model.lm_head.weight, tokenizer.special["<|tool|>"])
+    if folder and config.tune != "full":
+        with replacing(folder / "base.safetensors") as file:
+            save_model(model, file)
+        model.base = read_header(folder / "base.safetensors")[1]["sha256"]
+    n_trained = tune(model, config)
+    say(f"--tune={config.tune} trains {n_trained:,} of {model.n_parameters():,} parameters")
     return model
+
+
+def check_data(shards, shape, config, known, tokenizer):
+    """The class of the loader of these shards; ValueError if a model of this shape, the options or
+    the tokenizer of --init do not fit them."""
+    loader = find_loader(shards, shape)
+    loader(shards, 1, shape.block_size, split="val")  # ValueError if that is too short
+    if known and tokenizer.hash() not in (known.hash(), for_chats(known).hash()):
+        raise ValueError(f"{shards} was made with another tokenizer than {config.init}'s: make it "
+                         f"again, data.py SOURCE --tokenizer={config.init}/tokenizer.json")
+    if shape.n_classes and shape.n_classes != len(labels := read_card(shards).labels):
+        raise ValueError(f"n_classes={shape.n_classes}: {shards} has {len(labels)} labels"
+                         f"{': '.join(['', ', '.join(labels)[:200]])}")
+    if loader is not TokenLoader and (config.curriculum or config.cuda_graph):
+        raise ValueError("--curriculum and --cuda_graph are for texts, not chats: leave them out")
+    return loader
 
 
 def prepare_run(config, model_config, say, stack):
     """Data and model, new or resumed, that fit -> Run; the ExitStack lets go of it at the end."""
     rank, world_size, device = start_processes(config)
     micro, _ = split_batch(config, world_size)
-    base, known = open_base(config, device)
-    shape = model_config or (read_config(run_folder(config) / "config.json")[1] if config.resume
-                             else base.config if base else
-                             model_shape(config.size, config.vocab_size))
+    base, known = (load_finished(config.init, device=device) if config.init and not config.resume
+                   else (None, None))
+    shape = model_config or (
+        read_config(run_folder(config) / "config.json")[1] if config.resume else
+        base.config if base else model_shape(config.size, config.vocab_size))
     check_model(shape, config)  # before the data is made
     shards = find_shards(config, rank, say, known)
     tokenizer, folder = load_tokenizer(shards / "tokenizer.json"), run_folder(config, shards)
-    shape, loader = replace(shape, vocab_size=tokenizer.n_vocab), find_loader(shards, shape)
-    loader(shards, 1, shape.block_size, split="val")  # ValueError if that is too short
-    if shape.n_classes and shape.n_classes != len(labels := read_card(shards).labels):
-        raise ValueError(f"n_classes={shape.n_classes}: {shards} has {len(labels)} labels"
-                         f"{': '.join(['', ', '.join(labels)[:200]])}")
+    shape = replace(shape, vocab_size=tokenizer.n_vocab)
+    loader = check_data(shards, shape, config, known, tokenizer)
     check_memory(shape, config, micro, device)
     stack.enter_context(memory_explained(micro, shape.block_size, device))
     precision, dtype = pick_precision(config.precision, device)
@@ -833,26 +843,17 @@ def prepare_run(config, model_config, say, stack):
     if config.resume:
         run = load_run(folder, config, device)
     else:
-        model = fit_base(base, shape, known, tokenizer, shards) if base else GPT(shape).to(device)
-        if rank == 0 and base and config.tune != "full":
-            model.base = write_base(model, folder)
-        n_trained = tune(model, config)
-        if base:
-            say(f"--tune={config.tune} trains {n_trained:,} of {model.n_parameters():,} parameters")
+        model = (start_model(base, config, shape, tokenizer, loader, rank == 0 and folder, say)
+                 if base else GPT(shape).to(device))
         run = new_run(folder, model, config, device)
-    if config.merge:
-        check_mergeable(run.model)
     names = [run.model.use(config.kernels, dtype, config.recompute, batch_size=micro)]
     if world_size > 1:
         dist.broadcast_object_list(names, src=0)  # what was the fastest there
         run.model.use(names[0], dtype, config.recompute)
     fits = names[0] in ("torch", "cuda") and precision != "fp16" and not config.skip_spikes
-    fits = fits and loader is TokenLoader
     if config.cuda_graph and not (fits and "cuda" in device and world_size == 1 and accelerator()):
         raise ValueError("--cuda_graph needs chapters/kernels.py, one GPU, fp32 or bf16, torch or "
-                         "cuda kernels, texts, and no --skip_spikes: leave it out")
-    if config.curriculum and loader is not TokenLoader:
-        raise ValueError("--curriculum cuts texts into shorter ones, not chats: leave it out")
+                         "cuda kernels, and no --skip_spikes: leave it out")
     if config.rewarm:
         run.start_step, run.start_elapsed = run.step, run.elapsed
     run.config = replace(config, kernels=names[0])  # a resumed run takes the same
@@ -905,19 +906,6 @@ def write_base(model, folder):
     with replacing(folder / "base.safetensors") as file:
         save_model(model, file)
     return read_header(folder / "base.safetensors")[1]["sha256"]
-
-
-def write_merged(folder):
-    """Write the finished model of a tuned run as a plain one -> its folder."""
-    (model, tokenizer), path = load_finished(folder), pick_checkpoint(folder)
-    merged = Path(f"{folder}-merged")
-    merged.mkdir(exist_ok=True)
-    for old in checkpoints(merged).values():
-        old.unlink()
-    tokenizer.save(merged / "tokenizer.json")
-    with replacing(merged / path.name) as file:
-        save_model(merge(model), file, val_loss=read_progress(path).get("val_loss"))
-    return merged
 
 
 def begin_folder(run, shape, say):
@@ -1146,8 +1134,6 @@ def train(config, model_config=None, say=tqdm.write):
                     say(sample_lines(run.model, run.tokenizer, config.sample_tokens, config.seed,
                                      first_prompt(run)))
     stopped = int(asked[0]) if asked else int(signal.SIGTERM) * bool(stopping)
-    if is_main and config.merge and not stopped:
-        say(f"{write_merged(run.folder)} holds a plain model")
     return summarize(run, time.perf_counter() - began, stopped) if is_main else None
 
 
