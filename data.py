@@ -8,9 +8,10 @@ Documents to batches: read, clean, drop duplicates, split, tokenize, write shard
 
 A source is a name, a file, a folder, a pattern, a URL, - for standard input, or a folder of ready
 shards. A file is .txt .md .rst, a program, .json .jsonl .csv .tsv (field "text", or --field), also
-as .gz .bz2 .xz .zst; in text <|endoftext|> may stand between documents. The result, never changed,
-and used again for the same content and options: tokenizer.json, train_000000.bin ...,
-val_000000.bin ... and card.json, which says what went in and what was lost.
+as .gz .bz2 .xz .zst; in text <|endoftext|> may stand between documents. JSON rows with messages,
+with instruction and output, or with text and label are chats, which are never cut. The result,
+never changed, and used again for the same content and options: tokenizer.json, train_000000.bin
+..., val_000000.bin ... and card.json, which says what went in and what was lost.
 """
 
 import signal
@@ -37,6 +38,7 @@ import tempfile
 import time
 import unicodedata
 import zipfile
+from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -564,11 +566,6 @@ class Documents:
         return self.file.read(self.ends[i] - self.starts[i]).decode()
 
 
-def clean_text(row, counts, field="text"):
-    """The text of a row, cleaned; counts gets what is lost."""
-    return clean(take_text(row, field), counts)
-
-
 def clean_chat(row, counts):
     """The messages of a row, cleaned, as a line of JSON; "" where they say nothing."""
     messages = [dict(role=message["role"], content=clean(message["content"], counts))
@@ -578,14 +575,13 @@ def clean_chat(row, counts):
 
 
 def chat_kinds(paths, encoding=None):
-    """The chat_kind() of the first rows of files, a set; ValueError if some are chats and some not.
-    Files without a row, or that cannot be read, do not count."""
+    """The chat_kind() of all files, by their first rows; ValueError for both chats and texts."""
     found = {}
     for path in paths:
         is_list = ending(path) in (".json", ".jsonl")
         with contextlib.suppress(OSError, ValueError, StopIteration):
-            kind = next(read_rows(path, chat_kind, encoding, str)) if is_list else ""
-            found.setdefault(kind, path)
+            rows = read_rows(path, chat_kind, encoding, lambda reason: None)
+            found.setdefault(next(rows) if is_list else "", path)
     if "" in found and len(found) > 1:
         raise ValueError(f"{found[max(found)]} holds chats and {found['']} does not: prepare them "
                          "one by one, or all as texts, with --field=NAME")
@@ -596,69 +592,64 @@ def gather(found, file, take, license=None, encoding=None):
     """Read all files into one by take(row, counts=...) -> (Documents, each text once; the sources,
     as a card has them; counts of what is lost). Broken documents and files that cannot be read are
     left out and named; where a source is a single such file, a ValueError."""
-    sources, sizes, counts = [], [], Counter()
-    for source, paths in found.items():
-        skipped, n_files = [], 0
-
-        def skip(reason, what="skipped documents"):
-            counts[what] += 1
-            if len(skipped) < 100:
-                skipped.append("".join(c if c.isprintable() else " " for c in reason)[:200])
-        for path in tqdm(paths, "read", unit=" files", **QUIET):
-            start, n_before, n_chars, lost = file.tell(), len(sizes), 0, Counter()
-            try:
-                for text in read_rows(path, partial(take, counts=lost), encoding, skip):
-                    n_chars += len(text)
-                    sizes.append(file.write(text.encode()))
-                if lost["replaced bytes"] > n_chars / 100:
-                    raise ValueError(
-                        f"{path}: {lost['replaced bytes'] / n_chars:.0%} of its characters are not "
-                        f"{encoding or 'UTF-8'}: --encoding=NAME says what they are")
-                counts.update(lost)
-                n_files += 1
-            except ValueError as error:
-                if len(paths) == 1:
-                    raise
-                file.seek(start)
-                del sizes[n_before:]
-                skip(str(error), "skipped files")
-        card = Path(source, "card.json")  # what chapters/curate.py did
+    sources, sizes, counts = {}, [], Counter()
+    for name in found:
+        card = Path(name, "card.json")  # what chapters/curate.py did
         curated = read_json(card) if card.exists() else {}
-        sources.append(dict(
-            name=source, license=license or curated.get("license") or LICENSES.get(source),
-            files=n_files, skipped=skipped, curated=curated))
+        sources[name] = dict(
+            name=name, license=license or curated.get("license") or LICENSES.get(name),
+            files=0, skipped=[], curated=curated)
+    pairs = [(sources[name], path) for name, paths in found.items() for path in paths]
+    for source, path in tqdm(pairs, "read", unit=" files", **QUIET):
+        def skip(reason, what="skipped documents", lines=source["skipped"]):
+            counts[what] += 1
+            if len(lines) < 100:
+                lines.append("".join(c if c.isprintable() else " " for c in reason)[:200])
+        start, n_before, n_chars, lost = file.tell(), len(sizes), 0, Counter()
+        try:
+            for text in read_rows(path, partial(take, counts=lost), encoding, skip):
+                n_chars += len(text)
+                sizes.append(file.write(text.encode()))
+            if lost["replaced bytes"] > n_chars / 100:
+                raise ValueError(
+                    f"{path}: {lost['replaced bytes'] / n_chars:.0%} of its characters are not "
+                    f"{encoding or 'UTF-8'}: --encoding=NAME says what they are")
+            counts.update(lost)
+            source["files"] += 1
+        except ValueError as error:
+            if len(found[source["name"]]) == 1:
+                raise
+            file.seek(start)
+            del sizes[n_before:]
+            skip(str(error), "skipped files")
     ends = np.cumsum(sizes, dtype=np.int64)
     documents = Documents(file, ends - sizes, ends)
     repeated = exact_duplicates(documents)
     counts["empty documents"] += len(sizes) - len(documents)
     counts["exact duplicates"] += len(repeated)
     unique = np.delete([documents.starts, documents.ends], repeated, axis=1)
-    return Documents(file, *unique), sources, counts
+    return Documents(file, *unique), [*sources.values()], counts
 
 
 def split(documents, val_ratio=None, whole=False):
     """Return Documents to train on, Documents to validate on, and in words what decides. Whole
     documents go by their own hash, so none changes sides when others come or go; but no long one
-    becomes most of what validates. A few are cut instead, each near its end, unless they are to
-    stay whole."""
-    starts, ends, are_few = documents.starts, documents.ends, len(documents) < 20
-    ratio = val_ratio or (0.1 if are_few else 0.05)
+    becomes most of what validates. A few are cut instead, if they need not stay whole."""
+    starts, ends, is_cut = documents.starts, documents.ends, len(documents) < 20 and not whole
+    ratio = val_ratio or (0.1 if len(documents) < 20 else 0.05)
     hashes = [int.from_bytes(text_hash(text)[:8], "big") / 2**64 for text in documents]
-    order = np.argsort(hashes)
-    chosen, room = [], 2 * ratio * documents.n_bytes * (whole or not are_few)
+    order, chosen, room = np.argsort(hashes), [], 2 * ratio * documents.n_bytes * (not is_cut)
     for i in order[:-1]:
         if hashes[i] > ratio and chosen:
             break
         if ends[i] - starts[i] <= room:
             chosen.append(i)
             room -= ends[i] - starts[i]
-    if whole and not chosen:
-        chosen = order[:1]
-    if len(chosen):
+    if chosen or whole:
         rule = (f"documents with a sha256 (as a fraction of 1) below {ratio} validate, at least "
                 f"one, and at most {2 * ratio:.0%} of all bytes")
         cuts = ends.copy()
-        cuts[chosen] = starts[chosen]
+        cuts[chosen or order[:1]] = starts[chosen or order[:1]]
     else:
         rule = f"documents are few: the last {ratio:.0%} of each validates"
         lengths = [len(text) - int(len(text) * ratio) for text in documents]
@@ -746,15 +737,16 @@ def new_shards(folder, fingerprint):
 def build(folder, fingerprint, found, tokenizer, options, chats, license, say):
     """All stages: read, clean, split, train a tokenizer, write the shards and, last, the card."""
     with new_shards(folder, fingerprint) as out, tempfile.TemporaryFile(dir=out.parent) as file:
-        [(first, paths), *_] = found.items()
+        [(first, paths), *_], labels = found.items(), []
         if is_ready(first):
             splits = {name: [read_shard(path) for path in paths if name in path.name]
                       for name in ("train", "val")}
             sources = [dict(name=first, license=license or LICENSES.get(first), files=len(paths),
                             skipped=[], curated={})]
-            counts, rule, labels = {}, "as published", []
+            counts, rule = {}, "as published"
         else:
-            take = clean_chat if chats else partial(clean_text, field=options["field"])
+            take = clean_chat if chats else (
+                lambda row, counts: clean(take_text(row, options["field"]), counts))
             documents, sources, counts = gather(found, file, take, license, options["encoding"])
             skipped = [line for source in sources for line in source["skipped"]]
             if not documents:
@@ -764,8 +756,8 @@ def build(folder, fingerprint, found, tokenizer, options, chats, license, say):
             for line in skipped[:3]:
                 say(f"skipped: {line}")
             counts.update(documents=len(documents), bytes=documents.n_bytes)
-            labels = sorted({json.loads(line)[-1]["content"] for line in documents
-                             if chats == {"label"}})
+            if chats == {"label"}:
+                labels = sorted({json.loads(line)[-1]["content"] for line in documents})
             train, val, rule = split(documents, options["val_ratio"], bool(chats))
             if tokenizer is None:
                 sample = itertools.islice(train, 0, None, train.n_bytes // LEARN_BYTES + 1)
@@ -919,21 +911,16 @@ def learned(ids, special):
 def pack(lengths, block_size):
     """Which items go to which block, the longest first, each to the fullest block with room:
     pack([2, 3, 1], 4) == [[1, 2], [0]]."""
-    blocks, with_room = [], [[] for _ in range(block_size + 1)]  # of each room from 0 on, blocks
-    some = 0  # its bit r says whether with_room[r] has some
+    blocks, rooms = [], []  # rooms: sorted pairs of the room in a block and its number
     for i in np.argsort(-np.asarray(lengths, int), kind="stable").tolist():
-        length = int(lengths[i])
-        enough = some >> length << length
-        if enough:
-            room = (enough & -enough).bit_length() - 1
-            block = with_room[room].pop()
-            some ^= (not with_room[room]) << room
-        else:
-            room, block = block_size, []
-            blocks.append(block)
-        block.append(i)
-        with_room[room - length].append(block)
-        some |= 1 << room - length
+        at = bisect_left(rooms, (lengths[i], 0))
+        if at == len(rooms):
+            rooms.append((block_size, len(blocks)))
+            blocks.append([])
+        room, block = rooms.pop(at)
+        blocks[block].append(i)
+        if room > lengths[i]:
+            insort(rooms, (room - lengths[i], block))
     return blocks
 
 
@@ -955,7 +942,7 @@ class ChatLoader(Loader):
             raise ValueError(f"{path}: none of {len(fits):,} chats in {split} fits into a block of "
                              f"{self.block_size} tokens: give shorter ones, or a larger block_size")
         self.begins, self.ends = begins[fits], ends[fits]
-        self.blocks = pack(self.ends - self.begins - 1, self.block_size)
+        self.blocks = pack((self.ends - self.begins - 1).tolist(), self.block_size)
         return len(self.blocks)
 
     def block(self, number):
