@@ -261,18 +261,18 @@ def continuation_rows(texts, n_rows=200, seed=0):
 
 def score_text(model, tokenizer, questions, config):
     """Perplexity and bits per byte of documents {"target"}, in blocks of text of like length; of
-    chats {"ids"}, where each is read alone, of what the assistant says."""
-    chats = [np.array(question["ids"]) for question in questions if "ids" in question]
-    texts = [] if chats else tokenizer.encode_batch([question["target"] for question in questions])
-    documents = chats or [np.concatenate([[tokenizer.eot, *ids] for ids in texts])]
+    those with {"chat": True}, each of which is read alone, of what the assistant says."""
+    texts, is_chat = [question["target"] for question in questions], "chat" in questions[0]
+    documents = ([tokenizer.encode(text, special=True) for text in texts] if is_chat
+                 else tokenizer.encode_batch(texts))
+    documents = [np.array([tokenizer.eot, *ids]) for ids in documents]
+    documents = documents if is_chat else [np.concatenate(documents)]
     stride = model.config.block_size if config.stride == "rolling" else config.stride
     nats = surprisal_of_each(model, documents, stride and int(stride))
     tokens = np.concatenate([ids[1:] for ids in documents])
-    if chats:
-        said = np.concatenate([learned(ids, tokenizer.special)[1:] for ids in chats])
+    if is_chat:
+        said = np.concatenate([learned(ids, tokenizer.special)[1:] for ids in documents])
         nats, tokens = nats[said], tokens[said]
-        if not len(tokens):
-            raise ValueError(f"no assistant speaks in max_tokens={config.max_tokens}: score more")
     lengths = np.array([len(token) for token in tokenizer.token_bytes()])
     lengths[list(tokenizer.special.values())] = 0  # the end of a document has no bytes
     ends, V = lengths[tokens].cumsum(), model.config.vocab_size
@@ -411,8 +411,8 @@ def trained_on(folder):
 
 def held_out(folder, data=None, split="val", max_tokens=65_536, rows=False):
     """The documents in the first max_tokens of a split of shards: data, or those of the run; with
-    `rows`, where chats are as good, {"target": text}, of a chat with its "ids". ValueError if they
-    are another tokenizer's, or not those that the run was trained on."""
+    `rows`, where chats are as good, rows for score_text. ValueError if they are another
+    tokenizer's, or not those that the run was trained on."""
     own, trained = Path(folder, "tokenizer.json"), {} if data else trained_on(folder)
     path, tokenizer = trained.get("path") if data is None else data, Tokenizer.load(own)
     if not isinstance(path, str) or not path:
@@ -427,14 +427,19 @@ def held_out(folder, data=None, split="val", max_tokens=65_536, rows=False):
                          f"SOURCE --tokenizer={own} --out=shards/NAME writes shards that fit")
     tokens = np.concatenate([shard[:max_tokens] for shard in shards])[:max_tokens].astype(int)
     begins = np.flatnonzero(tokens == tokenizer.eot)
-    documents = [ids for ids in np.split(tokens, begins) if len(ids)]
-    texts = [tokenizer.decode(ids[ids != tokenizer.eot].tolist()) for ids in documents]
+    documents = [ids[ids != tokenizer.eot] for ids in np.split(tokens, begins) if len(ids)]
+    texts = [tokenizer.decode(ids.tolist()) for ids in documents]
     if not card.options.get("chats"):
         return [dict(target=text) for text in texts] if rows else texts
     if not rows:
         raise ValueError(f"{path} holds chats: --tasks=perplexity scores what the assistant says, "
                          "--data=FOLDER names shards of texts")
-    return [dict(target=text, ids=ids.tolist()) for text, ids in zip(texts, documents)]
+    chats = [dict(target=text, chat=True) for text, ids in zip(texts, documents)
+             if learned(ids, tokenizer.special).any()  # the last may be cut before it
+             and tokenizer.encode(text, special=True) == ids.tolist()]  # no word looks special
+    if not chats:
+        raise ValueError(f"{path}: no assistant speaks in max_tokens={max_tokens}: score more")
+    return chats
 
 
 def make_questions(config, tasks, default, folder):

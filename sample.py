@@ -532,6 +532,20 @@ def read_text(path):
         return data.decode("utf-8-sig").replace("\r\n", "\n")
 
 
+def read_prompts(command):
+    """The texts that are given: one, or the lines of a file."""
+    if command.prompts is not None:
+        return read_text(command.prompts).splitlines()
+    return [command.prompt if command.file is None else read_text(command.file)]
+
+
+def as_turns(tokenizer, texts):
+    """-> [(text, prompt)]: what is shown of a text, and the ids of the chat that it begins."""
+    turns = [dict(role="user", content=text.rstrip("\n")) for text in texts]
+    return [(turn["content"] + "\n" if len(texts) > 1 else "", tokenizer.render_prompt([turn]))
+            for turn in turns]
+
+
 def knows_chats(model, tokenizer):
     """Whether the model ends an answer by itself, as one does that was trained on chats."""
     if not {*SPECIAL_TOKENS} <= {*tokenizer.special}:
@@ -637,21 +651,16 @@ def main():
     folder = newest_run() if command.run is None else command.run
     device = pick_device(command.device)
     precision, dtype = pick_precision(command.precision, device)
-    texts = [command.prompt if command.file is None else read_text(command.file)]
-    if command.prompts is not None:
-        texts = read_text(command.prompts).splitlines()
-    path = pick_checkpoint(folder, command.checkpoint)
+    texts, path = read_prompts(command), pick_checkpoint(folder, command.checkpoint)
     model, tokenizer = load_run(folder, path, device, dtype)
-    n_classes, prompts = model.config.n_classes, [(text, text) for text in texts]
+    n_classes = model.config.n_classes
     if n_classes == 1:
         raise ValueError(f"{path} gives a text a number, for chapters.align, and no words")
     if n_classes:
         acting = {"run", "prompt", "file", "prompts", "checkpoint", "device", "precision"}
         refuse_idle(typed | sampling, sorted({*typed, *sampling} - acting), "on a classifier")
-    if n_classes or command.chat:
-        turns = [[dict(role="user", content=text.rstrip("\n"))] for text in texts]
-        prompts = [(turn[0]["content"] + "\n" if len(texts) > 1 else "",
-                    tokenizer.render_prompt(turn)) for turn in turns]
+    as_chat = n_classes or command.chat
+    prompts = as_turns(tokenizer, texts) if as_chat else [(text, text) for text in texts]
     if command.chat and not knows_chats(model, tokenizer):
         raise ValueError(f"{folder} was trained on texts and never learned to hold a conversation: "
                          f"python train.py --init={folder} --data=chats.jsonl teaches it to")

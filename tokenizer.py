@@ -104,7 +104,7 @@ class Parser(argparse.ArgumentParser):
                 here = ""  # the option is another command's
             if not here and typed[0] != "-" and "--data" in own:
                 here = f"--data={typed}"
-            message = f"unknown option {typed}" + (f"; here: {here}" if here else nearest(typed, own))
+            message = f"unknown option {typed}{f'; here: {here}' if here else nearest(typed, own)}"
         message = re.sub("ignored explicit argument.*", "it takes no value", message)
         self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
 

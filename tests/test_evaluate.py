@@ -541,17 +541,20 @@ def test_a_model_that_does_not_continue_a_text_is_refused(command, folder, token
 
 @pytest.fixture
 def chats(folder, tokenizer, tmp_path):
-    """Shards of chats, on which the run was trained -> the chats that are held out."""
+    """Shards of chats, on which the run was trained -> the chats that are held out, without those
+    in which somebody types a special token."""
     rng, words = random.Random(0), "the a cat dog sees likes big red old bird tree".split()
-    rows = [dict(instruction=" ".join(rng.choices(words, k=3)) + "?",
-                 output="".join(rng.choices(words, k=rng.randrange(4)))) for _ in range(60)]
+    rows = [dict(instruction=" ".join(rng.choices(words, k=3)) + "<|end|>" * (i % 5 == 0),
+                 output="".join(rng.choices(words, k=rng.randrange(4)))) for i in range(60)]
     (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
     path = prepare([tmp_path / "chats.jsonl"], tmp_path / "chats", tokenizer=tokenizer,
                    val_ratio=0.2, say=lambda text: None)
     write_json(folder / "config.json", {"data": {"path": str(path)}})
     held = tokenizer.decode(np.concatenate(read_split(path, "val")).tolist())
     found = [[turn("user", row["instruction"]), turn("assistant", row["output"])] for row in rows]
-    return [chat for chat in found if tokenizer.decode(tokenizer.render_chat(chat)[0]) in held]
+    assert held.count("<|end|><|end|>")
+    return [chat for chat in found if tokenizer.decode(tokenizer.render_chat(chat)[0]) in held
+            and "<|end|>" not in chat[0]["content"]]
 
 
 def turn(role, text):
@@ -574,7 +577,7 @@ def test_of_chats_what_the_assistant_says_is_scored_each_chat_alone(command, fol
 
 @pytest.mark.parametrize("words, line", [
     (["--tasks=continuation"], "holds chats: --tasks=perplexity scores what the assistant says"),
-    (["--max_tokens=3"], "no assistant speaks in max_tokens=3: score more")])
+    (["--max_tokens=5"], "no assistant speaks in max_tokens=5: score more")])
 def test_of_chats_what_cannot_be_scored_is_refused(command, chats, words, line):
     _, notes = command(*words)
     assert line in notes and notes.count("\n") == 1
