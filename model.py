@@ -974,7 +974,7 @@ class TuneConfig:
         if (method == "last") != bool(n) or n and not (n.isdecimal() and int(n)):
             raise ValueError(f"tune={self.tune}: how many blocks? such as last:2; others have none")
         for name in self.names():
-            check_known(name, LINEARS, "target")
+            check_known(name, LINEARS, "name in targets")
         if self.quant and method in ("full", "last"):
             raise ValueError(f"quant={self.quant} freezes what --tune={self.tune} trains: leave it "
                              "out, or take lora")

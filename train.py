@@ -734,6 +734,8 @@ def check_model(shape, config):
     if shape.cross or not shape.causal or shape.n_classes and not config.init:
         raise ValueError(f"architecture={shape.architecture} does not predict the next token: "
                          "take gpt2 or modern; chapters/05_transformer.ipynb trains the others")
+    with contextlib.suppress(RuntimeError), torch.device("meta"):  # without memory; too large
+        tune(GPT(shape), config)  # a ValueError if the model lacks what is asked for
     if config.curriculum and shape.block_size % 8:
         raise ValueError(f"curriculum cuts into 8 parts: block_size={shape.block_size} is no "
                          "multiple of 8")
