@@ -288,6 +288,12 @@ def test_the_most_frequent_label_is_that_of_the_training_rows(files, tmp_path, t
     assert "always warranty" in score(folder, files / "test.jsonl", train)[0]
 
 
+def test_texts_and_labels_are_cleaned_as_data_py_does(tmp_path):
+    rows = [dict(text="one\r\ntwo\x07", label="a\r\nb", template=3)]
+    assert read_labelled(write_rows(tmp_path / "rows.jsonl", rows)) == [
+        dict(text="one\ntwo", label="a\nb", template=3)]
+
+
 def test_rows_of_others_are_scored_too_and_labels_may_be_numbers(tmp_path, tokenizer):
     _, folder = made_run(tmp_path / "run", tokenizer, n_classes=2, labels=["0", "1"])
     rows = [dict(text=f"number {i}", label=i % 2) for i in range(10)]
