@@ -31,8 +31,6 @@ from tokenizer import (CHAR_TO_BYTE, FORMAT, GPT2_SPLIT, GPT4_SPLIT, SPECIAL_TOK
                        Tokenizer, parse_options, read_files, read_json, reading, recover_merges,
                        refuse_idle, replacing, run_command, to_bytes, to_chars, write_json)
 
-load_gpt2 = load_pretrained  # the name that it has in chapter 10
-
 # A chat in Jinja, as Tokenizer.render_chat encodes it. In Hugging Face's libraries a special token
 # in a message would become its id, so the template refuses it.
 CHAT_TEMPLATE = (
@@ -45,10 +43,11 @@ CHAT_TEMPLATE = (
 SPLIT = dict(type="Split", behavior="Isolated", invert=False)  # Hugging Face's names
 BYTES = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True)
 DIGITS = dict(type="Digits", individual_digits=True)
-# GPT-2's pattern behind a step that makes each digit a chunk; GPT-4's in Llama 3's words.
-DIGITS_SPLIT = (GPT2_SPLIT.replace(r" ?\p{N}+", r"\p{N}")
-                .replace(r"|\s+(?!\S)", r"|\s+(?=\p{N})|\s+(?!\S)"))
-LLAMA3_SPLIT = GPT4_SPLIT.replace("'(?i:[sdmt]|ll|ve|re)", "(?i:'s|'t|'re|'ve|'m|'ll|'d)")
+# GPT-2's pattern behind a step that makes each digit a chunk.
+DIGITS_SPLIT = GPT2_SPLIT.replace(r" ?\p{N}+", r"\p{N}|\s+(?=\p{N})")
+# How GPT-4's pattern begins, in Llama's and Qwen's words and in ours.
+THEIR_START, OUR_START = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|", "'(?i:[sdmt]|ll|ve|re)|"
+load_gpt2 = load_pretrained  # the name that it has in chapter 10
 CHANGES_IDS = "byte_fallback continuing_subword_prefix end_of_word_suffix dropout".split()
 
 # -----------------------------------------------------------------------------
@@ -94,7 +93,8 @@ def split_pattern(pre_tokenizer):
     expect(before, before if own else [dict(SPLIT, pattern={"Regex": pattern})])
     last = dict(use_regex=True) | last | dict(trim_offsets=True)  # which concerns no id
     expect(last, dict(BYTES, use_regex=own))
-    return GPT4_SPLIT if pattern == LLAMA3_SPLIT else pattern
+    plain = pattern.replace(THEIR_START, OUR_START)
+    return plain if plain in SPLITS.values() else pattern  # those are split fast
 
 
 def single_merges(tokens, pairs, ids):

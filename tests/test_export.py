@@ -12,14 +12,16 @@ from tiktoken.load import load_tiktoken_bpe
 from tokenizers import pre_tokenizers
 
 from chapters import export
-from chapters.export import (BYTES, CHAT_TEMPLATE, DIGITS, LLAMA3_SPLIT, from_huggingface,
-                             from_rank_file, read_huggingface, to_huggingface, to_rank_file)
+from chapters.export import (BYTES, CHAT_TEMPLATE, DIGITS, OUR_START, THEIR_START,
+                             from_huggingface, from_rank_file, read_huggingface, to_huggingface,
+                             to_rank_file)
 from conftest import mistake
 from test_tokenizer import CHAT, COMMON, NASTY, NESTED, gpt2_files, random_kinds, turn
-from tokenizer import (GPT2_BYTES, GPT2_SPLIT, SPECIAL_TOKENS, SPLITS, Tokenizer, read_json,
-                       to_chars, write_json)
+from tokenizer import (GPT2_BYTES, GPT2_SPLIT, GPT4_SPLIT, SPECIAL_TOKENS, SPLITS, Tokenizer,
+                       read_json, to_chars, write_json)
 
 
+LLAMA3_SPLIT = GPT4_SPLIT.replace(OUR_START, THEIR_START)
 QWEN_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 
 
@@ -147,7 +149,7 @@ def llama3(trained, path):
     names, _ = own_pairs(trained)
     rank = {name: id for id, name in enumerate(names)}
     pairs = [pair for name in names[256:] for pair in sorted(
-        ((name[:i], name[i:]) for i in range(1, len(name)) if {name[:i], name[i:]} <= {*rank}),
+        ((name[:i], name[i:]) for i in range(1, len(name)) if {name[:i], name[i:]} <= rank.keys()),
         key=lambda pair: [*map(rank.get, pair)])]
     assert len(pairs) > len(trained.merges)
     return write_theirs(path, names, pairs, split_steps(LLAMA3_SPLIT),
@@ -173,6 +175,7 @@ def test_the_tokenizers_of_three_families_give_the_ids_of_hugging_faces(trained,
         text = unicodedata.normalize("NFC", text)
         found = tokenizer.encode(text, special=True)
         assert [ids[id] for id in found] == theirs.encode(text).ids
+    assert (tokenizer.pattern == GPT4_SPLIT) == (write is llama3)
 
 
 @pytest.mark.slow
