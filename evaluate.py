@@ -148,16 +148,13 @@ def windows(tokens, block_size, stride):
 
 
 def surprisal(model, tokens, stride=None):
-    """The surprise -log p in nats of each of N tokens but the first: an array (N - 1,). The window
-    that the model sees moves by stride, half of it by default: less is more exact, and slower."""
-    return surprisal_of_each(model, [tokens], stride)
-
-
-def surprisal_of_each(model, documents, stride=None):
-    """The surprisal of documents, each read alone, in one array."""
+    """The surprise -log p in nats of each of N tokens but the first: an array (N - 1,); of a list of
+    arrays, each read alone, one after the other. The window that the model sees moves by stride,
+    half of it by default: less is more exact, and slower."""
     T = model.config.block_size
     stride = math.ceil(T / 2) if stride is None else stride
-    rows = [row for tokens in documents for row in windows(tokens, T, stride)]
+    documents = tokens if isinstance(tokens[0], np.ndarray) else [tokens]
+    rows = [row for ids in documents for row in windows(ids, T, stride)]
     scores, _ = zip(*score_ends(model, rows, "held-out text"))
     return -torch.cat(scores).double().numpy()
 
@@ -268,7 +265,7 @@ def score_text(model, tokenizer, questions, config):
     documents = [np.array([tokenizer.eot, *ids]) for ids in documents]
     documents = documents if is_chat else [np.concatenate(documents)]
     stride = model.config.block_size if config.stride == "rolling" else config.stride
-    nats = surprisal_of_each(model, documents, stride and int(stride))
+    nats = surprisal(model, documents, stride and int(stride))
     tokens = np.concatenate([ids[1:] for ids in documents])
     if is_chat:
         said = np.concatenate([learned(ids, tokenizer.special)[1:] for ids in documents])

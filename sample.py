@@ -321,6 +321,8 @@ def seeded(seed, row):
 def n_new_tokens(model, T, config):
     """How many tokens may follow T tokens: max_new_tokens, or what the context still has."""
     block_size = model.config.block_size
+    if model.config.n_classes:
+        raise ValueError("this model has classes in place of tokens, or a number: it cannot write")
     if config.overflow == "slide" and T:
         return config.max_new_tokens
     if not 0 < T < block_size:
@@ -548,7 +550,7 @@ def as_turns(tokenizer, texts):
 
 def knows_chats(model, tokenizer):
     """Whether the model ends an answer by itself, as one does that was trained on chats."""
-    if not {*SPECIAL_TOKENS} <= {*tokenizer.special}:
+    if model.config.n_classes or not {*SPECIAL_TOKENS} <= {*tokenizer.special}:
         return False
     chat = [dict(role="user", content="Hi"), dict(role="assistant", content="Hello.")]
     *before, end = tokenizer.render_chat(chat)[0][-model.config.block_size:]

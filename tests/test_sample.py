@@ -781,6 +781,12 @@ def test_labels_that_are_not_the_models_are_refused(command, folder, classifier)
                             "has 2 names for 3 classes\n")
 
 
+def test_a_classifier_writes_nothing_and_knows_no_chats(classifier, tokenizer):
+    assert not sample.knows_chats(classifier, tokenizer)
+    with pytest.raises(ValueError, match="classes in place of tokens"):
+        complete(classifier, tokenizer, "the")
+
+
 def test_a_run_that_gives_texts_a_number_is_refused_in_one_line(command, folder, tokenizer):
     keep(tiny(vocab_size=tokenizer.n_vocab, block_size=64, n_classes=1), folder, 40, 1.0)
     text, notes = command("--prompt=the")
