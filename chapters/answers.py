@@ -8,7 +8,6 @@ Answers of a model: written, rendered as a chat, padded to a batch, and how like
 
 from collections import namedtuple
 from dataclasses import asdict, replace
-from operator import itemgetter
 from pathlib import Path
 from random import Random
 
@@ -44,9 +43,9 @@ def pad(chats, device="cpu"):
 
 def pad_pairs(tokenizer, pairs, device="cpu"):
     """The ids and masks (2B, T) of B pairs: all better answers, then all worse ones."""
-    rendered = [[render(tokenizer, pair.messages, answer) for answer in (pair.chosen, pair.rejected)]
-                for pair in pairs]
-    return pad([*map(itemgetter(0), rendered), *map(itemgetter(1), rendered)], device)
+    chosen, rejected = ([render(tokenizer, pair.messages, getattr(pair, name)) for pair in pairs]
+                        for name in ("chosen", "rejected"))
+    return pad(chosen + rejected, device)
 
 
 def batches(rows, n, seed):
@@ -128,9 +127,10 @@ def load(folder, device, tokenizer=None, judges=False):
     model, own = load_run(folder, device=device)
     c = merge(model).config
     if c.cross or not c.causal or c.n_classes != judges:
-        raise ValueError(f"{folder} has n_classes={c.n_classes}, architecture={c.architecture}: " + (
-            "python -m chapters.align reward makes a model that judges answers" if judges else
-            "it writes no answers; take a run that was fine-tuned on chats"))
+        wanted = ("python -m chapters.align reward makes a model that judges answers" if judges else
+                  "it writes no answers; take a run that was fine-tuned on chats")
+        raise ValueError(f"{folder} has n_classes={c.n_classes}, architecture={c.architecture}: "
+                         f"{wanted}")
     if tokenizer and own.hash() != tokenizer.hash():
         raise ValueError(f"{folder} has another tokenizer than the run that learns: their "
                          "probabilities cannot be compared")

@@ -1,4 +1,4 @@
-"""chapters/align.py, answers.py and rewards.py: losses by their formulas, rewards, rows, methods."""
+"""chapters/align.py, answers.py, rewards.py: losses by their formulas, rewards, rows, methods."""
 
 import json
 import math
@@ -279,8 +279,8 @@ def test_the_exact_rule_compares_with_the_row_and_wants_one():
 
 
 @pytest.mark.parametrize("answers, best", [
-    (["55", "54"], 0), (["5", "55?"], 1), (["55?", "55"], 1), (["54", "5"], 1), (["55", "55"], None),
-    (["54", "53"], None)])
+    (["55", "54"], 0), (["5", "55?"], 1), (["55?", "55"], 1), (["54", "5"], 1),
+    (["55", "55"], None), (["54", "53"], None)])
 def test_the_judge_prefers_what_is_right_and_then_what_is_short(answers, best):
     reward = by_rule("sums")
     assert prefer(reward, ask("47+8"), answers) == best
@@ -323,8 +323,9 @@ def test_pairs_are_read_from_votes_from_files_of_preferences_and_from_the_judge(
 
 @pytest.mark.parametrize("row, what", [
     (dict(prompt="a", chosen="b", rejected="b"), "chosen and rejected are equal, 'b'"),
-    (dict(prompt="a", shown=["x", "y"], winner="tie"), "nobody won"), ([], "no chosen and rejected"),
-    (dict(prompt="a", chosen="b"), "no chosen and rejected"), (dict(chosen="a", rejected="b"), "it")])
+    (dict(prompt="a", shown=["x", "y"], winner="tie"), "nobody won"),
+    ([], "no chosen and rejected"), (dict(prompt="a", chosen="b"), "no chosen and rejected"),
+    (dict(chosen="a", rejected="b"), "it")])
 def test_rows_that_are_no_pair_are_refused(row, what):
     with pytest.raises(ValueError, match=what):
         take_pair(row)
@@ -445,8 +446,9 @@ def test_a_gradient_that_is_no_number_ends_it_in_one_line():
 def home(tmp_path_factory):
     """A folder with a run that writes, one that judges, one of another tokenizer, and pairs."""
     home = tmp_path_factory.mktemp("align")
-    for name, model, tokenizer in (("chat", writer(), BYTES), ("judge", reward_model(writer()), BYTES),
-                                   ("other", writer(vocab_size=EVEN.n_vocab), EVEN)):
+    judge, other = reward_model(writer()), writer(vocab_size=EVEN.n_vocab)
+    for name, model, tokenizer in (("chat", writer(), BYTES), ("judge", judge, BYTES),
+                                   ("other", other, EVEN)):
         keep(model, home / name)
         tokenizer.save(home / name / "tokenizer.json")
     rows_of(home / "pairs.jsonl", *(dict(prompt=p.messages[0]["content"], chosen=p.chosen,
