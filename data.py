@@ -902,10 +902,10 @@ def find_turns(shards, special):
 def learned(ids, special):
     """The loss mask of ids (N,): of chats what the assistant says and the <|end|> after it, as of
     render_chat; of a document without roles all. special: {name: id} of a tokenizer."""
-    speaks = np.isin(ids, [special.get(f"<|{role}|>", -1) for role in ("system", "user", "tool")])
-    begins = speaks | np.isin(ids, [special.get(name, -1) for name in (SEPARATOR, "<|assistant|>")])
-    last = np.maximum.accumulate(np.where(begins, np.arange(len(ids)), 0))
-    return ~begins & ~speaks[last]
+    reads, writes = (np.isin(ids, [special.get(name, -1) for name in names]) for names in (
+        ("<|system|>", "<|user|>", "<|tool|>"), (SEPARATOR, "<|assistant|>")))
+    last = np.maximum.accumulate(np.where(reads | writes, np.arange(len(ids)), 0))
+    return ~(reads | writes | reads[last])
 
 
 def pack(lengths, block_size):
@@ -947,15 +947,13 @@ class ChatLoader(Loader):
 
     def block(self, number):
         """x, y and segments of a block of the endless stream, (3, T)."""
-        x, y, segments = block = np.array([[self.special[SEPARATOR]], [-1], [0]]).repeat(
-            self.block_size, axis=1)
-        start = 0
-        for segment, i in enumerate(self.blocks[self.pick(number)], 1):
-            ids = self.read(self.begins[i], self.ends[i]).astype(np.int64)
-            own = slice(start, start := start + len(ids) - 1)
-            x[own], y[own] = ids[:-1], np.where(learned(ids, self.special)[1:], ids[1:], -1)
-            segments[own] = segment
-        return block
+        eot, documents = self.special[SEPARATOR], self.blocks[self.pick(number)]
+        ids = np.concatenate([self.read(self.begins[i], self.ends[i]) for i in documents])
+        ids = ids.astype(np.int64)
+        y, segments = np.where(learned(ids, self.special), ids, -1), (ids == eot).cumsum()
+        at = np.flatnonzero(segments[1:] == segments[:-1])  # the last token of each predicts none
+        padding = np.repeat([[eot], [-1], [0]], self.block_size - len(at), axis=1)
+        return np.concatenate([[ids[at], y[at + 1], segments[at]], padding], axis=1)
 
     def batch(self, blocks):
         return tuple(np.stack(blocks, axis=1))                                   # 3 times (B, T)

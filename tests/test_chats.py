@@ -374,8 +374,8 @@ CLEANED = [CHATS[0], chat("Add.\n\n1 1", "2"), chat("Say a.", "a"), chat("b", "c
     ("a.jsonl", bytes, "\n".join), ("a.json", bytes, lambda rows: f"[{','.join(rows)}]"),
     ("a.jsonl.gz", gzip.compress, "\n".join)])
 def test_rows_of_all_kinds_become_the_documents_that_render_chat_makes(tmp_path, name, pack, form):
-    again, empty = dict(messages=CHATS[0], id="again"), dict(text="", label="")
-    rows = [*ROWS[:2], *BROKEN, *ROWS[2:], again, empty]
+    again = dict(messages=[message | dict(name="Ann") for message in CHATS[0]])
+    rows = [*ROWS[:2], *BROKEN, *ROWS[2:], again, dict(text="", label="")]
     (tmp_path / name).write_bytes(pack(form([*map(json.dumps, rows)]).encode()))
     out = prepare(tmp_path / name, tmp_path / "out", tokenizer=TOKENIZER, **quiet)
     documents = documents_in(out, "train") + documents_in(out, "val")
