@@ -1001,7 +1001,7 @@ def main():
     add("--vocab_size", type=int, help="default 4096")
     add("--tokenizer", help="use this tokenizer.json, or gpt2, and train none")
     add("--val_ratio", type=float, help="share to validate on (default 0.05; few documents: 0.1)")
-    add("--field", help="of JSON and CSV files, the one with the text (default text)")
+    add("--field", help="of JSON and CSV files, the one with the text (default text); no chats")
     add("--encoding", help="of the files; else UTF-8, or what they say or look like")
     add("--license", help="of the text, for its card")
     add("--shards", dest="n_shards", type=int, help="of fineweb10B, 200 MB each (default 1)")

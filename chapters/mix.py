@@ -141,6 +141,9 @@ def mix(shares, out, block_size=256, seed=0, order="random", run=None, say=print
         if card.tokenizer != cards[first].tokenizer:
             raise ValueError(f"{folder} has another tokenizer than {first}: python data.py TEXT "
                              f"--tokenizer={first}/tokenizer.json makes shards that fit")
+        if card.options.get("chats"):
+            raise ValueError(f"{folder} holds chats, which a mixture would cut: python data.py "
+                             "FILES --out=FOLDER puts the chats of several files together")
     for folder in shares:
         TokenLoader(folder, 1, block_size)  # a ValueError for a short text, before any file
     tokenizer = Tokenizer.load(first / "tokenizer.json")

@@ -12,6 +12,7 @@ from conftest import mistake, tiny
 import data
 from chapters import chats
 from chapters.chats import shown
+from chapters.mix import mix
 from data import (ChatLoader, ClassLoader, TokenLoader, clean, learned, pack, prepare, read_card,
                   read_chats, read_split, write_shards)
 from tokenizer import Tokenizer
@@ -361,7 +362,7 @@ def test_a_whole_number_is_a_label_too(tmp_path):
 ROWS = [dict(messages=CHATS[0]), dict(instruction="Add.", input="1 1", output="2"),
         dict(instruction="Say a.", output="a"), dict(instruction="b", input=None, output="c"),
         dict(text="fine\r\n", label="good "), dict(messages=CHATS[1], id=7)]
-BROKEN = [dict(instruction="x"), ["y"], dict(instruction=None, output="a"), {}, 3,
+BROKEN = [dict(instruction="x"), dict(output="x"), ["y"], dict(instruction=None, output="a"), {}, 3,
           dict(messages=[]), dict(text="a", label=0.5),
           dict(messages=[dict(role="king", content="x")]),
           dict(messages=CHATS[1][:3]), dict(messages="hello"), dict(messages=["x"]),
@@ -476,6 +477,12 @@ def test_shards_of_chats_are_used_again_and_those_of_texts_say_nothing_of_chats(
         out = prepare(path, tmp_path / "out", 300, say=lines.append)
     assert lines[-1] == f"{out}: used again, the content and the options are the same"
     assert "chats" not in read_card(shards).options
+
+
+def test_a_mixture_of_chats_is_refused_as_it_would_lose_their_masks(labeled, tmp_path):
+    with pytest.raises(ValueError, match="shards holds chats, which a mixture would cut"):
+        mix({labeled: 1.0}, tmp_path / "mixed", 16)
+    assert not (tmp_path / "mixed").exists()
 
 
 # -----------------------------------------------------------------------------

@@ -94,6 +94,10 @@ def test_a_row_too_large_for_memory_is_skipped_and_what_follows_is_read(tmp_path
     broken = []
     assert list(read_documents(tmp_path / "a.jsonl", skip=broken.append)) == ["a", "b"]
     assert broken
+    (tmp_path / "a.csv").write_text(table([["text"], ["a"], ["x" * 1500], ["b"]]))
+    broken.clear()
+    assert list(read_documents(tmp_path / "a.csv", skip=broken.append)) == ["a", "b"]
+    assert "a.csv, row 2: field larger than field limit (1000)" in broken[0]
     (tmp_path / "a.json").write_text(json.dumps(rows))
     with pytest.raises(ValueError, match="a.json has more than 1,000 characters.*jsonl"):
         list(read_documents(tmp_path / "a.json"))
