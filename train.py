@@ -34,6 +34,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import accumulate
 from pathlib import Path
 from statistics import mean, median
+from types import SimpleNamespace
 
 import regex
 import torch
@@ -43,7 +44,7 @@ from tqdm import tqdm
 
 from data import (ChatLoader, ClassLoader, TokenLoader, check_shards, for_chats, load_tokenizer,
                   prepare, read_card, read_split)
-from model import (GPT, KERNELS, SIZES, GPTConfig, TuneConfig, accelerator, check_ids, check_known,
+from model import (GPT, KERNELS, SIZES, GPTConfig, TuneConfig, accelerator, check_ids,
                    has_bf16_units, load_model, merge, option, read_header, read_progress,
                    read_safetensors, save_model, tune)
 from sample import (PRECISIONS, checkpoints, complete, first_whole, load_run as load_finished,
@@ -123,7 +124,6 @@ class TrainConfig(TuneConfig):
 
 def model_shape(size, vocab_size, options={}):
     """The GPTConfig of a size, with options, {name: value}, in the place of its own."""
-    check_known(size, SIZES, "size")
     return GPTConfig(**SIZES[size] | options | dict(vocab_size=vocab_size))
 
 
@@ -173,18 +173,18 @@ def complete_options(typed, typed_model):
                 raise ValueError(f"{name}={typed_model[name]}: {config.init} has {own_shape[name]},"
                                  f" which a model keeps: leave out --{name}")
     shape = model_shape(config.size, config.vocab_size, own_shape | typed_model)
-    method = config.tune.partition(":")[0]
-    for name, acts, beside in (
-            *((f.name, config.init, "without --init") for f in fields(TuneConfig)),
-            ("rank", method in ("lora", "adapter", "prefix", "prompt"), f"beside --tune={method}"),
-            *((name, method == "lora", f"beside --tune={method}")
-              for name in ("alpha", "lora_dropout", "targets")),
-            ("decay_ratio", config.schedule == "wsd", "without --schedule=wsd"),
-            ("min_lr", config.schedule != "constant", "beside --schedule=constant"),
-            ("rewarm", config.resume, "without --resume"),
-            ("vocab_size", config.resume or not is_shards(config.data), "on shards, as they are"),
-            ("rope_theta", shape.position == "rope", "without --position=rope")):
-        refuse_idle(typed | typed_model, [name] * (not acts), beside)
+    method, tuning = config.tune.partition(":")[0], [f.name for f in fields(TuneConfig)]
+    for act, names, beside in (
+            (config.init, tuning, "without --init"),
+            (method in ("lora", "adapter", "prefix", "prompt"), ["rank"], f"beside --tune={method}"),
+            (method == "lora", ["alpha", "lora_dropout", "targets"], f"beside --tune={method}"),
+            (config.schedule == "wsd", ["decay_ratio"], "without --schedule=wsd"),
+            (config.schedule != "constant", ["min_lr"], "beside --schedule=constant"),
+            (config.resume, ["rewarm"], "without --resume"),
+            (config.resume or not is_shards(config.data), ["vocab_size"], "on shards, as they are"),
+            (shape.position == "rope", ["rope_theta"], "without --position=rope")):
+        if not act:
+            refuse_idle(typed | typed_model, names, beside)
     return config, shape
 
 
@@ -762,10 +762,12 @@ def check_resume(run, shape, card, say):
 
 def reshaped(model, config):
     """A model of another GPTConfig with the same weights. New tokens get embeddings distributed as
-    the others are; a head for classes starts anew."""
+    the others are; a head for other classes starts anew."""
     new, weights = GPT(config).to(model.device), dict(model.named_parameters())
+    if config.n_classes != model.config.n_classes:
+        weights.pop("lm_head.weight", None)
     for name, w in new.named_parameters():
-        if name in weights and not (name == "lm_head.weight" and config.n_classes):
+        if name in weights:
             old = weights[name].detach()[:len(w)]
             w.data[:len(old)] = old
             if len(old) < len(w):
@@ -813,7 +815,7 @@ def check_data(shards, shape, config, known, tokenizer):
                          f"again, data.py SOURCE --tokenizer={config.init}/tokenizer.json")
     if shape.n_classes and shape.n_classes != len(labels := read_card(shards).labels):
         raise ValueError(f"n_classes={shape.n_classes}: {shards} has {len(labels)} labels"
-                         f"{': '.join(['', ', '.join(labels)[:200]])}")
+                         f": {', '.join(labels)[:200]}")
     if loader is not TokenLoader and (config.curriculum or config.cuda_graph):
         raise ValueError("--curriculum and --cuda_graph are for texts, not chats: leave them out")
     return loader
@@ -841,7 +843,7 @@ def prepare_run(config, model_config, say, stack):
     if checkpoints(folder) and not config.resume:
         raise ValueError(f"{folder} already holds a run: add --resume, or choose another --out")
     if rank == 0:
-        folder = claim_folder(config, folder, shards, stack)
+        folder = claim_folder(config, shards, stack)
     if config.resume:
         run = load_run(folder, config, device)
     else:
@@ -888,26 +890,18 @@ def locked(folder):
         yield
 
 
-def claim_folder(config, folder, shards, stack):
-    """Take and lock the folder of a run, or of a new one the next that is free -> its Path."""
+def claim_folder(config, shards, stack):
+    """Make and lock the folder of a run -> its Path."""
+    folder = run_folder(config, shards)
     folder.mkdir(parents=True, exist_ok=True)
-    while not (config.resume or config.out):  # another run may take the same name at this moment
-        with contextlib.suppress(FileExistsError):
+    if not (config.resume or config.out):
+        try:
             open(folder / "config.json", "x").close()
-            break
-        folder = run_folder(config, shards)
-        folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:  # another run took this name at this moment
+            return claim_folder(config, shards, stack)
     stack.enter_context(locked(folder))
     stack.callback(leave_nothing, folder)
     return folder
-
-
-def write_base(model, folder):
-    """Write what --init gave to base.safetensors, which the checkpoints of a tuned run build on ->
-    its checksum."""
-    with replacing(folder / "base.safetensors") as file:
-        save_model(model, file)
-    return read_header(folder / "base.safetensors")[1]["sha256"]
 
 
 def begin_folder(run, shape, say):
@@ -1024,9 +1018,8 @@ def duration(seconds):
 
 
 def first_prompt(run):
-    """The ids, a list, after which the first text that is learned of the validation split begins;
-    [] for classes."""
-    if run.model.config.n_classes or isinstance(run.batches, TokenLoader):
+    """The ids of the first chat of the validation split up to where the assistant begins, or []."""
+    if not isinstance(run.batches, ChatLoader):
         return []
     x, y, _ = ChatLoader(run.shards, 1, run.batches.block_size, split="val").block(0)
     return x[:(y != -1).argmax() + 1].tolist()
@@ -1141,19 +1134,19 @@ def train(config, model_config=None, say=tqdm.write):
 
 def summarize(run, seconds, stopped):
     """What train() returns: losses in nats a token, None if not finite; the signal that stopped it
-    or 0; two whole words of the validation text to go on with ..."""
+    or 0; some whole words of the validation text to go on with ..."""
     rows, val = read_log(run.folder) or [{}], read_card(run.shards).val
     kind, prompt, special = type(run.batches), first_prompt(run), run.tokenizer.special.values()
     bits = kind is TokenLoader and run.val_loss and (
         run.val_loss / math.log(2) * val["tokens"] / val["bytes"])
-    ids = prompt if kind is ChatLoader else read_split(run.shards, "val")[0][1:50].tolist()
+    ids = prompt or read_split(run.shards, "val")[0][1:50].tolist()
     words = regex.findall(r"[^\W_]+", run.tokenizer.decode([id for id in ids if id not in special]))
     return dict(folder=str(run.folder), step=run.step, loss=rows[-1].get("loss"), stopped=stopped,
                 val_loss=run.val_loss, bits_per_byte=bits or None, seconds=seconds, prompt=prompt,
                 tokens_per_second=round(median(row.get("tokens_per_second") or 0 for row in rows)),
                 how=f"{run.model.device}, {run.config.precision}, {run.config.kernels} kernels",
-                kind=kind, skipped=sum("skipped" in row for row in rows), words=" ".join(
-                    words[1:3])[:20] if kind is TokenLoader else " ".join(words[:8])[:50])
+                kind=kind, skipped=sum("skipped" in row for row in rows),
+                words=" ".join(words[1:3] if kind is TokenLoader else words[:8])[:50])
 
 
 def main():
@@ -1161,26 +1154,26 @@ def main():
     if dist.is_initialized():
         dist.barrier()  # all leave together: who goes first takes the others' connections along
         dist.destroy_process_group()
-    if summary and summary["stopped"]:
-        saved = max(checkpoints(summary["folder"]), default=0)
-        print("stopped at step {step}, saved at {saved}; to go on: python train.py --resume "
-              "--out={folder}".format(saved=saved, **summary))
-        sys.exit(128 + summary["stopped"])
-    elif summary and summary["val_loss"] is None:
-        raise ValueError("the validation loss is not finite at step {step}: python -m "
-                         "chapters.doctor {folder} says more".format(**summary))
-    elif summary and summary["skipped"] == summary["step"]:
-        raise ValueError("all {step} steps were skipped, so the model learned nothing: python -m "
-                         "chapters.doctor {folder} says more".format(**summary))
-    elif summary:
-        if summary["kind"] is not ClassLoader:
-            print(sample_lines(*load_finished(summary["folder"]), 200, 1, summary["prompt"]))
-        bits = summary["bits_per_byte"] and ", {bits_per_byte:.3f} bits per byte".format(**summary)
-        print("{step:,} steps in {seconds:.0f} seconds on {how}, {tokens_per_second:,} tokens/s: "
-              "validation loss {val_loss:.4f}{bits}\n"
-              "{folder} holds the model, its log and its picture {folder}/loss.png\n"
-              'next: python sample.py {folder}{chat} --prompt="{words}"'.format(
-                  bits=bits or "", chat=" --chat" * (summary["kind"] is ChatLoader), **summary))
+    if summary is None:
+        return
+    end = SimpleNamespace(**summary)
+    doctor = f"python -m chapters.doctor {end.folder} says more"
+    if end.stopped:
+        print(f"stopped at step {end.step}, saved at {max(checkpoints(end.folder), default=0)}; "
+              f"to go on: python train.py --resume --out={end.folder}")
+        sys.exit(128 + end.stopped)
+    if end.val_loss is None:
+        raise ValueError(f"the validation loss is not finite at step {end.step}: {doctor}")
+    if end.skipped == end.step:
+        raise ValueError(f"all {end.step} steps were skipped, so the model learned nothing: {doctor}")
+    if end.kind is not ClassLoader:
+        print(sample_lines(*load_finished(end.folder), 200, 1, end.prompt))
+    bits = f", {end.bits_per_byte:.3f} bits per byte" if end.bits_per_byte else ""
+    chat = " --chat" if end.kind is ChatLoader else ""
+    print(f"{end.step:,} steps in {end.seconds:.0f} seconds on {end.how}, "
+          f"{end.tokens_per_second:,} tokens/s: validation loss {end.val_loss:.4f}{bits}\n"
+          f"{end.folder} holds the model, its log and its picture {end.folder}/loss.png\n"
+          f'next: python sample.py {end.folder}{chat} --prompt="{end.words}"')
 
 
 if __name__ == "__main__":
