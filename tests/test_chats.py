@@ -424,13 +424,12 @@ def test_a_tokenizer_learns_from_what_is_said_and_not_from_json(tmp_path):
 
 
 def test_no_chat_is_cut_and_one_alone_is_one_line(tmp_path):
-    for n in 2, 3, 19, 25, 100:
-        rows = [dict(messages=c) for c in MANY[:n]]
-        for ratio in None, 0.001, 0.9:
-            out = prepare(write_rows(tmp_path / "a.jsonl", rows), tmp_path / f"{n} {ratio}",
-                          tokenizer=TOKENIZER, val_ratio=ratio, **quiet)
-            parts = [documents_in(out, split) for split in ("train", "val")]
-            assert all(parts) and all(ids[-1] == END for part in parts for ids in part)
+    for n, ratio in (2, None), (2, 0.9), (19, None), (25, 0.001), (100, None):
+        path = write_rows(tmp_path / "a.jsonl", [dict(messages=c) for c in MANY[:n]])
+        out = prepare(path, tmp_path / f"{n} {ratio}", tokenizer=TOKENIZER, val_ratio=ratio,
+                      **quiet)
+        parts = [documents_in(out, split) for split in ("train", "val")]
+        assert all(parts) and all(ids[-1] == END for part in parts for ids in part)
     path = write_rows(tmp_path / "a.jsonl", [dict(messages=CHATS[0])])
     with pytest.raises(ValueError, match="a single chat cannot both train and validate"):
         prepare(path, tmp_path / "out", 300, **quiet)
