@@ -752,7 +752,8 @@ def build(folder, fingerprint, found, tokenizer, options, chats, license, say):
             if not documents:
                 raise ValueError(f"no text in {', '.join(found)}{': '.join(['', *skipped[:1]])}")
             lost = ", ".join(f"{n:,} {what}" for what, n in counts.items() if n) or "nothing"
-            say(f"{len(documents):,} documents, {documents.n_bytes / 1e6:.1f} MB; lost: {lost}")
+            kind = "chats, of which what the assistant says is learned" if chats else "documents"
+            say(f"{len(documents):,} {kind}, {documents.n_bytes / 1e6:.1f} MB; lost: {lost}")
             for line in skipped[:3]:
                 say(f"skipped: {line}")
             counts.update(documents=len(documents), bytes=documents.n_bytes)

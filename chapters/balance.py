@@ -84,7 +84,7 @@ def main():
     [record], values = card["stages"], card["options"]["values"]
     print(f"{record['documents']:,} documents, {record['documents'] // len(values):,} of each of "
           f"{len(values):,} values; left out: {record['dropped']:,}")
-    print(f"next: python data.py {args.out}")
+    print(f"next: python data.py {args.out} --field=text")
 
 
 if __name__ == "__main__":

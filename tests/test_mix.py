@@ -277,7 +277,7 @@ def test_a_balanced_file_keeps_whole_rows_and_what_is_known_of_them(tmp_path, ca
     (tmp_path / "in" / "card.json").write_text('{"license": "CC0-1.0", "synthetic": true}')
     said, _ = call(balance, path, "--field=kind", f"--out={out}")
     assert said == ("20 documents, 10 of each of 2 values; left out: 10\n"
-                    f"next: python data.py {out}\n")
+                    f"next: python data.py {out} --field=text\n")
     left = [*map(json.loads, (out / "documents.jsonl").read_text().splitlines())]
     assert all(row in rows for row in left) and Counter(row["kind"] for row in left) == {
         "news": 10, None: 10}
