@@ -6,9 +6,9 @@ Instruction chats that are made, not collected: each answer is known, so it can 
     python -m chapters.tasks --out=talk.jsonl --tasks follow tool       # several turns, and a tool
     python -m chapters.tasks --run=runs/chats --n=200                   # how many it gets right
 
-A row is {"messages": [...], "task": name}. Whether a question is held out depends on its own words
-alone: no file made with --held_out shares one with a file made without, whatever their seeds. The
-words are those of the stories in chapters/grammar.py, from which a base model can know them.
+A row is {"messages": [...], "task": name}. Whether a question is held out depends on the words it
+lists alone: no file made with --held_out shares a list with one made without, whatever their seeds.
+The words are those of the stories in chapters/grammar.py, from which a base model can know them.
 """
 
 import json
@@ -30,40 +30,35 @@ from sample import complete_batch, load_run, pick_device
 from tokenizer import parse_options, refuse_idle, replacing, run_command
 
 KINDS = dict(animal=FIELDS["animal"], food=FIELDS["food"], person=[*PEOPLE])
-WORDS = sorted({word for words in (*KINDS.values(), FIELDS["items"]) for word in words})
+WORDS = [word for words in KINDS.values() for word in words]
 
 # -----------------------------------------------------------------------------
 # Tasks: each makes what is said in turn, from the question to the last answer.
 
+reply = "The answer is {}.".format  # after a space a word is the token that the question has
 LISTS = {  # what is asked of three words, and the answer
-    "repeat": ("Say it again", ", ".join),
-    "backwards": ("Say it backwards", lambda words: ", ".join(words[::-1])),
     "first": ("Which word is first", lambda words: words[0]),
     "last": ("Which word is last", lambda words: words[-1]),
+    "backwards": ("What is this backwards", lambda words: ", ".join(words[::-1])),
 }
 
 
 def ask_of_list(question, answer, random, largest):
     words = random.sample(WORDS, 3)
-    return f"{question}: {', '.join(words)}", answer(words)
-
-
-def after(random, largest):
-    words, i = random.sample(WORDS, 4), random.randrange(3)
-    return f"Which word is after {words[i]}: {', '.join(words)}", words[i + 1]
+    return f"{question}: {', '.join(words)}", reply(answer(words))
 
 
 def kind(random, largest):
     """Of one word of each kind: which is the animal, the food, the person?"""
     words, name = {kind: random.choice(own) for kind, own in KINDS.items()}, random.choice([*KINDS])
     listed = ", ".join(random.sample([*words.values()], len(words)))
-    return f"Which word is the {name}: {listed}", words[name]
+    return f"Which word is the {name}: {listed}", reply(words[name])
 
 
 def count(random, largest):
     words, name = random.sample(WORDS, random.randint(3, 5)), random.choice([*KINDS])
     return (f"How many are a kind of {name}: {', '.join(words)}",
-            str(len({*words}.intersection(KINDS[name]))))
+            reply(len({*words}.intersection(KINDS[name]))))
 
 
 def read(random, largest):
@@ -73,49 +68,39 @@ def read(random, largest):
         found += [(sentence, name, *{*re.findall(r"\w+", sentence)}.intersection(own))
                   for name, own in KINDS.items()]
     sentence, name, word = random.choice([one for one in found if len(one) == 3])
-    return f"{sentence} Which {name} is it?", word
-
-
-def made_up(random, n_syllables):
-    """A word that no language has: made_up(Random(0), 3) == "pafifo"."""
-    return "".join(random.choice("bdfklmnprst") + random.choice("aeiou")
-                   for _ in range(n_syllables))
-
-
-def spell(random, largest):
-    word = made_up(random, random.randint(2, 4))
-    return f"Spell {word}", " ".join(word)
+    return f"{sentence} Which {name} is it?", reply(word)
 
 
 def capital(random, largest):
-    """The capitals of made-up countries are told; what is one of them?"""
-    countries = [f"{made_up(random, 2).title()}land" for _ in range(2)]
-    cities, i = [made_up(random, 2).title() for _ in countries], random.randrange(2)
-    told = [f"The capital of {a} is {b}." for a, b in zip(countries, cities)]
-    return f"{' '.join(told)} What is the capital of {countries[i]}?", cities[i]
+    """The capitals of two made-up countries are told; what is one of them?"""
+    letters = "BDKLMPRST", "aeiou", "dklmnrst", "aeiou"
+    a, b, c, d = ("".join(map(random.choice, letters)) for _ in range(4))
+    told = f"The capital of {a}land is {b}. The capital of {c}land is {d}."
+    country, city = random.choice([(a, b), (c, d)])
+    return f"{told} What is the capital of {country}land?", reply(city)
 
 
 def add(random, largest):
     question, _, answer = addition(random, largest)
-    return question, str(answer)
+    return question, reply(answer)
 
 
 def follow(random, largest):
     """Two turns: the second question has no answer without the first."""
     words, (i, j) = random.sample(WORDS, 3), random.sample(range(3), 2)
     names = "first", "second", "third"
-    return (f"Which word is {names[i]}: {', '.join(words)}", words[i],
-            f"And which is {names[j]}?", words[j])
+    return (f"Which word is {names[i]}: {', '.join(words)}", reply(words[i]),
+            f"And which is {names[j]}?", reply(words[j]))
 
 
 def tool(random, largest):
     """A sum is handed to a tool, whose result is the answer."""
     question, _, answer = addition(random, largest)
-    return question, "calculate " + re.search(r"\d+ \+ \d+", question)[0], str(answer), str(answer)
+    return question, f"calculate {question[8:-1]}", str(answer), reply(answer)
 
 
-SINGLE = {name: partial(ask_of_list, *row) for name, row in LISTS.items()} | {
-    function.__name__: function for function in (after, kind, count, read, spell, capital, add)}
+SINGLE = dict(kind=kind) | {name: partial(ask_of_list, *row) for name, row in LISTS.items()} | dict(
+    count=count, read=read, capital=capital, add=add)
 TASKS = SINGLE | dict(follow=follow, tool=tool)
 ROLES = dict.fromkeys(SINGLE, ["user", "assistant"]) | dict(
     follow=["user", "assistant"] * 2, tool=["user", "assistant", "tool", "assistant"])
@@ -126,16 +111,31 @@ ROLES = dict.fromkeys(SINGLE, ["user", "assistant"]) | dict(
 
 
 def is_held_out(question):
-    """Whether a question is for testing alone, as one in five is, by its words: in every run."""
-    return crc32(question.encode()) % 5 == 0
+    """Whether a question is for testing alone, as one in five is, by what comes after its colon, or
+    where it has none by the whole: in every run the same."""
+    return crc32(question.split(": ")[-1].encode()) % 5 == 0
 
 
-def make(n, seed=0, tasks=(*SINGLE,), held_out=False, largest=99):
+def lessons(n, seed=0):
+    """Yield n plain texts that tell of lists, none held out, what the first three tasks ask: with
+    no question and no reply, so that a base model learns of it, but not to answer."""
+    random, said = Random(seed), 0
+    while said < n:
+        words = {name: random.choice(own) for name, own in KINDS.items()}
+        order = random.sample([*words.values()], len(words))
+        facts = [("first word", order[0]), ("last word", order[-1]), *words.items()]
+        if not is_held_out(listed := ", ".join(order)):
+            said += 1
+            yield f"There are {listed}. " + " ".join(
+                f"The {name} is {word}." for name, word in random.sample(facts, len(facts)))
+
+
+def make(n, seed=0, tasks=SINGLE, held_out=False, largest=99):
     """Yield n rows {"messages", "task"}, each task as often as another, no question twice; all of
     them held out, or none. ValueError if the tasks have not so many."""
     random, seen = Random(seed), set()
     for i in range(n):
-        name = tasks[i % len(tasks)]
+        name = [*tasks][i % len(tasks)]
         for _ in range(1000):
             question, *_ = texts = TASKS[name](random, largest)
             if question not in seen and is_held_out(question) == held_out:
