@@ -362,33 +362,27 @@ def loss_tile(x, weight, targets, softcap, smoothing, z_loss, with_gradient):
     return loss, d_logits.to(x.dtype)
 
 
-def loss_and_gradients(tile, x, weight, targets, *options, needs):
-    """-> (the sum of the losses, its gradients by x and weight, None where `needs`, two bools, says
-    that it is not asked for), some tokens at a time."""
-    low, (N, V) = weight.to(x.dtype), (len(x), len(weight))
-    total = torch.zeros((), dtype=sum_dtype(x.dtype), device=x.device)
-    d_x, d_weight = (torch.zeros_like(y) if need else None for y, need in zip((x, weight), needs))
-    held = LOSS_TILE if x.device.type == "cpu" else 8 * LOSS_TILE
-    step = max(1, min(N, held // V))
-    for start in range(0, N, step):
-        rows = slice(start, start + step)
-        loss, d_logits = tile(x[rows], low, targets[rows], *options, any(needs))
-        total += loss
-        if needs[0]:
-            torch.mm(d_logits, low, out=d_x[rows])
-        if needs[1]:
-            d_weight += d_logits.T @ x[rows]
-    return total, d_x, d_weight
-
-
 class FusedLoss(torch.autograd.Function):
     """The gradients are made in forward, where the logits are; backward scales them."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, softcap, smoothing, z_loss, tile=loss_tile):
-        total, *gradients = loss_and_gradients(tile, x, weight, targets, softcap, smoothing, z_loss,
-                                               needs=ctx.needs_input_grad[:2])
-        ctx.save_for_backward(*gradients)
+        needs, low = ctx.needs_input_grad[:2], weight.to(x.dtype)
+        total = torch.zeros((), dtype=sum_dtype(x.dtype), device=x.device)
+        d_x, d_weight = (torch.zeros_like(y) if need else None
+                         for y, need in zip((x, weight), needs))
+        held = LOSS_TILE if x.device.type == "cpu" else 8 * LOSS_TILE
+        step = max(1, min(len(x), held // len(weight)))
+        for start in range(0, len(x), step):
+            rows = slice(start, start + step)
+            loss, d_logits = tile(x[rows], low, targets[rows], softcap, smoothing, z_loss,
+                                  any(needs))
+            total += loss
+            if needs[0]:
+                torch.mm(d_logits, low, out=d_x[rows])
+            if needs[1]:
+                d_weight += d_logits.T @ x[rows]
+        ctx.save_for_backward(d_x, d_weight)
         ctx.count = (targets != -1).sum().clamp(min=1)
         return total / ctx.count
 
@@ -678,10 +672,6 @@ class Transformer(nn.Module):
         self.final_norm = norm if config.norm_first else None  # else the last block ends with one
         self.prefix = None  # or a Prefix, by tune()
 
-    def embed(self, ids, positions):
-        """-> (the stream (B, T, C) as it begins, the rotary table if positions enter there)"""
-        return POSITIONS[self.config.position](self, self.wte(ids), positions)
-
     def forward(self, ids, cache=None, dtype=None, memory=None, segments=None):
         c, T, start = self.config, ids.size(1), cache[0].length if cache else 0
         if start + T > c.block_size:
@@ -694,7 +684,7 @@ class Transformer(nn.Module):
                              f"{(len(ids), start + T)}: a number for each token, cached ones too")
         else:
             positions = position_ids(segments)[:, start:]
-        x, table = self.embed(ids, positions)
+        x, table = POSITIONS[c.position](self, self.wte(ids), positions)
         x = self.dropout(x if dtype is None else x.to(dtype))            # (B, T, C)
         mask_options = dict(causal=self.causal, window=c.window, segments=segments)
         prefixes = self.prefix and self.prefix(self, x.dtype)
@@ -857,21 +847,9 @@ class QuantLinear(nn.Module):
 
     def merged(self):
         """The Linear whose weights are what the int8 stand for."""
-        return as_linear(self.weight * self.scale[:, None], self.bias)
-
-
-def as_linear(weight, bias):
-    """A Linear with these parameters."""
-    linear = Linear(*weight.shape[::-1], bias=False, device="meta")
-    linear.weight, linear.bias = nn.Parameter(weight.detach()), bias
-    return linear
-
-
-def with_bias(linear):
-    """The same layer; where it has no bias, it gets one of zeros."""
-    if linear.bias is None:
-        linear.bias = nn.Parameter(linear.weight.new_zeros(len(linear.weight), dtype=torch.float32))
-    return linear
+        linear = Linear(*self.weight.shape[::-1], bias=False, device="meta")
+        linear.weight, linear.bias = nn.Parameter(self.weight * self.scale[:, None]), self.bias
+        return linear
 
 
 class LoRALinear(nn.Module):
@@ -894,9 +872,10 @@ class LoRALinear(nn.Module):
         return self.base(x) + plain_linear(low, self.lora_B) * self.scale
 
     def merged(self):
-        """The Linear that gives the same, without dropout."""
-        base = self.base.merged() if isinstance(self.base, QuantLinear) else self.base
-        return as_linear(base.weight + self.scale * self.lora_B @ self.lora_A, base.bias)
+        """The Linear that gives the same, without dropout: the base, changed."""
+        linear = self.base.merged() if isinstance(self.base, QuantLinear) else self.base
+        linear.weight.data += self.scale * self.lora_B.detach() @ self.lora_A.detach()
+        return linear
 
 
 class Adapter(nn.Module):
@@ -964,7 +943,7 @@ class TuneConfig:
     rank: int = option(8, "of lora; channels of an adapter; vectors of a prefix or prompt", low=1)
     alpha: float = option(0.0, "weight of lora: alpha / rank; 0: twice the rank")
     lora_dropout: float = option(0.0, "share of lora's inputs dropped", below=1)
-    targets: str | list = option("all", "linear layers that get lora", many=True)
+    targets: str | list = option([*LINEARS], "linear layers that get lora", many=True)
     quant: str | None = option(None, "the frozen layers in int8", known=lambda: ("int8",))
 
     def __post_init__(self):
@@ -973,16 +952,13 @@ class TuneConfig:
         check_known(method, TUNINGS, "tune")
         if (method == "last") != bool(n) or n and not (n.isdecimal() and int(n)):
             raise ValueError(f"tune={self.tune}: how many blocks? such as last:2; others have none")
-        for name in self.names():
+        if isinstance(self.targets, str):
+            vars(self).update(targets=[self.targets])  # the class is frozen for everyone else
+        for name in self.targets:
             check_known(name, LINEARS, "name in targets")
         if self.quant and method in ("full", "last"):
             raise ValueError(f"quant={self.quant} freezes what --tune={self.tune} trains: leave it "
                              "out, or take lora")
-
-    def names(self):
-        """The targets, as a list or tuple."""
-        one = LINEARS if self.targets == "all" else [self.targets]
-        return one if isinstance(self.targets, str) else self.targets
 
 
 def tune(model, config):
@@ -997,7 +973,7 @@ def tune(model, config):
     if config.quant:
         swap(body.blocks, LINEARS, QuantLinear)
     if method == "lora":
-        swap(body.blocks, config.names(), lambda layer: LoRALinear(
+        swap(body.blocks, config.targets, lambda layer: LoRALinear(
             layer, config.rank, config.alpha or 2.0 * config.rank, config.lora_dropout))
     elif method == "adapter":
         swap(body.blocks, ("o_proj", "down_proj"), lambda layer: Adapter(layer, config.rank))
@@ -1007,7 +983,9 @@ def tune(model, config):
         for part in filter(None, (*body.blocks[-int(n):], body.final_norm)):
             part.requires_grad_()
     elif method == "bias":  # arXiv:2106.10199; layers without one get one, zero at first
-        swap(body.blocks, LINEARS, with_bias)
+        for layer in body.blocks.modules():
+            if isinstance(layer, (Linear, QuantLinear)) and layer.bias is None:
+                layer.bias = nn.Parameter(torch.zeros(len(layer.weight), device=model.device))
         for name, p in body.named_parameters():
             p.requires_grad_(name.endswith("bias"))
     elif method == "head" and model.config.tied:  # the embedding stays

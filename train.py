@@ -174,10 +174,11 @@ def complete_options(typed, typed_model):
                                  f" which a model keeps: leave out --{name}")
     shape = model_shape(config.size, config.vocab_size, own_shape | typed_model)
     method, tuning = config.tune.partition(":")[0], [f.name for f in fields(TuneConfig)]
+    other = f"beside --tune={method}"
     for act, names, beside in (
-            (config.init, tuning, "without --init"),
-            (method in ("lora", "adapter", "prefix", "prompt"), ["rank"], f"beside --tune={method}"),
-            (method == "lora", ["alpha", "lora_dropout", "targets"], f"beside --tune={method}"),
+            (config.init, [*tuning, "n_classes"], "without --init"),
+            (method in ("lora", "adapter", "prefix", "prompt"), ["rank"], other),
+            (method == "lora", ["alpha", "lora_dropout", "targets"], other),
             (config.schedule == "wsd", ["decay_ratio"], "without --schedule=wsd"),
             (config.schedule != "constant", ["min_lr"], "beside --schedule=constant"),
             (config.resume, ["rewarm"], "without --resume"),
@@ -242,7 +243,8 @@ def machine_memory(device):
 
 def check_memory(shape, config, n_sequences, device):
     """ValueError if a step on so many sequences needs more memory than there is, by what it needs
-    at least: weights, gradients, the optimizer's state, and what each block keeps for backward."""
+    at least: weights, gradients, the optimizer's state, and what each block keeps for backward;
+    or if --tune does not fit the model."""
     needed, limit = math.inf, machine_memory(device)
     with contextlib.suppress(RuntimeError), torch.device("meta"):  # no memory; too many to count
         model = GPT(shape)
@@ -382,9 +384,8 @@ OPTIMIZERS = {
 
 
 def build_optimizer(model, config):
-    """AdamW (arXiv:1711.05101), whose weight decay pulls matrices to zero, never gains and biases.
-    Or Muon for the matrices of the blocks, and AdamW at half its rate for all else. Of what is
-    trained alone."""
+    """AdamW (arXiv:1711.05101) for what is trained, with weight decay on matrices alone; or Muon for
+    the matrices of the blocks, and AdamW at half its rate for all else."""
     muon = config.optimizer == "muon"
     groups = [dict(params=[], muon=muon, share=1.0, weight_decay=config.weight_decay),
               dict(params=[], muon=False, share=0.5 if muon else 1.0, weight_decay=0.0)]
@@ -530,6 +531,7 @@ class Run(Progress):
     tokenizer: Tokenizer = None     # this and below: what prepare_run adds for the loop
     shards: Path = None
     batches: TokenLoader = None
+    prompt: list = ()               # ids that a sample goes on with
 
 
 def new_run(folder, model, config, device):
@@ -731,11 +733,9 @@ def last_step(config, n_tokens, tokens_per_step):
 
 def check_model(shape, config):
     """ValueError for a model that this loop cannot train."""
-    if shape.cross or not shape.causal or shape.n_classes and not config.init:
+    if shape.cross or not shape.causal:
         raise ValueError(f"architecture={shape.architecture} does not predict the next token: "
                          "take gpt2 or modern; chapters/05_transformer.ipynb trains the others")
-    with contextlib.suppress(RuntimeError), torch.device("meta"):  # without memory; too large
-        tune(GPT(shape), config)  # a ValueError if the model lacks what is asked for
     if config.curriculum and shape.block_size % 8:
         raise ValueError(f"curriculum cuts into 8 parts: block_size={shape.block_size} is no "
                          "multiple of 8")
@@ -776,9 +776,8 @@ def reshaped(model, config):
 
 
 def tell_apart(head, unseen):
-    """Draw the rows of a head (V, C) anew that are like the one of a token that no text had: where
-    a head starts at zero all of these move together, and if it is frozen can never be chosen
-    between. They are distributed as the others are."""
+    """Draw the rows of a head (V, C) anew that are like the one of a token that no text had: one
+    that starts at zero moves them together, and a frozen one could never choose between them."""
     w = head.detach()
     alike = torch.nn.functional.cosine_similarity(w, w[unseen:unseen + 1]) > 0.99     # (V,)
     if 1 < alike.sum() < len(w):
@@ -830,20 +829,17 @@ def prepare_run(config, model_config, say, stack):
     shape = model_config or (
         read_config(run_folder(config) / "config.json")[1] if config.resume else
         base.config if base else model_shape(config.size, config.vocab_size))
-    check_model(shape, config)  # before the data is made
+    check_model(shape, config)
+    check_memory(shape, config, micro, device)  # before the data is made
     shards = find_shards(config, rank, say, known)
-    tokenizer, folder = load_tokenizer(shards / "tokenizer.json"), run_folder(config, shards)
+    tokenizer = load_tokenizer(shards / "tokenizer.json")
     shape = replace(shape, vocab_size=tokenizer.n_vocab)
     loader = check_data(shards, shape, config, known, tokenizer)
-    check_memory(shape, config, micro, device)
     stack.enter_context(memory_explained(micro, shape.block_size, device))
     precision, dtype = pick_precision(config.precision, device)
     config = replace(config, precision=precision)
     torch.manual_seed(config.seed)
-    if checkpoints(folder) and not config.resume:
-        raise ValueError(f"{folder} already holds a run: add --resume, or choose another --out")
-    if rank == 0:
-        folder = claim_folder(config, shards, stack)
+    folder = claim_folder(config, shards, stack) if rank == 0 else run_folder(config, shards)
     if config.resume:
         run = load_run(folder, config, device)
     else:
@@ -864,6 +860,9 @@ def prepare_run(config, model_config, say, stack):
     run.tokenizer, run.shards = tokenizer, shards
     run.batches = loader(shards, micro, shape.block_size, rank, world_size, config.seed,
                          run.sequences // (micro * world_size), shuffle=config.shuffle)
+    if loader is ChatLoader:  # of the first chat to validate on, up to where the assistant begins
+        x, y, _ = loader(shards, 1, shape.block_size, split="val").block(0)
+        run.prompt = x[:(y != -1).argmax() + 1].tolist()
     if config.batch_size > max(1024, run.batches.n_blocks):
         raise ValueError(f"batch_size={config.batch_size} is more than the data, which has "
                          f"{run.batches.n_blocks:,} sequences: take at most so many")
@@ -893,6 +892,8 @@ def locked(folder):
 def claim_folder(config, shards, stack):
     """Make and lock the folder of a run -> its Path."""
     folder = run_folder(config, shards)
+    if checkpoints(folder) and not config.resume:
+        raise ValueError(f"{folder} already holds a run: add --resume, or choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     if not (config.resume or config.out):
         try:
@@ -907,7 +908,8 @@ def claim_folder(config, shards, stack):
 def begin_folder(run, shape, say):
     """Check a run that is resumed, and write the first files of its folder."""
     config, card = run.config, check_shards(run.shards)
-    n_free, n_bytes = shutil.disk_usage(run.folder).free, 8 * run.model.n_parameters()
+    n_trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    n_free, n_bytes = shutil.disk_usage(run.folder).free, 8 * n_trained
     if n_bytes > n_free:
         raise ValueError(f"{run.folder}: a checkpoint takes {n_bytes / 1e9:.1f} GB or more, and "
                          f"{n_free / 1e9:.1f} GB are free: make space, or choose another --out")
@@ -1017,14 +1019,6 @@ def duration(seconds):
             f"{seconds / 86400:,.0f} days" if seconds < 1e11 else "thousands of years")
 
 
-def first_prompt(run):
-    """The ids of the first chat of the validation split up to where the assistant begins, or []."""
-    if not isinstance(run.batches, ChatLoader):
-        return []
-    x, y, _ = ChatLoader(run.shards, 1, run.batches.block_size, split="val").block(0)
-    return x[:(y != -1).argmax() + 1].tolist()
-
-
 def sample_lines(model, tokenizer, n_tokens, seed, prompt=()):
     """A few indented lines of what the model writes from nothing, or after ids."""
     model.eval()
@@ -1063,8 +1057,7 @@ def train(config, model_config=None, say=tqdm.write):
         before, first, said = run.elapsed, run.step, began
 
         progress, stopping = share_done(config, n_steps, run.step, run.elapsed), False
-        if is_main:
-            announce_resumed(run, n_steps, progress, say)
+        announce_resumed(run, n_steps, progress, say)
         bar = stack.enter_context(tqdm(
             total=1.0, initial=progress, disable=QUIET["disable"] if is_main else True, leave=False,
             bar_format="{percentage:3.0f}% {bar:5} {desc}"))
@@ -1127,7 +1120,7 @@ def train(config, model_config=None, say=tqdm.write):
                 recorder.save(run)
                 if is_check and progress < 1 and not (why or run.model.config.n_classes):
                     say(sample_lines(run.model, run.tokenizer, config.sample_tokens, config.seed,
-                                     first_prompt(run)))
+                                     run.prompt))
     stopped = int(asked[0]) if asked else int(signal.SIGTERM) * bool(stopping)
     return summarize(run, time.perf_counter() - began, stopped) if is_main else None
 
@@ -1136,16 +1129,16 @@ def summarize(run, seconds, stopped):
     """What train() returns: losses in nats a token, None if not finite; the signal that stopped it
     or 0; some whole words of the validation text to go on with ..."""
     rows, val = read_log(run.folder) or [{}], read_card(run.shards).val
-    kind, prompt, special = type(run.batches), first_prompt(run), run.tokenizer.special.values()
+    kind, special = type(run.batches), run.tokenizer.special.values()
     bits = kind is TokenLoader and run.val_loss and (
         run.val_loss / math.log(2) * val["tokens"] / val["bytes"])
-    ids = prompt or read_split(run.shards, "val")[0][1:50].tolist()
+    ids = run.prompt or read_split(run.shards, "val")[0][1:50].tolist()
     words = regex.findall(r"[^\W_]+", run.tokenizer.decode([id for id in ids if id not in special]))
     return dict(folder=str(run.folder), step=run.step, loss=rows[-1].get("loss"), stopped=stopped,
-                val_loss=run.val_loss, bits_per_byte=bits or None, seconds=seconds, prompt=prompt,
+                val_loss=run.val_loss, bits_per_byte=bits or None, seconds=seconds, kind=kind,
                 tokens_per_second=round(median(row.get("tokens_per_second") or 0 for row in rows)),
                 how=f"{run.model.device}, {run.config.precision}, {run.config.kernels} kernels",
-                kind=kind, skipped=sum("skipped" in row for row in rows),
+                prompt=run.prompt, skipped=sum("skipped" in row for row in rows),
                 words=" ".join(words[1:3] if kind is TokenLoader else words[:8])[:50])
 
 
@@ -1165,7 +1158,8 @@ def main():
     if end.val_loss is None:
         raise ValueError(f"the validation loss is not finite at step {end.step}: {doctor}")
     if end.skipped == end.step:
-        raise ValueError(f"all {end.step} steps were skipped, so the model learned nothing: {doctor}")
+        raise ValueError(f"all {end.step} steps were skipped, so the model learned nothing: "
+                         f"{doctor}")
     if end.kind is not ClassLoader:
         print(sample_lines(*load_finished(end.folder), 200, 1, end.prompt))
     bits = f", {end.bits_per_byte:.3f} bits per byte" if end.bits_per_byte else ""
