@@ -6,7 +6,6 @@ Text from a trained model: a run folder goes in, the continuation of a prompt co
     python sample.py --prompts=questions.txt             # a prompt a line, 64 at a time
     python sample.py --prompt="import " --show=logprobs  # how likely each token was
     python sample.py runs/chat --chat --prompt="Hi!"     # one reply; python -m chapters.talk: more
-    python sample.py runs/clauses --file=clause.txt      # of a classifier: how likely each label is
 
 A sample ends where the model ends the document, before a stop string, after max_new_tokens, or
 when prompt and continuation fill the model's context (block_size), unless --overflow=slide.
@@ -34,7 +33,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from model import (TINY, KVCache, check_known, check_options, has_bf16_units, load_model, option,
                    read_progress, read_safetensors)
-from tokenizer import (SPECIAL_TOKENS, Tokenizer, parse_options, read_json, reading, refuse_idle,
+from tokenizer import (SPECIAL_TOKENS, Tokenizer, parse_options, reading, refuse_idle,
                        run_command)
 
 DEVICES = ("cuda", "mps", "cpu")
@@ -139,6 +138,26 @@ def load_run(folder, which="best", device="cpu", dtype=None):
     model = model.to(dtype or torch.float32).eval()
     model.use("torch")  # for one query at a time the fastest, tests/benchmark.py found
     return model, tokenizer
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Which model, and where it is computed."""
+    run: str | None = option(None, "run folder; else the newest under runs/", positional=True)
+    checkpoint: str = option("best", "best | last | a step")
+    device: str = option("auto", "auto | cuda | mps | cpu")
+    precision: str = option("fp32", known=lambda: ("auto", *PRECISIONS))
+
+    __post_init__ = check_options
+
+
+def open_run(config):
+    """-> (model, tokenizer, in words which checkpoint on which machine) of a RunConfig."""
+    folder = newest_run() if config.run is None else config.run
+    device = pick_device(config.device)
+    precision, dtype = pick_precision(config.precision, device)
+    path = pick_checkpoint(folder, config.checkpoint)
+    return *load_run(folder, path, device, dtype), f"{path} on {device} in {precision}"
 
 
 # -----------------------------------------------------------------------------
@@ -322,7 +341,8 @@ def n_new_tokens(model, T, config):
     """How many tokens may follow T tokens: max_new_tokens, or what the context still has."""
     block_size = model.config.block_size
     if model.config.n_classes:
-        raise ValueError("this model has classes in place of tokens, or a number: it cannot write")
+        raise ValueError("this model judges texts and writes none: python -m chapters.clauses ask "
+                         "RUN asks a classifier, chapters.align uses a reward model")
     if config.overflow == "slide" and T:
         return config.max_new_tokens
     if not 0 < T < block_size:
@@ -372,33 +392,6 @@ def generate(model, ids, max_new_tokens=None, config=SampleConfig(), generator=N
         generator = [seeded(config.seed, row) for row in range(len(ids))]
     for chosen, _ in decode(model, ids, config, generator, n_prompt=ids.size(1)):
         yield chosen
-
-
-def beam_search(model, ids, n_beams=4, max_new_tokens=50, length_penalty=1.0, ends=(), cache=True):
-    """-> [(ids that follow ids (1, T), score)], the best first; n_beams texts are under way at a
-    time, ends end one. Score: log-probability / length ** length_penalty. arXiv:1609.08144"""
-    T, V = ids.size(1), model.config.vocab_size
-    n_tokens = n_new_tokens(model, T, SampleConfig(max_new_tokens=max_new_tokens))
-    kv_cache = new_cache(model, 1, T + n_tokens) if cache else None
-    beams, sums, done = ids, torch.zeros(1, device=ids.device), []       # (n, T), (n,)
-    while len(beams):
-        unseen = beams[:, kv_cache[0].length:] if cache else beams
-        with torch.inference_mode():
-            logits, _ = model(unseen, cache=kv_cache, last_only=True)
-        totals = sums[:, None] + logits[:, -1].float().log_softmax(dim=-1)            # (n, V)
-        best, index = totals.flatten().topk(min(2 * n_beams, totals.numel()))
-        texts = torch.cat((beams[index // V], index[:, None] % V), dim=1)             # (2n, T + 1)
-        length = texts.size(1) - T
-        ended = torch.isin(texts[:, -1], torch.tensor([*ends], device=ids.device))
-        ended |= length == n_tokens
-        done += [(texts[i, T:].tolist(), best[i].item() / length**length_penalty)
-                 for i in ended[:n_beams].nonzero().flatten()]
-        done = sorted(done, key=lambda pair: -pair[1])[:n_beams]
-        left = (~ended).nonzero().flatten()[:n_beams]
-        beams, sums = texts[left], best[left]
-        for layer in kv_cache or ():
-            layer.choose(index[left] // V)
-    return done
 
 
 # The text, perhaps "", that a token completes; its log-probability, before temperature and filters.
@@ -503,26 +496,18 @@ def complete(model, tokenizer, prompt="", config=SampleConfig(), **options):
 
 
 # -----------------------------------------------------------------------------
-# The command: a text goes on, a chat gets a reply, a classifier says how likely each label is.
+# The command: each text goes on, each turn of a user gets a reply.
 
 
 @dataclass(frozen=True)
-class Command:
-    """What is continued, how it is shown, and where it is computed."""
-    run: str | None = option(None, "run folder; else the newest under runs/", positional=True)
+class Command(RunConfig):
+    """What is continued, and how it is shown."""
     prompt: str = option("", "text to continue; without one a document begins")
     file: str | None = option(None, "a file with the prompt; - reads what is typed or piped in")
     prompts: str | None = option(None, "a file with a prompt a line, or -")
     chat: bool = option(False, "a prompt is what a user says, and is replied to")
     n_samples: int = option(1, "how many continuations of each prompt", 1, 10_001)
     show: str = option("text", "a text, or its tokens' log-probabilities", known=lambda: SHOWN)
-    beams: int | None = option(None, "no sampling: the likeliest text by so many beams", 1, 65)
-    length_penalty: float = option(1.0, "0 prefers short texts, 1 the best mean a token", below=11)
-    checkpoint: str = option("best", "best | last | a step")
-    device: str = option("auto", "auto | cuda | mps | cpu")
-    precision: str = option("fp32", known=lambda: ("auto", *PRECISIONS))
-
-    __post_init__ = check_options
 
 
 def read_text(path):
@@ -541,16 +526,9 @@ def read_prompts(command):
     return [command.prompt if command.file is None else read_text(command.file)]
 
 
-def as_turns(tokenizer, texts):
-    """-> [(text, prompt)]: what is shown of a text, and the ids of the chat that it begins."""
-    turns = [dict(role="user", content=text.rstrip("\n")) for text in texts]
-    return [(turn["content"] + "\n" if len(texts) > 1 else "", tokenizer.render_prompt([turn]))
-            for turn in turns]
-
-
 def knows_chats(model, tokenizer):
     """Whether the model may end its likeliest answer to "Hi", as one that learned chats does."""
-    if model.config.n_classes or not {*SPECIAL_TOKENS} <= {*tokenizer.special}:
+    if not {*SPECIAL_TOKENS} <= {*tokenizer.special}:
         return False
     ids = torch.tensor([tokenizer.render_prompt([dict(role="user", content="Hi")])])
     steps = decode(model, ids.to(model.device), SampleConfig(temperature=0, max_new_tokens=64))
@@ -558,15 +536,14 @@ def knows_chats(model, tokenizer):
     return any(logits[0].softmax(dim=-1)[end] > END_LIKELY for _, logits in steps)
 
 
-def run_labels(folder, n_classes):
-    """The names of a run's classes: data.labels of its config.json, or without them numbers."""
-    path = Path(folder, "config.json")
-    with reading(path):
-        data = read_json(path).get("data") if path.exists() else None
-        labels = (data or {}).get("labels") or [*range(n_classes)]
-        if len(labels) != n_classes:
-            raise ValueError(f"data.labels has {len(labels)} names for {n_classes} classes")
-    return labels
+def as_turns(model, tokenizer, texts):
+    """-> [(text, prompt)]: what is shown of a text, and the ids of the chat that it begins."""
+    said = [text.rstrip("\n") for text in texts]
+    prompts = [tokenizer.render_prompt([dict(role="user", content=text)]) for text in said]
+    if not knows_chats(model, tokenizer):
+        raise ValueError("this model was trained on texts and never learned to hold a conversation:"
+                         " python train.py --init=RUN --data=chats.jsonl teaches it to")
+    return [*zip([f"{text}\n" * (len(said) > 1) for text in said], prompts)]
 
 
 def fitting(model, tokenizer, prompts, config):
@@ -595,7 +572,7 @@ def show_texts(model, tokenizer, prompts, command, config):
     pieces = write(model, tokenizer, [prompt for _, prompt in prompts], config)
     for _, group in groupby(pieces, lambda pair: pair[0] // ROWS):
         for i, own in groupby(sorted(group, key=number) if n_texts > 1 else group, number):
-            print(prompts[i][0], end=end)
+            print(f"--- {i + 1} of {n_texts}\n" * (n_texts > 1) + prompts[i][0], end=end)
             for n_tokens, (_, piece) in enumerate(own, n_tokens + 1):
                 show_piece(tokenizer, piece, command.show)
             print(flush=True)
@@ -603,33 +580,6 @@ def show_texts(model, tokenizer, prompts, command, config):
             config.stop or piece.token in end_ids(tokenizer)):
         warn(f"the context of {model.config.block_size} tokens is full; --overflow=slide goes on")
     return n_tokens
-
-
-def show_beams(model, tokenizer, prompts, command, config):
-    """Print each text and the likeliest that follows its prompt; -> how many tokens."""
-    n_tokens = 0
-    for text, prompt in prompts:
-        ids = torch.tensor([to_ids(tokenizer, prompt)], device=model.device)
-        (best, score), *_ = beam_search(model, ids, command.beams, config.max_new_tokens,
-                                        command.length_penalty, end_ids(tokenizer), config.cache)
-        print(text + tokenizer.decode([id for id in best if id not in end_ids(tokenizer)]))
-        print(f"score {score:.3f} by {command.beams} beams", file=sys.stderr)
-        n_tokens += len(best)
-    return n_tokens
-
-
-def show_classes(model, prompts, labels):
-    """Print each text and how likely each label is, the likeliest first; -> how many tokens."""
-    block_size = model.config.block_size
-    for i, (text, ids) in enumerate(prompts, 1):
-        if len(ids) > block_size:
-            warn(f"text {i} is cut, as in training, to {block_size} of {len(ids)} tokens")
-        with torch.inference_mode():
-            logits, _ = model(torch.tensor([ids[:block_size]], device=model.device))
-        print(text, end="")
-        for chance, label in sorted(zip(logits[0].softmax(dim=-1).tolist(), labels))[::-1]:
-            print(f"{chance:.4f}  {label}")
-    return sum(len(ids) for _, ids in prompts)
 
 
 def sampling_config(typed):
@@ -642,43 +592,18 @@ def sampling_config(typed):
 
 def main():
     typed, sampling = parse_options(__doc__, Command, SampleConfig)
-    chosen = sorted(sampling.keys() - {"max_new_tokens", "cache"})
-    for name, idle in (("prompts", ["file", "prompt"]), ("file", ["prompt"]),
-                       ("beams", ["n_samples", "show", *chosen])):
-        refuse_idle(typed | sampling, idle if name in typed else (), f"beside --{name}")
-    refuse_idle(typed, () if "beams" in typed else ["length_penalty"], "without --beams")
+    for name, idle in ("prompts", ["file", "prompt"]), ("file", ["prompt"]):
+        refuse_idle(typed, idle if name in typed else (), f"beside --{name}")
     command, config = Command(**typed), sampling_config(sampling)
     refuse_idle(typed, ["n_samples"] * (config.temperature < COLD), "beside --temperature=0")
-    folder = newest_run() if command.run is None else command.run
-    device = pick_device(command.device)
-    precision, dtype = pick_precision(command.precision, device)
-    texts, path = read_prompts(command), pick_checkpoint(folder, command.checkpoint)
-    model, tokenizer = load_run(folder, path, device, dtype)
-    n_classes = model.config.n_classes
-    if n_classes == 1:
-        raise ValueError(f"{path} gives a text a number, for chapters.align, and no words")
-    if n_classes:
-        acting = {"run", "prompt", "file", "prompts", "checkpoint", "device", "precision"}
-        refuse_idle(typed | sampling, sorted({*typed, *sampling} - acting), "on a classifier")
-    as_chat = n_classes or command.chat
-    prompts = as_turns(tokenizer, texts) if as_chat else [(text, text) for text in texts]
-    if command.chat and not knows_chats(model, tokenizer):
-        raise ValueError(f"{folder} was trained on texts and never learned to hold a conversation: "
-                         f"python train.py --init={folder} --data=chats.jsonl teaches it to")
-    prompts = prompts if n_classes else fitting(model, tokenizer, prompts, config)
+    texts, (model, tokenizer, where) = read_prompts(command), open_run(command)
+    prompts = as_turns(model, tokenizer, texts) if command.chat else [*zip(texts, texts)]
+    prompts = fitting(model, tokenizer, prompts, config)
     prompts = [pair for pair in prompts for _ in range(command.n_samples)]
-    if len(prompts) > 1:
-        prompts = [(f"--- {i} of {len(prompts)}\n{text}", prompt)
-                   for i, (text, prompt) in enumerate(prompts, 1)]
     start = time.perf_counter()
-    if n_classes:
-        n_tokens = show_classes(model, prompts, run_labels(folder, n_classes))
-    else:
-        show = show_beams if command.beams else show_texts
-        n_tokens = show(model, tokenizer, prompts, command, config)
+    n_tokens = show_texts(model, tokenizer, prompts, command, config)
     rate = n_tokens / (time.perf_counter() - start)
-    print(f"{path}: {n_tokens} tokens, {rate:,.0f} tokens/s on {device} in {precision}, "
-          f"seed {config.seed}", file=sys.stderr)
+    print(f"{where}: {n_tokens} tokens, {rate:,.0f} tokens/s, seed {config.seed}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ apart, beside a bag of words and the most frequent type.
     python data.py clauses/train.jsonl --out=shards/clauses
     python train.py --init=runs/base --data=shards/clauses --tune=lora --out=runs/clauses
     python -m chapters.clauses score runs/clauses clauses/test.jsonl
+    python -m chapters.clauses ask runs/clauses --file=clause.txt     # how likely each label is
 
 A clause is a template of clauses.jsonl with words in its fields, often between a beginning and an
 end that use the words of all types alike. No template is in both files: a model that has learned
@@ -32,7 +33,7 @@ from chapters.ngrams import Classifier
 from data import clean, new_shards, read_rows
 from evaluate import interval, score_shared, table
 from model import check_known
-from sample import load_run, pick_device
+from sample import load_run, pick_device, read_text, warn
 from tokenizer import Parser, read_json, reading, refuse_idle, run_command
 
 NAME = "clauses.jsonl"  # rows with a use: train and test (templates), beginning, end, words
@@ -112,15 +113,20 @@ def run_labels(folder, n_classes, found):
     return labels or found
 
 
+def as_prompt(tokenizer, text):
+    """The ids of a chat that begins with a text, as a run was trained on."""
+    return tokenizer.render_prompt([dict(role="user", content=text)])
+
+
 @torch.inference_mode()
-def guess_by_head(model, prompts):
-    """The likeliest class of each prompt, ids of which block_size are read: N numbers."""
-    prompts, guesses = [torch.tensor(ids[:model.config.block_size]) for ids in prompts], []
+def class_probabilities(model, prompts):
+    """How likely each class is, (N, n_classes), for N prompts, ids of which block_size are read."""
+    prompts, parts = [torch.tensor(ids[:model.config.block_size]) for ids in prompts], []
     for start in range(0, len(prompts), BATCH):
         ids = pad_sequence(prompts[start:start + BATCH], True, -1).to(model.device)      # (B, T)
         logits, _ = model(ids.clamp(min=0), segments=(ids >= 0).long())          # (B, n_classes)
-        guesses += logits.argmax(dim=1).tolist()
-    return guesses
+        parts.append(logits.softmax(dim=1))
+    return torch.cat(parts)
 
 
 def guess_by_answer(model, prompts, answers):
@@ -140,11 +146,27 @@ def guess(folder, rows):
     """-> (how a run guesses, the label that it gives each row, its labels)."""
     model, tokenizer = load_run(folder, device=pick_device())
     labels = run_labels(folder, model.config.n_classes, sorted({row["label"] for row in rows}))
-    prompts = [tokenizer.render_prompt([dict(role="user", content=row["text"])]) for row in rows]
+    prompts = [as_prompt(tokenizer, row["text"]) for row in rows]
     if model.config.n_classes:
-        return "head", [labels[i] for i in guess_by_head(model, prompts)], labels
+        return "head", [labels[i] for i in class_probabilities(model, prompts).argmax(1)], labels
     answers = [[*tokenizer.encode(label), tokenizer.special["<|end|>"]] for label in labels]
     return "answer", [labels[i] for i in guess_by_answer(model, prompts, answers)], labels
+
+
+def ask(folder, prompt=None, file=None):
+    """Print how likely a run with a head finds each of its labels for a text, the best first."""
+    if (prompt is None) == (file is None):
+        raise ValueError("ask takes one text: --prompt=TEXT or --file=FILE")
+    text = clean(read_text(file) if prompt is None else prompt)
+    model, tokenizer = load_run(folder, device=pick_device())
+    ids, T, n_classes = as_prompt(tokenizer, text), model.config.block_size, model.config.n_classes
+    if not n_classes:
+        raise ValueError(f"{folder} has no head for classes: python sample.py {folder} asks it")
+    if len(ids) > T:
+        warn(f"the text is cut, as in training, to {T} of {len(ids)} tokens")
+    chances = class_probabilities(model, [ids])[0].tolist()
+    for chance, label in sorted(zip(chances, run_labels(folder, n_classes, ())), reverse=True):
+        print(f"{chance:.4f}  {label}")
 
 
 # -----------------------------------------------------------------------------
@@ -199,22 +221,29 @@ def show(folder, test, train=None):
                                        for number, name, row in zip(numbers, names, counts))]))
 
 
+COMMANDS = {  # what is called, with how many paths, and with which options
+    "make": (make, 0, {"out", "n", "seed"}), "score": (show, 2, {"train"}),
+    "ask": (ask, 1, {"prompt", "file"})}
+
+
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("command", choices=["make", "score"])
-    parser.add_argument("paths", nargs="*", metavar="PATH", help="score: a run folder, and a file")
+    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("paths", nargs="*", metavar="PATH", help="a run folder; score: and a file")
     add = partial(parser.add_argument, default=argparse.SUPPRESS)
     add("--out", help="make: the folder to write (default clauses)")
     add("--n", type=int, help="make: rows to train on (default 2000)")
     add("--seed", type=int, help="make: same seed, same rows (default 0)")
     add("--train", help="score: rows for the baselines (default train.jsonl beside the file)")
+    add("--prompt", help="ask: the text")
+    add("--file", help="ask: a file with the text; - reads what is typed or piped in")
     typed = vars(parser.parse_intermixed_args())
     command, paths = typed.pop("command"), typed.pop("paths")
-    idle, wanted = (["train"], 0) if command == "make" else (["out", "n", "seed"], 2)
-    refuse_idle(typed, idle, f"beside {command}")
-    if len(paths) != wanted:
-        raise ValueError(f"{command} takes {wanted} paths, not {len(paths)}: --help shows how")
-    dict(make=make, score=show)[command](*paths, **typed)
+    function, n_paths, acting = COMMANDS[command]
+    refuse_idle(typed, sorted(typed.keys() - acting), f"beside {command}")
+    if len(paths) != n_paths:
+        raise ValueError(f"{command} with {len(paths)} paths, not {n_paths}: --help shows how")
+    function(*paths, **typed)
 
 
 if __name__ == "__main__":

@@ -21,9 +21,8 @@ if __name__ == "__main__":  # `python chapters/talk.py` works as well, from any 
 from chapters.client import Server, parse_keys
 from evaluate import score_ends
 from model import TINY, check_known, check_options, option
-from sample import (PRECISIONS, SHOWN, SampleConfig, knows_chats, load_run, newest_run,
-                    pick_checkpoint, pick_device, pick_precision, sampling_config, show_piece,
-                    to_ids, warn, write)
+from sample import (SHOWN, RunConfig, SampleConfig, knows_chats, load_run, open_run, pick_device,
+                    sampling_config, show_piece, to_ids, warn, write)
 from tokenizer import parse_options, refuse_idle, run_command
 
 TEMPLATES = ("chat", "question", "text")
@@ -186,17 +185,11 @@ def converse(model, texts):
 
 
 @dataclass(frozen=True)
-class TalkConfig:
+class TalkConfig(RunConfig):
     """Who talks."""
-    run: str | None = option(None, "run folder; without one the newest", positional=True)
     system: str = option("", "what the assistant is told first")
     template: str = option("auto", TEMPLATE_HELP, known=lambda: ("auto", *TEMPLATES))
     show: str = option("text", "a text, or its tokens' log-probabilities", known=lambda: SHOWN)
-    checkpoint: str = option("best", "best | last | a step")
-    device: str = option("auto", "auto | cuda | mps | cpu")
-    precision: str = option("fp32", known=lambda: ("auto", *PRECISIONS))
-
-    __post_init__ = check_options
 
 
 def talk(chat, show):
@@ -220,13 +213,10 @@ def main():
     refuse_idle(typed, ["system"] * (config.template == "text"), "beside --template=text")
     if sys.stdin is None:
         raise ValueError("standard input is closed: type your messages, or pipe them in")
-    folder, device = config.run or newest_run(), pick_device(config.device)
-    precision, dtype = pick_precision(config.precision, device)
-    path = pick_checkpoint(folder, config.checkpoint)
-    model, tokenizer = load_run(folder, path, device, dtype)
+    model, tokenizer, where = open_run(config)
     learned = pick_template(model, tokenizer)
     template = learned if config.template == "auto" else config.template
-    print(f"{path} on {device} in {precision}, template {template}, seed {sampling.seed}; "
+    print(f"{where}, template {template}, seed {sampling.seed}; "
           "the end of the input ends the chat", file=sys.stderr)
     if learned != "chat" and config.template in ("auto", "chat"):
         warn("this model never learned to hold a conversation: it was trained on texts, not chats, "

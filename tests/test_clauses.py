@@ -11,8 +11,8 @@ import torch
 from conftest import keep, mistake, tiny
 
 from chapters import clauses as leaf
-from chapters.clauses import (NAME, clauses, guess, guess_by_answer, guess_by_head, macro_f1, make,
-                              read_labelled, score, worth)
+from chapters.clauses import (NAME, as_prompt, class_probabilities, clauses, guess, guess_by_answer,
+                              macro_f1, make, read_labelled, score, worth)
 from chapters.classify import read_examples
 from chapters.ngrams import Classifier
 from data import ClassLoader, prepare
@@ -171,9 +171,11 @@ def test_make_writes_both_files_and_data_py_prepares_them_with_their_labels(tmp_
 def test_a_head_guesses_for_each_text_what_it_guesses_for_it_alone(tmp_path, tokenizer):
     model, folder = made_run(tmp_path, tokenizer)
     rows = clauses(36, "test")
-    prompts = [tokenizer.render_prompt([dict(role="user", content=row["text"])]) for row in rows]
-    alone = [model(torch.tensor([ids]))[0].argmax().item() for ids in prompts]
-    assert guess_by_head(model, prompts) == alone and len({*alone}) > 2
+    prompts = [as_prompt(tokenizer, row["text"]) for row in rows]
+    parts = torch.cat([model(torch.tensor([ids]))[0].softmax(dim=1) for ids in prompts])
+    torch.testing.assert_close(class_probabilities(model, prompts), parts)
+    alone = parts.argmax(dim=1).tolist()
+    assert len({*alone}) > 2
     assert guess(folder, rows) == ("head", [LABELS[i] for i in alone], LABELS)
 
 
@@ -182,7 +184,44 @@ def test_of_a_long_text_a_head_reads_what_it_was_trained_on(tokenizer):
     torch.nn.init.normal_(model.lm_head.weight)
     prompts = [Random(i).choices(range(300), k=16) for i in range(20)]
     longer = [ids + Random(7).choices(range(300), k=i) for i, ids in enumerate(prompts)]
-    assert guess_by_head(model, longer) == guess_by_head(model, prompts)
+    assert class_probabilities(model, longer).equal(class_probabilities(model, prompts))
+
+
+@pytest.mark.parametrize("by_file", [False, True])
+def test_ask_prints_how_likely_each_label_is_the_likeliest_first(by_file, tmp_path, tokenizer,
+                                                                 call):
+    model, folder = made_run(tmp_path / "run", tokenizer)
+    (tmp_path / "clause").write_bytes("\ufeffEither party may \r\nassign.\r\n".encode())
+    text = f"--file={tmp_path / 'clause'}" if by_file else "--prompt=Either party may\nassign."
+    ids = tokenizer.render_prompt([dict(role="user", content="Either party may\nassign.")])
+    chances = model(torch.tensor([ids]))[0][0].softmax(dim=0).tolist()
+    best_first = sorted(zip(chances, LABELS), reverse=True)
+    assert call(leaf, "ask", folder, text) == (
+        "".join(f"{chance:.4f}  {label}\n" for chance, label in best_first), "")
+    assert chances != sorted(chances, reverse=True)
+
+
+def test_ask_says_that_a_long_text_is_cut_and_asks_as_in_training(tmp_path, tokenizer, call):
+    _, folder = made_run(tmp_path / "run", tokenizer, block_size=16)
+    n = len(tokenizer.render_prompt([dict(role="user", content="#" * 99)]))
+    (one, said), (other, _) = (call(leaf, "ask", folder, "--prompt=" + "#" * 20 + end * 79)
+                               for end in "#?")
+    assert one == other and n > 16
+    assert said == f"warning: the text is cut, as in training, to 16 of {n} tokens\n"
+
+
+@pytest.mark.parametrize("options, words, said", [
+    ({}, ["--prompt=a", "--file=b"], "ask takes one text: --prompt=TEXT or --file=FILE"),
+    ({}, [], "ask takes one text: --prompt=TEXT or --file=FILE"),
+    ({}, ["--file=none.txt"], "No such file or directory: none.txt"),
+    (dict(n_classes=0), ["--prompt=a"], "run has no head for classes: python sample.py"),
+    (dict(n_classes=1), ["--prompt=a"], "has 8 labels for n_classes=1"),
+    (dict(labels=LABELS[:3]), ["--prompt=a"], "has 3 labels for n_classes=8")])
+def test_what_cannot_be_asked_is_one_line(options, words, said, tmp_path, tokenizer, monkeypatch,
+                                          capsys):
+    _, folder = made_run(tmp_path / "run", tokenizer, **options)
+    code, (line,) = mistake(leaf.main, monkeypatch, capsys, "ask", folder, *words)
+    assert code == 1 and said in line
 
 
 def likelihood(model, prompt, answer):
@@ -338,7 +377,8 @@ def test_a_run_that_cannot_render_chats_is_refused(files, tmp_path, monkeypatch,
 @pytest.mark.parametrize("words, said", [
     (["make", "--n=31"], "--n=31 must be 32 to 100,000"), (["make", "--n=100001"], "must be 32 to"),
     (["make", "--out=OUT"], "holds other shards or files: choose another --out"),
-    (["make", "folder"], "make takes 0 paths, not 1"), (["score", "a"], "takes 2 paths, not 1"),
+    (["make", "folder"], "make with 1 paths, not 0"), (["score", "a"], "with 1 paths, not 2"),
+    (["ask", "--prompt=a"], "ask with 0 paths, not 1"), (["ask", "a", "--n=5"], "--n would not act"),
     (["score", "none", "OUT/test.jsonl"], "there is no run folder none"),
     (["score", "none", "none.jsonl"], "none.jsonl: no such file"),
     (["score", "none", "OUT/test.jsonl", "--train=no.jsonl"], "no.jsonl: no such file"),

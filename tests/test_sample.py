@@ -7,18 +7,17 @@ import signal
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, keep, mistake, run, tiny
 
 import sample
-from sample import (SampleConfig, beam_search, checkpoints, complete, complete_batch, distribution,
-                    generate, keep_min_p, keep_top_k, keep_top_p, keep_typical, load_run,
-                    newest_run, penalize_repeats, pick, pick_checkpoint, pick_device,
-                    pick_precision, release, write)
-from tokenizer import Tokenizer, write_json
+from sample import (SampleConfig, checkpoints, complete, complete_batch, distribution, generate,
+                    keep_min_p, keep_top_k, keep_top_p, keep_typical, load_run, newest_run,
+                    penalize_repeats, pick, pick_checkpoint, pick_device, pick_precision, release,
+                    write)
+from tokenizer import Tokenizer
 
 both = pytest.mark.parametrize("architecture", ["gpt2", "modern"])
 SAMPLINGS = [dict(temperature=0), dict(temperature=1.5), dict(temperature=0.8, top_k=5),
@@ -258,50 +257,6 @@ def test_a_seed_makes_each_row_what_it_is_alone_and_a_config_is_as_good_as_optio
     assert torch.equal(both_rows, torch.cat((first, second), dim=1)) and not first.equal(second)
 
 
-def by_hand(model, ids, n_tokens):
-    """The log-probability of every continuation of n tokens."""
-    texts = torch.cartesian_prod(*[torch.arange(model.config.vocab_size)] * n_tokens)
-    rows = torch.cat((ids.expand(len(texts), -1), texts), dim=1)
-    said = model(rows[:, :-1])[0][:, ids.size(1) - 1:].log_softmax(dim=-1)
-    return texts, said.gather(-1, texts[..., None]).sum(dim=(1, 2))
-
-
-@pytest.mark.parametrize("cache", [True, False])
-def test_a_beam_as_wide_as_all_texts_finds_the_likeliest(cache):
-    model, ids = tiny(vocab_size=6), torch.tensor([[1, 2]])
-    texts, sums = by_hand(model, ids, 3)
-    found = beam_search(model, ids, n_beams=36, max_new_tokens=3, length_penalty=0.0, cache=cache)
-    best = sums.topk(3)
-    assert [text for text, _ in found[:3]] == texts[best.indices].tolist()
-    torch.testing.assert_close(torch.tensor([score for _, score in found[:3]]), best.values)
-
-
-def test_beams_over_an_encoder_decoder_read_its_source():
-    model = tiny("transformer", vocab_size=6)
-    source, ids = torch.tensor([[3, 1, 4, 1, 5]]), torch.tensor([[1, 2]])
-    model.forward = partial(model.forward, memory=model.encode(source))
-    texts, sums = by_hand(model, ids, 3)
-    for cache in True, False:
-        found = beam_search(model, ids, 36, 3, 0.0, cache=cache)
-        assert [text for text, _ in found[:3]] == texts[sums.topk(3).indices].tolist()
-
-
-def test_one_beam_is_greedy_and_more_beams_are_no_worse():
-    model, ids = tiny(), torch.tensor([[1, 2, 3]])
-    greedy = [chosen.item() for chosen in generate(model, ids, 8, temperature=0)]
-    one, four = (beam_search(model, ids, n, 8)[0] for n in (1, 4))
-    assert one[0] == greedy and four[1] >= one[1] - 1e-6
-
-
-def test_a_beam_ends_with_an_end_and_a_penalty_of_length_prefers_long_texts():
-    model, ids = tiny(vocab_size=8), torch.tensor([[1]])
-    lengths = [len(beam_search(model, ids, 4, 10, penalty, ends=[3])[0][0])
-               for penalty in (0.0, 5.0)]
-    assert lengths[0] < lengths[1]
-    for text, _ in beam_search(model, ids, 4, 10, ends=[3]):
-        assert 3 not in text[:-1] and (len(text) == 10 or text[-1] == 3)
-
-
 # -----------------------------------------------------------------------------
 # Text.
 
@@ -481,7 +436,7 @@ def test_the_command_prints_prompt_text_and_one_line_about_it(folder):
     done = run("sample.py", "--prompt=the cat", "--max_new_tokens=20", cwd=folder.parent.parent)
     assert done.returncode == 0
     assert done.stdout.startswith("the cat") and done.stdout.endswith("\n")
-    assert done.stderr.count("\n") == 1 and "step_000020.safetensors: " in done.stderr
+    assert done.stderr.count("\n") == 1 and "step_000020.safetensors on " in done.stderr
 
 
 def test_n_samples_differ_and_each_can_be_had_again(command):
@@ -535,9 +490,6 @@ def test_help_names_each_option_with_its_default():
     (["--top_p=3"], "error: top_p=3.0 must be above 0 and at most 1"),
     (["--overflow=slid"], "error: unknown overflow 'slid': did you mean slide?"),
     (["--show=logprob"], "error: unknown show 'logprob': did you mean logprobs?"),
-    (["--beams=0"], "error: beams=0 must be at least 1 and below 65, a whole number"),
-    (["--beams=2", "--length_penalty=1e9"],
-     "error: length_penalty=1000000000.0 must be at least 0 and below 11"),
     (["--prompt=a", "--prompts=b", "--file=c"],
      "error: --file --prompt would not act beside --prompts: leave it out"),
     (["--prompt=a", "--file=b"], "error: --prompt would not act beside --file: leave it out"),
@@ -545,7 +497,6 @@ def test_help_names_each_option_with_its_default():
      "error: --top_p --seed would not act beside --temperature=0: leave it out"),
     (["--temperature=0", "--n_samples=3"],
      "error: --n_samples would not act beside --temperature=0: leave it out"),
-    (["--length_penalty=2"], "error: --length_penalty would not act without --beams: leave it out"),
     (["--logit_bias=a=" + "9" * 400], "error: logit_bias=a=" + "9" * 400 + " must be one token and "
      "a number, such as ' the=-2'; 'a' makes 1 tokens"),
     (["--ban="], "error: a text in stop or ban is empty: leave it out, or give it characters"),
@@ -561,22 +512,19 @@ def test_a_wrong_input_ends_in_one_line(command, words, line):
     assert (text, notes.replace("\\", "/")) == ("", line + "\n")
 
 
-@pytest.mark.parametrize("option", ["n_samples=2", "show=logprobs", "temperature=0.5", "top_p=0.9",
-                                    "seed=1", "stop=x", "ban=x", "overflow=slide",
-                                    "frequency_penalty=1", "logit_bias=a=1"])
-def test_what_only_sampling_uses_is_refused_beside_beams(command, option):
-    name = option.partition("=")[0]
-    assert command("--beams=2", f"--{option}") == (
-        "", f"error: --{name} would not act beside --beams: leave it out\n")
-
-
-@pytest.mark.parametrize("name", [*SampleConfig.__dataclass_fields__, "n_samples", "beams"])
+@pytest.mark.parametrize("name", [*SampleConfig.__dataclass_fields__, "n_samples"])
 @pytest.mark.parametrize("value", ["9" * 20, "-" + "9" * 20, "nan", "inf"])
 def test_a_number_that_no_option_takes_ends_in_one_line(command, name, value):
     if name in ("cache", "stop", "ban"):
         return
     text, notes = command(f"--{name}={value}")
     assert text == "" and notes.count("\n") <= 2 and name in notes and "Traceback" not in notes
+
+
+@pytest.mark.parametrize("option", ["--beams=4", "--length_penalty=1"])
+def test_an_option_of_beam_search_names_its_command(option, monkeypatch, capsys):
+    code, (line,) = mistake(sample.main, monkeypatch, capsys, option)
+    assert code == 2 and "; here: python -m chapters.beam RUN --beams=4" in line
 
 
 def test_a_token_is_shown_with_its_log_probability(command):
@@ -647,14 +595,6 @@ def test_a_prompt_that_does_not_fit_is_left_out_of_a_batch(command, tmp_path):
     assert command(f"--prompts={path}") == (
         "", "error: the prompt has 64 tokens, this model takes 1 to 63, as one must follow: "
         "shorten it, or let it slide out with overflow=slide\n")
-    path.write_text("the cat\n" + "#" * 64)
-    text, notes = command(f"--prompts={path}", "--beams=2", "--max_new_tokens=6")
-    assert text.startswith("the cat") and "line 2 is left out" in notes
-
-
-def test_the_likeliest_text_is_found_by_beams(command):
-    text, notes = command("--prompt=the", "--beams=3", "--max_new_tokens=6")
-    assert text.startswith("the") and "by 3 beams" in notes
 
 
 def test_a_banned_text_is_not_written(command, tokenizer):
@@ -664,7 +604,7 @@ def test_a_banned_text_is_not_written(command, tokenizer):
 
 
 # -----------------------------------------------------------------------------
-# Chats and classes.
+# Chats.
 
 
 def turn(text):
@@ -716,19 +656,11 @@ def test_each_line_of_a_file_is_a_turn_and_a_whole_file_is_one(chat, tmp_path):
     assert whole == chat("--prompt=the cat\nthe dog", *options)[0]
 
 
-def test_beams_find_the_likeliest_reply(chat, tokenizer):
-    ids = torch.tensor([tokenizer.render_prompt(turn("the"))])
-    (best, _), *_ = beam_search(chat.model, ids, 3, 6, ends=sample.end_ids(tokenizer))
-    text, _ = chat("--prompt=the", "--beams=3", "--max_new_tokens=6")
-    reply = [id for id in best if id not in sample.end_ids(tokenizer)]
-    assert text == tokenizer.decode(reply) + "\n"
-
-
 def test_a_run_that_never_learned_chats_says_so_and_how_to_teach_it(folder, monkeypatch, capsys):
     code, lines = mistake(sample.main, monkeypatch, capsys, folder, "--chat", "--prompt=Hi")
     assert (code, lines) == (1, [
-        f"error: {folder} was trained on texts and never learned to hold a conversation: "
-        f"python train.py --init={folder} --data=chats.jsonl teaches it to"])
+        "error: this model was trained on texts and never learned to hold a conversation: "
+        "python train.py --init=RUN --data=chats.jsonl teaches it to"])
 
 
 def test_a_tokenizer_without_the_tokens_of_chats_is_said(folder, monkeypatch, capsys):
@@ -740,58 +672,14 @@ def test_a_tokenizer_without_the_tokens_of_chats_is_said(folder, monkeypatch, ca
     assert line.endswith("for chats: train another")
 
 
-@pytest.fixture
-def classifier(folder, tokenizer):
-    """A run with three classes."""
-    return decided(tokenizer, folder, n_classes=3)
-
-
-@pytest.mark.parametrize("labels", [["lease", "loan", "sale"], None])
-def test_a_classifier_says_how_likely_each_label_is(command, folder, classifier, tokenizer, labels):
-    if labels:
-        write_json(folder / "config.json", {"data": {"labels": labels}})
-    text, _ = command("--prompt=the cat sees a dog")
-    ids = tokenizer.render_prompt(turn("the cat sees a dog"))
-    chances = classifier(torch.tensor([ids]))[0][0].softmax(dim=-1).tolist()
-    names = labels or ["0", "1", "2"]
-    best_first = sorted(zip(chances, names), reverse=True)
-    assert text == "".join(f"{chance:.4f}  {name}\n" for chance, name in best_first)
-    assert chances != sorted(chances, reverse=True)
-
-
-def test_each_line_of_a_file_is_classified_by_as_much_of_it_as_fits(command, classifier, tmp_path):
-    (tmp_path / "texts").write_text("the cat\n" + "#" * 99)
-    text, notes = command(f"--prompts={tmp_path / 'texts'}")
-    first, second = (command(f"--prompt={text}")[0] for text in ("the cat", "#" * 62 + "?" * 50))
-    assert text == f"--- 1 of 2\nthe cat\n{first}--- 2 of 2\n{'#' * 99}\n{second}"
-    assert notes.startswith("warning: text 2 is cut, as in training, to 64 of 103 tokens\n")
-
-
-@pytest.mark.parametrize("option", ["--chat", "--n_samples=2", "--show=logprobs", "--beams=2",
-                                    "--temperature=0", "--max_new_tokens=3", "--no-cache"])
-def test_what_a_classifier_does_not_use_is_refused(command, classifier, option):
-    name = option.partition("=")[0].replace("no-", "")
-    assert command(option) == (
-        "", f"error: {name} would not act on a classifier: leave it out\n")
-
-
-def test_labels_that_are_not_the_models_are_refused(command, folder, classifier):
-    write_json(folder / "config.json", {"data": {"labels": ["yes", "no"]}})
-    assert command()[1] == (f"error: {Path('runs/words/config.json')} cannot be read: data.labels "
-                            "has 2 names for 3 classes\n")
-
-
-def test_a_classifier_writes_nothing_and_knows_no_chats(classifier, tokenizer):
-    assert not sample.knows_chats(classifier, tokenizer)
-    with pytest.raises(ValueError, match="classes in place of tokens"):
-        complete(classifier, tokenizer, "the")
-
-
-def test_a_run_that_gives_texts_a_number_is_refused_in_one_line(command, folder, tokenizer):
-    keep(tiny(vocab_size=tokenizer.n_vocab, block_size=64, n_classes=1), folder, 40, 1.0)
-    text, notes = command("--prompt=the")
-    assert text == "" and "gives a text a number, for chapters.align" in notes
-    assert notes.count("\n") == 1
+@pytest.mark.parametrize("n_classes", [1, 3])
+@pytest.mark.parametrize("words", [[], ["--chat", "--prompt=Hi"], ["--overflow=slide"]])
+def test_a_classifier_writes_nothing_and_one_line_says_how_it_is_asked(command, folder, tokenizer,
+                                                                       n_classes, words):
+    decided(tokenizer, folder, n_classes=n_classes)
+    assert command(*words) == (
+        "", "error: this model judges texts and writes none: python -m chapters.clauses ask RUN "
+        "asks a classifier, chapters.align uses a reward model\n")
 
 
 def test_an_empty_place_says_how_to_make_a_run(command, folder):
@@ -816,7 +704,7 @@ def test_a_damaged_checkpoint_is_named_and_the_next_best_is_taken(command, folde
     warning, *_, figures = notes.splitlines()
     assert text and "step_000020.safetensors is " in warning
     assert "step_000030.safetensors is taken instead" in warning
-    assert "step_000030.safetensors: " in figures
+    assert "step_000030.safetensors on " in figures
     text, notes = command("--checkpoint=20")
     assert text == "" and notes.count("\n") == 1 and "step_000020.safetensors" in notes
 
