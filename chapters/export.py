@@ -42,8 +42,7 @@ CHAT_TEMPLATE = (
 
 SPLIT = dict(type="Split", behavior="Isolated", invert=False)  # Hugging Face's names
 BYTES = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True)
-DIGITS = dict(type="Digits", individual_digits=True)
-# GPT-2's pattern behind a step that makes each digit a chunk.
+DIGITS = dict(type="Digits", individual_digits=True)  # before GPT-2's pattern:
 DIGITS_SPLIT = GPT2_SPLIT.replace(r" ?\p{N}+", r"\p{N}|\s+(?=\p{N})")
 # How GPT-4's pattern begins, in Llama's and Qwen's words and in ours.
 THEIR_START, OUR_START = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|", "'(?i:[sdmt]|ll|ve|re)|"
@@ -113,10 +112,11 @@ def read_huggingface(path):
     path = Path(path, "tokenizer.json") if Path(path).is_dir() else Path(path)
     state = read_json(path)
     with reading(path):
-        model, pattern = state["model"], split_pattern(state["pre_tokenizer"])
-        expect(state["normalizer"], None, dict(type="NFC"))
+        model = state["model"]
         expect(model["type"], "BPE")
-        expect([name for name in CHANGES_IDS if model.get(name)], [])
+        expect({name: model[name] for name in CHANGES_IDS if model.get(name)}, {})
+        expect(state["normalizer"], None, dict(type="NFC"))
+        pattern = split_pattern(state["pre_tokenizer"])
         added = {token["content"]: token["id"] for token in state["added_tokens"]}
         ids, chars = model["vocab"] | added, sorted(CHAR_TO_BYTE, key=model["vocab"].get)
         pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]

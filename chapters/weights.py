@@ -217,22 +217,22 @@ def to_peft(model):
     """-> (the values of adapter_config.json, {name: tensor} of adapter_model.safetensors) of a
     model tuned with lora, for its base in the layout of its family."""
     tuning, family = model.tuning, family_of(model.config)
-    if not tuning or tuning.tune != "lora":
+    found = {n: layer for n, layer in model.named_modules() if isinstance(layer, LoRALinear)}
+    if not found:
         raise ValueError("a model trained with --tune=lora can be exported to peft, and this was "
                          f"trained with --tune={tuning.tune if tuning else 'full'}")
-    layers = {name: (layer.lora_A, layer.lora_B) for name, layer in model.named_modules()
-              if isinstance(layer, LoRALinear)}
+    layers = {name: (layer.lora_A, layer.lora_B) for name, layer in found.items()}
     layers = fuse_lora(layers) if family == "gpt2" else layers
     layers = {rename(name, FAMILIES[family].names): pair for name, pair in layers.items()}
-    alpha = tuning.alpha or 2.0 * tuning.rank
+    scale, = {layer.scale for layer in found.values()}
     own_rank = {name.split(".")[-1]: len(A) for name, (A, _) in layers.items()
                 if len(A) != tuning.rank}  # alpha grows with it, so that alpha / rank is the same
     words = 2 if family == "gpt2" else 1  # its c_proj is one of attn or of mlp
     values = dict(
         peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=None, inference_mode=True,
-        r=tuning.rank, lora_alpha=alpha, lora_dropout=tuning.lora_dropout, bias="none",
-        fan_in_fan_out=family == "gpt2", rank_pattern=own_rank,
-        alpha_pattern={name: alpha * rank / tuning.rank for name, rank in own_rank.items()},
+        bias="none", r=tuning.rank, lora_alpha=scale * tuning.rank,
+        lora_dropout=tuning.lora_dropout, fan_in_fan_out=family == "gpt2", rank_pattern=own_rank,
+        alpha_pattern={name: scale * rank for name, rank in own_rank.items()},
         target_modules=sorted({".".join(name.split(".")[-words:]) for name in layers}))
     tensors = {f"base_model.model.{name}.lora_{x}.weight": w
                for name, pair in layers.items() for x, w in zip("AB", pair)}

@@ -129,7 +129,7 @@ def test_each_field_that_transformers_reads_is_mapped_known_or_harmless(kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_halves_become_floats(tmp_path, dtype):
+def test_halves_have_the_logits_of_transformers_in_floats(tmp_path, dtype):
     whole, ids = their_model("qwen3"), torch.randint(64, (2, 16))
     whole.to(dtype).save_pretrained(tmp_path)
     assert {w.dtype for w in read_safetensors(tmp_path / "model.safetensors").values()} == {dtype}
@@ -170,6 +170,14 @@ def test_a_folder_comes_back_as_the_model_it_was_made_of(tmp_path, kind, n_files
     ours, ids = random_model(kind), torch.randint(64, (2, 16))
     again = load_pretrained(write_folder(tmp_path, ours, n_files=n_files))
     torch.testing.assert_close(again(ids)[0], ours(ids)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_halves_come_in_as_floats(tmp_path, dtype):
+    ours = random_model("qwen3").to(dtype)
+    again = load_pretrained(write_folder(tmp_path, ours)).state_dict()
+    assert all(again[name].dtype == torch.float32 and torch.equal(again[name], w.float())
+               for name, w in ours.state_dict().items())
 
 
 @pytest.mark.parametrize("kind, values, problem", [
@@ -302,6 +310,7 @@ def gpt2_with_text(trained, tmp_path):
 def test_a_folder_of_gpt2_becomes_a_run(call, gpt2_with_text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder, ours, theirs = gpt2_with_text
+    (tmp_path / "run").mkdir()  # an empty folder may be there
     assert call(export, "in", folder, "--out=run") == ("next: python sample.py run\n", "")
     model, tokenizer = load_run("run")
     ids = theirs.encode(COMMON)[:16]
@@ -459,12 +468,13 @@ def test_lora_has_pefts_names_and_shapes(tmp_path, call, kind, names):
         found.items())
     assert all(name.startswith((f"{start}.0.", f"{start}.1.")) for name in found)
     config = read_json(tmp_path / "peft/adapter_config.json")
-    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (3, 5.0, 0.1)
+    assert (config["r"], config["lora_dropout"]) == (3, 0.1)
+    assert config["lora_alpha"] == pytest.approx(5)
     fused = kind == "gpt2"
     assert config["target_modules"] == (["attn.c_attn", "mlp.c_proj"] if fused else
                                         ["down_proj", "k_proj", "q_proj", "v_proj"])
-    assert (config["rank_pattern"], config["alpha_pattern"]) == (
-        ({"c_attn": 9}, {"c_attn": 15.0}) if fused else ({}, {}))
+    assert config["rank_pattern"] == ({"c_attn": 9} if fused else {})
+    assert config["alpha_pattern"] == pytest.approx({"c_attn": 15} if fused else {})
     assert config["fan_in_fan_out"] == fused
 
 
