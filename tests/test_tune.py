@@ -404,6 +404,16 @@ def test_an_int8_layer_passes_the_gradient_of_its_floats():
     assert all(p.grad is None for p in (quant.weight, quant.scale))
 
 
+def test_int8_keeps_no_floats_of_its_weights_for_backward():
+    """They would take in training what int8 saves."""
+    quant, kept = QuantLinear(tiny("gpt2").transformer.blocks[0].mlp.up_proj), []
+    x = torch.randn(7, 32, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda w: kept.append(w) or w, lambda w: w):
+        y = quant(x)
+    assert not any(w.is_floating_point() and w.numel() >= quant.weight.numel() for w in kept)
+    y.sum().backward()
+
+
 def test_int8_takes_a_fourth_of_the_memory_of_the_layers():
     model = tiny(n_embd=256, n_head=4)
     before = sum(p.nbytes for p in model.transformer.blocks.parameters())
@@ -630,14 +640,15 @@ def test_a_tuned_run_says_what_it_trains_saves_that_and_is_loaded_as_any(
     assert len(texts) == 1
 
 
-@pytest.mark.parametrize("method, options", [
-    ("lora", dict(lora_dropout=0.2, dropout=0.1)),
+@pytest.mark.parametrize("architecture, method, options", [
+    ("modern", "lora", dict(lora_dropout=0.2, dropout=0.1)),
     *(pytest.param(*case, marks=slow) for case in [
-        ("prompt", {}), ("lora", dict(quant="int8")), ("prefix", dict(base="gpt2")), ("adapter", {}), ("bias", {}),
-        ("head", dict(base="gpt2")), ("last:1", dict(optimizer="muon")), ("full", {})])])
-def test_a_resumed_run_equals_one_that_never_stopped(method, options, base_of, chats, tmp_path):
-    base, options = base_of(options.get("base", "modern")), {
-        name: value for name, value in options.items() if name != "base"}
+        ("modern", "prompt", {}), ("modern", "lora", dict(quant="int8")), ("gpt2", "prefix", {}),
+        ("modern", "adapter", {}), ("modern", "bias", {}), ("gpt2", "head", {}),
+        ("modern", "last:1", dict(optimizer="muon")), ("modern", "full", {})])])
+def test_a_resumed_run_equals_one_that_never_stopped(architecture, method, options, base_of, chats,
+                                                     tmp_path):
+    base = base_of(architecture)
     train_on(base, chats, tmp_path / "whole", method, **options)
     train_on(base, chats, tmp_path / "half", method, max_steps=2, **options)
     train(*complete_options(dict(resume=True, out=str(tmp_path / "half"), max_steps=4), {}),
@@ -679,6 +690,18 @@ def test_micro_batches_of_unequal_numbers_of_learned_tokens_make_the_gradient_of
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):
             close(b, a, 1e-9)
+
+
+def test_where_all_is_learned_a_step_is_that_of_pretraining(tmp_path):
+    model = tuned("full").double()
+    run, x, y = new_run(tmp_path, model, TrainConfig(), "cpu"), ids_of(4, 16), ids_of(4, 16, seed=1)
+    found = []
+    for batch in (x, y), (x, y, torch.ones(4, 16).long()):
+        pairs = [*zip(*(part.split(2) for part in batch))]
+        found.append([*gradients(run, model, pairs, 2, 1.0), *(p.grad for p in model.parameters())])
+        model.zero_grad()
+    for a, b in zip(*found, strict=True):
+        close(a, b, 1e-9)
 
 
 @slow
@@ -729,6 +752,18 @@ def test_a_classifier_is_trained_saved_and_loaded(method, rate, base_of, classes
             for word in ("cat", "dog", "owl")]
     how, guesses, _ = guess(tmp_path / "run", rows)
     assert how == "head" and sum(row["label"] == label for row, label in zip(rows, guesses)) > 20
+
+
+def test_tokens_that_no_text_had_can_be_told_apart_by_a_frozen_head(base_of, chats, tmp_path):
+    """In pretraining the rows of all of them move together, as they are wrong together."""
+    train_on(base_of("modern"), chats, tmp_path / "run", max_steps=1)
+    (base, tokenizer), (tuned_model, _) = load_run(base_of("modern")), load_run(tmp_path / "run")
+    rows = [*tokenizer.special.values()][1:]
+    before, after = (F.normalize(m.lm_head.weight[rows].detach()) for m in (base, tuned_model))
+    assert (before @ before.T).min() > 0.99
+    assert (after @ after.T).fill_diagonal_(0).abs().max() < 0.9
+    frequent = [tokenizer.encode(f" {word}")[0] for word in ("the", "cat", "dog", "tree")]
+    assert torch.equal(*(m.lm_head.weight[frequent] for m in (base, tuned_model)))
 
 
 def test_init_alone_goes_on_with_pretraining_on_other_text(base_of, shards, tmp_path):
