@@ -384,8 +384,8 @@ OPTIMIZERS = {
 
 
 def build_optimizer(model, config):
-    """AdamW (arXiv:1711.05101) for what is trained, with weight decay on matrices alone; or Muon for
-    the matrices of the blocks, and AdamW at half its rate for all else."""
+    """AdamW (arXiv:1711.05101) for what is trained, its weight decay for matrices alone. Or Muon
+    for the matrices of the blocks, and AdamW at half its rate for the rest."""
     muon = config.optimizer == "muon"
     groups = [dict(params=[], muon=muon, share=1.0, weight_decay=config.weight_decay),
               dict(params=[], muon=False, share=0.5 if muon else 1.0, weight_decay=0.0)]
@@ -457,15 +457,15 @@ def gradients(run, model, pairs, n, grad_clip):
             # gradients add up over the passes of a step; we want their mean over what counts
             run.scaler.scale(loss * share / n).backward()
         total, counted = total + loss.detach() * share / n, counted + share / n
-    trained = [(name, p) for name, p in run.model.named_parameters() if p.requires_grad]
-    unused = [name for name, p in trained if p.grad is None]
+    grads = {name: p.grad for name, p in run.model.named_parameters() if p.requires_grad}
+    unused = [name for name, grad in grads.items() if grad is None]
     if unused and dist.is_initialized():  # which would wait for them in vain
         raise ValueError(f"{unused[0]} got no gradient: forward must use it, or leave it out")
     run.scaler.unscale_(run.optimizer)
     if len(batch) == 3:  # how much counts differs from batch to batch
         counted, = average([max(float(counted), 1e-9)], run.model.device)
         total = total / counted
-        torch._foreach_div_([p.grad for _, p in trained], counted)
+        torch._foreach_div_([grad for grad in grads.values() if grad is not None], counted)
     return total, clip_gradients(run.model, grad_clip)
 
 
@@ -644,16 +644,16 @@ class Recorder(contextlib.AbstractContextManager):
         self.waiting = deque(maxlen=1)  # a slow disk: a snapshot that still waits gives way
 
     def attempt(self, what, write, *arguments):
-        before, self.troubles[what] = self.troubles.get(what), None
         try:
             write(*arguments)
         except Exception as error:  # whatever it is, training goes on
+            if what not in self.troubles:
+                self.say(f"warning: {what} could not be saved in {self.folder} ({error}); training "
+                         "goes on, the next save tries again")
             self.troubles[what] = error
-        if before and not self.troubles[what]:
-            self.say(f"{what} could be saved again in {self.folder}")
-        elif self.troubles[what] and not before:
-            self.say(f"warning: {what} could not be saved in {self.folder} "
-                     f"({self.troubles[what]}); training goes on, the next save tries again")
+        else:
+            if self.troubles.pop(what, None):
+                self.say(f"{what} could be saved again in {self.folder}")
 
     def log(self, row):
         finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -1096,7 +1096,7 @@ def train(config, model_config=None, say=tqdm.write):
                     run.val_loss = row["val_loss"]
                     run.best_loss, run.best_step = min((run.best_loss, run.best_step),
                                                        (run.val_loss, run.step))
-                high = min(1.03 * run.best_loss, math.log(run.model.config.vocab_size) + 0.1)
+                high = min(1.03 * run.best_loss, math.log(len(run.model.lm_head.weight)) + 0.1)
                 if row["val_loss"] > high:  # the best, or what guessing costs, and a little more
                     say(f"that is worse than {high:.2f}: python -m chapters.doctor {run.folder}")
                 if 0 < config.patience <= (run.step - run.best_step) / config.eval_every:
@@ -1129,11 +1129,12 @@ def summarize(run, seconds, stopped):
     """What train() returns: losses in nats a token, None if not finite; the signal that stopped it
     or 0; some whole words of the validation text to go on with ..."""
     rows, val = read_log(run.folder) or [{}], read_card(run.shards).val
-    kind, special = type(run.batches), run.tokenizer.special.values()
+    kind = type(run.batches)
     bits = kind is TokenLoader and run.val_loss and (
         run.val_loss / math.log(2) * val["tokens"] / val["bytes"])
-    ids = run.prompt or read_split(run.shards, "val")[0][1:50].tolist()
-    words = regex.findall(r"[^\W_]+", run.tokenizer.decode([id for id in ids if id not in special]))
+    text = run.tokenizer.decode(run.prompt or read_split(run.shards, "val")[0][1:50].tolist())
+    asked, _, _ = text.partition("<|assistant|>")
+    words = regex.findall(r"[^\W_]+", regex.sub(r"<\|\w+\|>", " ", asked))
     return dict(folder=str(run.folder), step=run.step, loss=rows[-1].get("loss"), stopped=stopped,
                 val_loss=run.val_loss, bits_per_byte=bits or None, seconds=seconds, kind=kind,
                 tokens_per_second=round(median(row.get("tokens_per_second") or 0 for row in rows)),
