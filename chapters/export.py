@@ -112,13 +112,13 @@ def read_huggingface(path):
     path = Path(path, "tokenizer.json") if Path(path).is_dir() else Path(path)
     state = read_json(path)
     with reading(path):
-        model = state["model"]
-        expect(model["type"], "BPE")
+        expect((model := state["model"])["type"], "BPE")
         expect({name: model[name] for name in CHANGES_IDS if model.get(name)}, {})
         expect(state["normalizer"], None, dict(type="NFC"))
         pattern = split_pattern(state["pre_tokenizer"])
         added = {token["content"]: token["id"] for token in state["added_tokens"]}
-        ids, chars = model["vocab"] | added, sorted(CHAR_TO_BYTE, key=model["vocab"].get)
+        ids = model["vocab"] | added
+        chars = sorted(CHAR_TO_BYTE, key=ids.__getitem__)
         pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
         merges = [tuple(map(to_bytes, pair)) for pair in pairs]
         if model.get("ignore_merges") or len({*map("".join, pairs)}) < len(pairs):

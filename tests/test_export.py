@@ -12,7 +12,7 @@ from tiktoken.load import load_tiktoken_bpe
 from tokenizers import pre_tokenizers
 
 from chapters import export
-from chapters.export import (BYTES, CHAT_TEMPLATE, DIGITS, OUR_START, THEIR_START,
+from chapters.export import (BYTES, CHAT_TEMPLATE, DIGITS, OUR_START, SPLIT, THEIR_START,
                              from_huggingface, from_rank_file, read_huggingface, to_huggingface,
                              to_rank_file)
 from conftest import mistake
@@ -95,6 +95,10 @@ def test_a_tokenizer_of_gpt2s_kind_is_read_from_hugging_faces_file(trained, tmp_
     ("pre_tokenizer", {"pretokenizers": [DIGITS | {"individual_digits": False},
                                          BYTES | {"use_regex": True}]}),
     ("pre_tokenizer", {"pretokenizers": [DIGITS, BYTES | {"use_regex": False}]}),
+    ("pre_tokenizer", {"pretokenizers": [SPLIT | {"pattern": {"Regex": "a"}, "invert": True},
+                                         BYTES | {"use_regex": False}]}),
+    ("pre_tokenizer", {"pretokenizers": [SPLIT | {"pattern": {"Regex": "a"}}] * 2
+                       + [BYTES | {"use_regex": False}]}),
 ])
 def test_what_hugging_face_can_do_and_we_cannot_is_refused(trained, tmp_path, name, value):
     to_huggingface(trained, tmp_path)
@@ -203,6 +207,25 @@ def test_a_tokenizer_whose_ids_are_in_another_order_comes_only_with_its_model(tr
     assert ids == [*range(2, 2 + len(ids) - 2), 0, 1] and tokenizer.eot == len(ids) - 2
     with pytest.raises(ValueError, match="`export in` imports it with its model"):
         from_huggingface(tmp_path)
+
+
+def test_old_files_do_not_say_that_gpt2s_pattern_splits(trained, tmp_path):
+    to_huggingface(trained, tmp_path)
+    state = read_json(tmp_path / "tokenizer.json") | dict(pre_tokenizer=BYTES)
+    write_json(tmp_path / "tokenizer.json", state)
+    assert from_huggingface(tmp_path).pattern == GPT2_SPLIT
+
+
+def test_a_token_that_its_merges_do_not_make_is_refused_where_it_is_found_whole(tmp_path):
+    names, pairs = own_pairs(Tokenizer([(b"b", b"c"), (b"a", b"b"), (b"ab", b"c")], [],
+                                       byte_order=GPT2_BYTES))  # "abc" merges to a, bc
+    steps = split_steps(GPT2_SPLIT)
+    theirs = write_theirs(tmp_path / "tokenizer.json", names, pairs, steps, [], ignore_merges=True)
+    assert theirs.encode("abc").ids == [258]
+    with pytest.raises(ValueError, match="not in the order of the tokens"):
+        read_huggingface(tmp_path)
+    theirs = write_theirs(tmp_path / "tokenizer.json", names, pairs, steps, [])
+    assert theirs.encode("abc").ids == read_huggingface(tmp_path)[0].encode("abc")
 
 
 def test_merges_that_do_not_say_what_merges_first_are_refused(trained, tmp_path):
