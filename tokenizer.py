@@ -583,11 +583,6 @@ class Tokenizer:
         """Train on a str or documents; n_vocab is below vocab_size when they have too few pairs."""
         return cls(train_fast(texts, vocab_size, special_tokens, pattern), special_tokens, pattern)
 
-    @classmethod
-    def train_files(cls, paths, vocab_size, special_tokens=SPECIAL_TOKENS, pattern=GPT4_SPLIT):
-        """Train on UTF-8 text files of any size, in blocks: see read_files."""
-        return cls.train(read_files(paths), vocab_size, special_tokens, pattern)
-
     def encode(self, text, special=False):
         """The ids of a text; special tokens in it become their ids only with special=True."""
         text, ids = well_formed(text), []
@@ -715,26 +710,22 @@ class Tokenizer:
             return cls(merges, encoding._special_tokens, PLAIN.get(pattern, pattern), byte_order)
 
     @classmethod
-    def from_vocab(cls, vocab, merges, pattern):
-        """From printable tokens with their ids; what is neither byte nor merge is special."""
-        merges = [tuple(map(to_bytes, pair)) for pair in merges]
-        byte_order = to_bytes(sorted(CHAR_TO_BYTE, key=vocab.__getitem__))
-        special = {name: id for name, id in vocab.items() if id >= 256 + len(merges)}
-        tokenizer = cls(merges, special, pattern, byte_order)
-        if any(vocab.get(to_chars(tokenizer.tokens[id])) != id for id in range(256 + len(merges))):
-            raise ValueError("ids must go to the 256 bytes first, then to the merges in order")
-        return tokenizer
-
-    @classmethod
     def from_gpt2(cls, vocab_json, merges_txt, special_tokens=()):
         """The tokenizer of GPT-2's two files, with its ids; special_tokens they lack follow."""
         vocab = read_json(vocab_json)
         with reading(f"{vocab_json}, {merges_txt}"):
             lines = Path(merges_txt).read_text(encoding="utf-8").split("\n")
-            lines = lines[lines[0].startswith("#version"):]
+            merges = [tuple(map(to_bytes, line.split(" ")))
+                      for line in lines[lines[0].startswith("#version"):] if line]
+            byte_order = to_bytes(sorted(CHAR_TO_BYTE, key=vocab.__getitem__))
             for name in special_tokens:
                 vocab.setdefault(name, max(vocab.values()) + 1)
-            return cls.from_vocab(vocab, [line.split(" ") for line in lines if line], GPT2_SPLIT)
+            n = 256 + len(merges)  # what is neither a byte nor a merge is special
+            special = {name: id for name, id in vocab.items() if id >= n}
+            tokenizer = cls(merges, special, GPT2_SPLIT, byte_order)
+            if any(vocab.get(to_chars(tokenizer.tokens[id])) != id for id in range(n)):
+                raise ValueError("ids must go to the 256 bytes first, then to the merges in order")
+            return tokenizer
 
 
 def main():

@@ -136,7 +136,7 @@ def test_a_file_without_line_ends_is_read_in_blocks_too(monkeypatch, tmp_path):
     (tmp_path / "text").write_text("ab " * 5000)
     monkeypatch.setattr(module, "BLOCK", 2000)
     assert max(map(len, read_files([tmp_path / "text"]))) == 2000
-    assert Tokenizer.train_files([tmp_path / "text"], 264).merges[0] == (b"a", b"b")
+    assert Tokenizer.train(read_files([tmp_path / "text"]), 264).merges[0] == (b"a", b"b")
 
 
 def test_many_processes_count_what_one_counts(monkeypatch):
