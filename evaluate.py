@@ -192,11 +192,6 @@ def spread(vectors, metric=ratio, n_resamples=1000, seed=0):
     return tuple(np.percentile(metric(np.array(sums)), [2.5, 97.5]).tolist())
 
 
-def bootstrap(sums, units, n_resamples=1000, seed=0):
-    """The interval of sum(sums) / sum(units), where block i of a text has sums[i] and units[i]."""
-    return spread(np.stack([sums, units], axis=1), ratio, n_resamples, seed)
-
-
 def wilson(share, n, z=1.96):
     """The interval of a share of n, which stays within 0 and 1: Wilson (1927)."""
     center, half = share + z * z / 2 / n, z * math.sqrt(share * (1 - share) / n + (z / 2 / n) ** 2)
@@ -329,13 +324,6 @@ def multiple_choice(model, tokenizer, rows):
     outcomes, _ = score_choices(model, tokenizer, [dict(between=None) | row for row in rows])
     return {metric: float(np.mean([outcome[metric][0] for outcome in outcomes]))
             for metric in ("acc", "acc_norm")}
-
-
-def exact_match(text, target, ignore=()):
-    """1.0 if texts are equal but for case and ignored patterns: exact_match("1,0", "10", [","])."""
-    for pattern in ignore:
-        text, target = regex.sub(pattern, "", text), regex.sub(pattern, "", target)
-    return float(text.lower() == target.lower())
 
 
 def table(lines):

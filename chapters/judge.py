@@ -28,7 +28,7 @@ from tqdm import tqdm
 from chapters.dialogue import dialogue_lines, draw_dialogues, percent, run_dialogues, share
 from chapters.questions import GRADE, PAIR, ask, check_judge, read_questions, transcript
 from chapters.talk import AnswerConfig, converse, open_all
-from evaluate import bootstrap, difference, wilson
+from evaluate import difference, ratio, spread, wilson
 from model import check_options, option
 from tokenizer import QUIET, parse_options, refuse_idle, run_command, write_json
 
@@ -110,12 +110,12 @@ def mean_grade(rows):
     if not graded:
         raise ValueError("the judge gave no grade like [[5]]: a run's context may be too short for "
                          "an answer, a smaller --max_tokens makes it shorter")
-    sums, counts = grade_sums(graded).T
-    low, high = bootstrap(sums, counts)
+    sums = grade_sums(graded)
+    low, high = spread(sums)
     turns = defaultdict(list)
     for row in graded:
         turns[row["turn"]].append(row["grade"])
-    return dict(value=sums.sum() / counts.sum(), low=low, high=high,
+    return dict(value=ratio(sums.sum(axis=0)), low=low, high=high,
                 no_grade=len(rows) - len(graded),
                 by_turn={turn: mean(grades) for turn, grades in sorted(turns.items())})
 

@@ -21,8 +21,8 @@ import evaluate
 from chapters import card, exams
 from chapters.box import pass_at_k, run_program
 from chapters.card import calibration_error, overlaps, score_calibrated
-from chapters.exams import (EXAMS, TASKS, download_questions, find_number, format_question,
-                            solved, split_examples, with_examples)
+from chapters.exams import (EXAMS, TASKS, download_questions, exact_match, find_number,
+                            format_question, solved, split_examples, with_examples)
 from chapters.probes import ROWS as PROBES
 from chapters.probes import bleu, f1, rouge_l
 from chapters.prompts import format_row, read_rows
@@ -125,6 +125,11 @@ def test_solved_examples_stand_before_a_question_and_have_its_topic():
     assert asked[1]["context"] == "".join([
         "The following are multiple choice questions (with answers) about law.\n\n",
         *(solved(ready[i]) + "\n\n" for i in (1, 3)), ready[5]["context"]])
+
+
+def test_exact_match_leaves_out_what_it_is_told_to():
+    assert exact_match("The CAT", "the cat") == 1 and exact_match("cats", "cat") == 0
+    assert exact_match("$1,000", "1000", [",", r"\$"]) == 1
 
 
 @pytest.mark.parametrize("text, strict, flexible", [
