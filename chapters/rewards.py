@@ -86,10 +86,10 @@ def pick_reward(name, tokenizer, device):
 
 
 def prefer(reward, question, answers):
-    """The judge: 0 or 1, which of two answers is better, or None. What has the higher reward is, of
-    two that are worth the same the shorter one."""
-    a, b = zip((-r for r in reward([question] * 2, answers)), map(len, answers))
-    return None if a == b else int(b < a)
+    """The judge: 0 or 1, which of two answers is better, or None: what has the higher reward, of
+    two right ones the shorter, of two wrong ones none."""
+    a, b = zip(reward([question] * 2, answers), (-len(answer) for answer in answers))
+    return None if a == b or a[0] == b[0] == 0 else int(b > a)
 
 
 # -----------------------------------------------------------------------------

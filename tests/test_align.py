@@ -279,8 +279,8 @@ def test_the_exact_rule_compares_with_the_row_and_wants_one():
 
 
 @pytest.mark.parametrize("answers, best", [
-    (["55", "54"], 0), (["5", "55?"], 1), (["55?", "55"], 1), (["54", "5"], 1),
-    (["55", "55"], None), (["54", "53"], None)])
+    (["55", "54"], 0), (["5", "55?"], 1), (["55?", "55"], 1), (["54", "5"], None),
+    (["55", "55"], None), (["54?", "55?"], 1)])
 def test_the_judge_prefers_what_is_right_and_then_what_is_short(answers, best):
     reward = by_rule("sums")
     assert prefer(reward, ask("47+8"), answers) == best
@@ -410,6 +410,14 @@ def test_a_large_beta_keeps_the_policy_near_its_reference():
     near, far = (begin("grpo", max_steps=12, beta=beta, learning_rate=3e-3) for beta in (30, 0.01))
     drifts = [[*align.align(it, QUESTIONS)][-1]["kl"] for it in (near, far)]
     assert drifts[0] < drifts[1] / 2
+
+
+@pytest.mark.parametrize("updates, asked", [(1, 4), (2, 2), (3, 2)])
+def test_answers_are_written_anew_after_so_many_updates(updates, asked):
+    it, calls = begin("grpo", updates=updates), []
+    it.reward = lambda questions, answers: calls.append(answers) or [0.0, 1.0] * 4
+    rows = [*align.align(it, QUESTIONS)]
+    assert len(rows) == 4 and len(calls) == asked
 
 
 def test_a_reward_model_learns_which_answer_is_better():
