@@ -117,17 +117,16 @@ def is_held_out(question):
 
 
 def lessons(n, seed=0):
-    """Yield n plain texts that tell of lists, none held out, what the first three tasks ask: with
-    no question and no reply, so that a base model learns of it, but not to answer."""
+    """Yield n plain texts that tell which word of a list, none held out, is of which kind: without
+    questions and replies, so that a base model learns what it is asked later, but not to answer."""
     random, said = Random(seed), 0
     while said < n:
         words = {name: random.choice(own) for name, own in KINDS.items()}
-        order = random.sample([*words.values()], len(words))
-        facts = [("first word", order[0]), ("last word", order[-1]), *words.items()]
-        if not is_held_out(listed := ", ".join(order)):
+        listed = ", ".join(random.sample([*words.values()], len(words)))
+        if not is_held_out(listed):
             said += 1
-            yield f"There are {listed}. " + " ".join(
-                f"The {name} is {word}." for name, word in random.sample(facts, len(facts)))
+            facts = [f"The {name} is {word}." for name, word in words.items()]
+            yield " ".join([f"There are {listed}.", *random.sample(facts, len(facts))])
 
 
 def make(n, seed=0, tasks=SINGLE, held_out=False, largest=99):
