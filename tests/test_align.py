@@ -486,6 +486,7 @@ def test_a_command_writes_a_run_that_loads_and_its_log(words, home, call, monkey
 
 def test_the_pairs_of_a_judge_are_rows_that_dpo_takes(home, call, monkeypatch):
     monkeypatch.chdir(home)
+    monkeypatch.setitem(RULES, "sums", lambda question, answer: True)  # the short one is preferred
     said, errors = call(align, "pairs", "chat", "--data=sums", "--reward=sums", "--out=made.jsonl",
                         "--max_new_tokens=3", "--device=cpu")
     rows = [json.loads(line) for line in (home / "made.jsonl").read_text("utf-8").splitlines()]
@@ -508,6 +509,7 @@ def test_the_pairs_of_a_judge_are_rows_that_dpo_takes(home, call, monkeypatch):
     ("grpo chat --data=sums --max_new_tokens=30", "30 of them for an answer .*block_size=24"),
     ("grpo nix --data=sums", "no run folder nix"), ("grpo chat", "--data"),
     ("grpq chat --data=sums", "did you mean grpo"),
+    ("pairs chat --data=sums.jsonl --reward=sums --out=new.jsonl", "nothing to prefer"),
     ("dpo chat --data=pairs.jsonl --out=judge", "judge already holds a run")])
 def test_a_mistake_is_one_line_and_leaves_nothing(words, what, home, monkeypatch, capsys):
     monkeypatch.chdir(home)
