@@ -943,7 +943,7 @@ class TuneConfig:
     rank: int = option(8, "of lora; channels of an adapter; vectors of a prefix or prompt", low=1)
     alpha: float = option(0.0, "weight of lora: alpha / rank; 0: twice the rank")
     lora_dropout: float = option(0.0, "share of lora's inputs dropped", below=1)
-    targets: str | list = option([*LINEARS], "linear layers that get lora", many=True)
+    targets: str | list | tuple = option(LINEARS, "linear layers that get lora", many=True)
     quant: str | None = option(None, "the frozen layers in int8", known=lambda: ("int8",))
 
     def __post_init__(self):
@@ -952,9 +952,9 @@ class TuneConfig:
         check_known(method, TUNINGS, "tune")
         if (method == "last") != bool(n) or n and not (n.isdecimal() and int(n)):
             raise ValueError(f"tune={self.tune}: how many blocks? such as last:2; others have none")
-        if isinstance(self.targets, str):
-            vars(self).update(targets=[self.targets])  # the class is frozen for everyone else
-        for name in self.targets:
+        names = [self.targets] if isinstance(self.targets, str) else [*self.targets]
+        vars(self).update(targets=names)  # the class is frozen for everyone else
+        for name in names:
             check_known(name, LINEARS, "name in targets")
         if self.quant and method in ("full", "last"):
             raise ValueError(f"quant={self.quant} freezes what --tune={self.tune} trains: leave it "
