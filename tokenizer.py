@@ -734,9 +734,9 @@ def main():
     parser.add_argument("input", nargs="+", help="train: files; encode, show: a text; decode: ids")
     parser.add_argument("--vocab_size", type=int, default=4096, help="of train (default 4096)")
     parser.add_argument("--pattern", choices=SPLITS, default="gpt4", help="of train (default gpt4)")
-    name = dict(default="tokenizer.json")
-    parser.add_argument("--out", help="train writes it (default tokenizer.json)", **name)
-    parser.add_argument("--tokenizer", help="the others read it (default tokenizer.json)", **name)
+    path = "tokenizer.json"
+    parser.add_argument("--out", default=path, help=f"train writes it (default {path})")
+    parser.add_argument("--tokenizer", default=path, help=f"the others read it (default {path})")
     args = parser.parse_intermixed_args()
     idle = ["tokenizer"] if args.command == "train" else ["vocab_size", "pattern", "out"]
     changed = [name for name in idle if getattr(args, name) != parser.get_default(name)]

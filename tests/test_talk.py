@@ -125,6 +125,16 @@ def test_the_command_answers_line_by_line(folder, call, monkeypatch):
     assert text.count("\n") >= 2 and "this message makes" in notes and "error" not in notes
 
 
+def test_with_a_classifier_nobody_talks_and_one_line_says_how_it_is_asked(tmp_path, call, tokenizer,
+                                                                          monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hi\n"))
+    keep(tiny(vocab_size=tokenizer.n_vocab, block_size=64, n_classes=3), tmp_path)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    text, notes = call(talk, tmp_path)
+    assert text == "" and notes.startswith("error: this model judges texts and writes none: ")
+    assert "python -m chapters.clauses ask RUN" in notes and notes.count("\n") == 1
+
+
 @pytest.mark.parametrize("template, warned", [("auto", True), ("chat", True), ("question", False),
                                               ("text", False)])
 def test_a_base_model_is_said_not_to_have_learned_conversations(folder, call, monkeypatch,
