@@ -148,8 +148,8 @@ def windows(tokens, block_size, stride):
 
 
 def surprisal(model, tokens, stride=None):
-    """The surprise -log p in nats of each of N tokens but the first: an array (N - 1,); of a list of
-    arrays, each read alone, one after the other. The window that the model sees moves by stride,
+    """The surprise -log p in nats of each of N tokens but the first, an array (N - 1,); of a list
+    of arrays, each read alone, one after the other. The window that the model sees moves by stride,
     half of it by default: less is more exact, and slower."""
     T = model.config.block_size
     stride = math.ceil(T / 2) if stride is None else stride
