@@ -756,6 +756,7 @@ def test_a_classifier_is_trained_saved_and_loaded(method, rate, base_of, classes
     assert how == "head" and sum(row["label"] == label for row, label in zip(rows, guesses)) > 20
 
 
+@slow
 def test_tokens_that_no_text_had_can_be_told_apart_by_a_frozen_head(base_of, chats, tmp_path):
     """In pretraining the rows of all of them move together, as they are wrong together."""
     train_on(base_of("modern"), chats, tmp_path / "run", max_steps=1)
@@ -853,12 +854,14 @@ def test_a_mistake_is_one_line_and_leaves_no_folder(words, said, base_of, chats,
     assert len(lines) == 1 and not (tmp_path / "run").exists()
 
 
+@slow
 def test_learned_positions_reach_no_further_than_the_base(base_of, chats, tmp_path):
     with pytest.raises(ValueError, match="block_size=128 is above 64, for which --init has"):
         train_on(base_of("gpt2"), chats, tmp_path / "run", block_size=128)
     assert not (tmp_path / "run").exists()
 
 
+@slow
 @pytest.mark.parametrize("change, said", [
     (dict(rank=3), "rank=3 .it has 2."), (dict(tune="prefix"), "tune=prefix .it has lora."),
     (dict(targets=["q_proj"]), "targets="), (dict(alpha=3.0), "alpha=3.0"),
