@@ -5,7 +5,7 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from model import (GPT, LINEARS, TUNINGS, Adapter, KVCache, LoRALinear, QuantLin
 from sample import checkpoints, complete, load_run
 from tokenizer import Tokenizer, read_json
 from train import (TrainConfig, build_optimizer, complete_options, gradients, main, new_run,
-                   read_log, train, update)
+                   read_log, reshaped, train, update)
 
 QUIET = dict(say=lambda text: None)
 slow = pytest.mark.slow
@@ -780,6 +780,16 @@ def test_init_alone_goes_on_with_pretraining_on_other_text(base_of, shards, tmp_
     assert "--tune=full trains" in said and not model.tuning
     assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), base.parameters())
                    if p.dim() == 2)
+
+
+@pytest.mark.parametrize("before, after", [(3, 0), (3, 5), (0, 3)])
+def test_a_head_for_other_classes_starts_anew_and_all_else_stays(before, after):
+    old = tiny(n_classes=before)
+    torch.nn.init.constant_(old.lm_head.weight, 7.0)
+    new = reshaped(old, replace(old.config, n_classes=after))
+    assert new.lm_head.weight.shape == (after or 64, 32) and new.lm_head.weight.abs().max() < 1
+    assert same(*({name: p for name, p in model.named_parameters() if name != "lm_head.weight"}
+                  for model in (old, new)))
 
 
 def test_the_vocabulary_grows_for_a_base_without_the_tokens_of_chats(shards, tmp_path):
