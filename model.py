@@ -940,7 +940,7 @@ TUNINGS = ("full", "head", "last", "bias", "lora", "adapter", "prefix", "prompt"
 class TuneConfig:
     """What of a model is trained."""
     tune: str = option("full", f"what is trained: {' | '.join(TUNINGS)}, the last blocks as last:N")
-    rank: int = option(8, "of lora; channels of an adapter; vectors of a prefix or prompt", low=1)
+    rank: int = option(8, "of lora; channels of an adapter; vectors of a prefix or prompt", 1, 4097)
     alpha: float = option(0.0, "weight of lora: alpha / rank; 0: twice the rank")
     lora_dropout: float = option(0.0, "share of lora's inputs dropped", below=1)
     targets: str | list | tuple = option(LINEARS, "linear layers that get lora", many=True)

@@ -59,8 +59,9 @@ SCHEDULES = {  # share of the learning rate at a progress from 0 to 1; wsd: arXi
     "wsd": lambda progress, decay_ratio: min(1.0, (1 - progress) / decay_ratio),
     "constant": lambda progress, decay_ratio: 1.0,
 }
-# The learning rate after --init, as a share of the one from scratch.
-SHARES = dict(full=0.1, last=0.1, head=1.0, bias=1.0, lora=0.5, adapter=0.5, prefix=3.0, prompt=3.0)
+# AdamW's learning rate after --init, for models of 128 channels and fewer.
+RATES = dict(full=1e-3, last=2e-3, head=1e-2, bias=3e-2, lora=3e-3, adapter=1e-2, prefix=0.1,
+             prompt=0.1)
 # What may be another in a model than in the run of --init, as no weight depends on it.
 FREE = {"block_size", "n_classes", "softcap", "dropout", "label_smoothing", "z_loss", "window"}
 
@@ -84,8 +85,10 @@ class TrainConfig(TuneConfig):
     micro_batch_size: int = option(16, "sequences per forward pass; the rest accumulates", low=1)
     patience: int = option(0, "end after so many validations without a lower loss; 0: never")
     curriculum: float = option(0.0, "share of the run in which sequences are cut short", below=1)
-    optimizer: str = option("muon", known=lambda: OPTIMIZERS)
-    learning_rate: float = option(0.0, "the highest; 0: what suits the optimizer, for muon 0.02")
+    optimizer: str | None = option(None, "else muon, or after --init adamw, with which a model "
+                                   "forgets less", known=lambda: OPTIMIZERS)
+    learning_rate: float = option(0.0, "the highest; 0: what suits the optimizer, for muon 0.02, "
+                                  "and after --init what is tuned and its width")
     min_lr: float = option(0.0, "the last")
     schedule: str = option("linear", known=lambda: SCHEDULES)
     decay_ratio: float = option(0.4, "share of the run in which wsd falls", low=0.01, below=1)
@@ -113,12 +116,13 @@ class TrainConfig(TuneConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        share = SHARES[self.tune.partition(":")[0]] if self.init else 1.0
-        own = dict(learning_rate=self.learning_rate or share * OPTIMIZERS[self.optimizer].rate)
+        own = dict(optimizer=self.optimizer or ("adamw" if self.init else "muon"))
+        if not self.init:  # else prepare_run knows
+            own["learning_rate"] = self.learning_rate or OPTIMIZERS[own["optimizer"]].rate
         if not any(getattr(self, name) for name in LENGTHS):
             own.update(epochs=2.0, minutes=4.0)
         vars(self).update(own)  # the class is frozen for everyone else
-        if self.min_lr > self.learning_rate:
+        if self.min_lr > self.learning_rate > 0:
             raise ValueError(f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}")
 
 
@@ -405,6 +409,13 @@ def set_rate(optimizer, rate):
     for group in optimizer.param_groups:
         own = rate * group["share"]
         group["lr"] = group["lr"].fill_(own) if torch.is_tensor(group["lr"]) else own
+
+
+def tuning_rate(config, n_embd):
+    """The learning rate that suits what is tuned: wider models want less (arXiv:2203.03466); Muon's
+    steps have a length of their own."""
+    rate = RATES[config.tune.partition(":")[0]]
+    return 3 * rate if config.optimizer == "muon" else rate * min(1.0, 128 / n_embd)
 
 
 def parallelize(model, world_size, device):
@@ -837,7 +848,8 @@ def prepare_run(config, model_config, say, stack):
     loader = check_data(shards, shape, config, known, tokenizer)
     stack.enter_context(memory_explained(micro, shape.block_size, device))
     precision, dtype = pick_precision(config.precision, device)
-    config = replace(config, precision=precision)
+    config = replace(config, precision=precision, learning_rate=(
+        config.learning_rate or tuning_rate(config, shape.n_embd)))
     torch.manual_seed(config.seed)
     folder = claim_folder(config, shards, stack) if rank == 0 else run_folder(config, shards)
     if config.resume:
