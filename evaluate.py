@@ -326,6 +326,13 @@ def multiple_choice(model, tokenizer, rows):
             for metric in ("acc", "acc_norm")}
 
 
+def exact_match(text, target, ignore=()):
+    """1.0 if texts are equal but for case and ignored patterns: exact_match("1,0", "10", [","])."""
+    for pattern in ignore:
+        text, target = regex.sub(pattern, "", text), regex.sub(pattern, "", target)
+    return float(text.lower() == target.lower())
+
+
 def table(lines):
     """Lines of cells as text, each column as wide as its widest cell."""
     widths = [max(map(len, column)) for column in zip(*lines)]

@@ -583,6 +583,11 @@ class Tokenizer:
         """Train on a str or documents; n_vocab is below vocab_size when they have too few pairs."""
         return cls(train_fast(texts, vocab_size, special_tokens, pattern), special_tokens, pattern)
 
+    @classmethod
+    def train_files(cls, paths, vocab_size, special_tokens=SPECIAL_TOKENS, pattern=GPT4_SPLIT):
+        """Train on UTF-8 text files of any size, in blocks: see read_files."""
+        return cls.train(read_files(paths), vocab_size, special_tokens, pattern)
+
     def encode(self, text, special=False):
         """The ids of a text; special tokens in it become their ids only with special=True."""
         text, ids = well_formed(text), []

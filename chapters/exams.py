@@ -34,7 +34,7 @@ from chapters.prompts import (EXAMPLE_ROW, format_arc, format_boolq, format_gsm8
                               format_piqa, format_row, format_truthfulqa, format_truthfulqa_mc2,
                               format_winogrande, is_question, read_rows)
 from data import download
-from evaluate import EvaluateConfig, Task, exp_ratio, pairs_of, ratio, score_runs
+from evaluate import EvaluateConfig, Task, exact_match, exp_ratio, pairs_of, ratio, score_runs
 from model import option
 from tokenizer import Tokenizer, parse_options, read_json, reading, run_command, write_json
 
@@ -46,13 +46,6 @@ ROWS_URL = "https://datasets-server.huggingface.co/rows?"  # 100 rows of a data 
 NUMBERS = {"exact, strict": (r"#### (\-?[0-9\.\,]+)", 0),  # where an answer's number is looked for
            "exact, flexible": (r"(-?[$0-9.,]{2,})|(-?[0-9]+)", -1)}
 NUMBER_IGNORE = [",", r"\$", r"(?s).*#### ", r"\.$"]
-
-
-def exact_match(text, target, ignore=()):
-    """1.0 if texts are equal but for case and ignored patterns: exact_match("1,0", "10", [","])."""
-    for pattern in ignore:
-        text, target = re.sub(pattern, "", text), re.sub(pattern, "", target)
-    return float(text.lower() == target.lower())
 
 
 def find_number(text, pattern, place):

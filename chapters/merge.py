@@ -43,7 +43,8 @@ def merge_run(folder, out, which="best"):
     if config.exists():  # of imported weights there is none
         saved = read_json(config)
         write_json(out / "config.json", saved | dict(
-            model=asdict(model.config), train=saved["train"] | asdict(TuneConfig()) | dict(init="")))
+            model=asdict(model.config),
+            train=saved["train"] | asdict(TuneConfig()) | dict(init="")))
     progress = read_progress(path)
     with replacing(out / path.name) as file:
         save_model(model, file, step=progress["step"], val_loss=progress.get("val_loss"))
