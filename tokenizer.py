@@ -653,8 +653,9 @@ class Tokenizer:
                 roles = [role for role in roles if role in last]
             if not (isinstance(message, dict) and isinstance(message.get("content"), str)
                     and message.get("role") in roles):
+                here = " or ".join(roles) or f"not the last: that is {' or '.join(last)}"
                 raise ValueError(f"message {i} is {message!r:.60}: it must be a dict of content, a "
-                                 f"str, and role, here {' or '.join(roles) or 'not the last'}")
+                                 f"str, and role, here {here}")
             text = [*self.encode(message["content"]), self.special["<|end|>"]]
             ids += [self.special[f"<|{message['role']}|>"], *text]
             loss_mask += [False] + [message["role"] == "assistant"] * len(text)
