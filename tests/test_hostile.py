@@ -208,6 +208,7 @@ def test_an_optimizer_state_that_does_not_fit_the_weights_is_refused(resumed):
         assert "step_000001" in refused(resumed, lambda header: header[name].update(shape=shape))
 
 
+@pytest.mark.slow
 def test_progress_of_the_wrong_kind_is_refused(resumed, tmp_path):
     resumed()
     known = read_progress(tmp_path / "step_000001.safetensors")

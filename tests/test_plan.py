@@ -266,6 +266,7 @@ def test_a_plan_of_175_billion_parameters_costs_nothing(call, tmp_path, monkeypa
     assert "H100" in out and "kWh" in out and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_plan_says_whether_its_data_is_prepared(call, shards):
     small = ("--n_layer=1", "--n_head=1", "--n_embd=16", "--block_size=16", "--batch_size=2")
     out, _ = call(plan, f"--data={shards}", *small, "--tokens=1000")

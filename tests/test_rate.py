@@ -105,6 +105,7 @@ def test_equal_answers_are_a_tie_that_nobody_is_asked_about(tmp_path):
     assert [row["winner"] for row in read_votes(session.path)] == ["tie", "tie"]
 
 
+@pytest.mark.slow
 def test_the_order_is_random_and_the_same_again(tmp_path):
     def orders(seed):
         session = Session(MODELS, map(str, range(40)), tmp_path / f"{seed}.jsonl", seed)

@@ -165,6 +165,7 @@ def test_a_setting_that_does_not_fit_its_data_or_memory_is_refused_before_the_fi
     assert message in error and not shown and not [*tmp_path.iterdir()]
 
 
+@pytest.mark.slow
 def test_another_text_under_the_name_is_another_search(tmp_path, monkeypatch, call):
     monkeypatch.chdir(tmp_path)
     words = ["--data=text.txt", "--vocab_size=262", "--seeds=2", "--max_steps=10", "--out=found",

@@ -400,6 +400,7 @@ def files_up_to(n_bytes):
 
 
 @posix
+@pytest.mark.slow
 def test_a_full_disk_ends_no_run_and_it_saves_again_when_there_is_room(shards, tmp_path,
                                                                       undisturbed):
     said, options = [], dict(max_steps=12, eval_every=2)
@@ -553,6 +554,7 @@ def test_a_step_with_a_bad_number_changes_no_weight_and_is_in_the_log(shards, tm
     assert summary["skipped"] == 2 and summary["step"] == 8
 
 
+@pytest.mark.slow
 def test_too_many_bad_steps_in_a_row_end_the_run_saved_as_before_them(shards, tmp_path):
     config, shape = configure(shards, tmp_path / "run", max_steps=50, bad_steps=3)
     act, seen = spoil({3, 6, 7, 8}, with_nan)

@@ -229,6 +229,7 @@ def test_a_base_model_is_found_not_to_know_chats(folder):
     assert LocalModel(folder, base="text").template == "text"
 
 
+@pytest.mark.slow
 def test_a_model_that_has_learned_to_end_answers_is_asked_as_a_chat(folder):
     run = LocalModel(folder, max_new_tokens=20, temperature=0)
     optimizer = torch.optim.AdamW(run.model.parameters(), lr=1e-2)

@@ -406,6 +406,7 @@ def test_a_log_line_that_was_cut_off_is_left_out(tmp_path):
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_finished_run_says_that_its_rate_jumps_and_rewarm_climbs(shards, tmp_path):
     config, shape = configure(shards, tmp_path / "run", max_steps=8, learning_rate=0.01)
     train(config, shape, **QUIET)
@@ -425,6 +426,7 @@ def test_a_finished_run_says_that_its_rate_jumps_and_rewarm_climbs(shards, tmp_p
     assert warm[10:] == sorted(warm[10:], reverse=True) and warm[15] < 0.004
 
 
+@pytest.mark.slow
 def test_a_schedule_that_began_anew_goes_on_after_a_stop(shards, tmp_path):
     config, shape = configure(shards, tmp_path / "a", max_steps=4)
     train(config, shape, **QUIET)
@@ -459,6 +461,7 @@ def test_a_log_row_that_lacks_its_numbers_stops_no_resume(shards, tmp_path):
     assert train(dataclasses.replace(config, resume=True, max_steps=2), **QUIET)["step"] == 2
 
 
+@pytest.mark.slow
 def test_a_new_optimizer_is_one_row_and_resumes(shards, tmp_path, monkeypatch):
     monkeypatch.setitem(OPTIMIZERS, "sgd", Optimizer(0.1, lambda groups, lr, **options:
                         torch.optim.SGD(groups, lr, momentum=0.9)))
