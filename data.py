@@ -280,6 +280,8 @@ def take_chat(row):
         messages = row[kind]
     else:
         asks, says = row[CHATS[kind]], row[kind]
+        if kind == "label" and (says == "" or not isinstance(says, str | int)):
+            raise ValueError(f"label {says!r:.40} must be a text or a whole number")
         if kind == "output" and row.get("input") and isinstance(asks, str):
             asks += f"\n\n{row['input']}"
         messages = [dict(role="user", content=asks), dict(
@@ -969,7 +971,8 @@ class ClassLoader(Loader):
         tokenizer = load_tokenizer(Path(path, "tokenizer.json"))
         self.labels = read_card(path).labels
         if not self.labels:
-            raise ValueError(f"{path} has no labels: make shards of rows with a text and a label")
+            raise ValueError(f"{path} has no labels: make shards of rows with a text and a label, "
+                             "or give --n_classes=0")
         self.begins, ends, turns, _ = find_turns(self.shards, tokenizer.special)
         self.ends, self.eot = turns[np.searchsorted(turns, ends) - 1], tokenizer.eot
         names = [tokenizer.decode(self.read(*span).tolist()).removesuffix("<|end|>")

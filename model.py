@@ -951,7 +951,8 @@ class TuneConfig:
         method, _, n = self.tune.partition(":")
         check_known(method, TUNINGS, "tune")
         if (method == "last") != bool(n) or n and not (n.isdecimal() and int(n)):
-            raise ValueError(f"tune={self.tune}: how many blocks? such as last:2; others have none")
+            raise ValueError(f"tune={self.tune}: last needs a number of blocks, 1 or more, such as "
+                             "last:2, and nothing else takes one")
         names = [self.targets] if isinstance(self.targets, str) else [*self.targets]
         vars(self).update(targets=names)  # the class is frozen for everyone else
         for name in names:

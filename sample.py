@@ -541,8 +541,8 @@ def as_turns(model, tokenizer, texts):
     said = [text.rstrip("\n") for text in texts]
     prompts = [tokenizer.render_prompt([dict(role="user", content=text)]) for text in said]
     if not knows_chats(model, tokenizer):
-        raise ValueError("this model never learned to hold a conversation, as its answers have no "
-                         "end: python train.py --init=RUN --data=chats.jsonl teaches it to")
+        raise ValueError("this model never learned to hold a conversation, or not yet, as its "
+                         "answers have no end: python train.py --init=RUN --data=chats.jsonl")
     return [*zip([f"{text}\n" * (len(said) > 1) for text in said], prompts)]
 
 

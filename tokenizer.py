@@ -649,13 +649,13 @@ class Tokenizer:
         ids, loss_mask = [self.eot], [False]
         for i, message in enumerate(messages):
             roles = ["user", "assistant", "tool"] if i else ["system", "user"]
-            if i == len(messages) - 1:
-                roles = [role for role in roles if role in last]
             if not (isinstance(message, dict) and isinstance(message.get("content"), str)
                     and message.get("role") in roles):
-                here = " or ".join(roles) or f"not the last: that is {' or '.join(last)}"
                 raise ValueError(f"message {i} is {message!r:.60}: it must be a dict of content, a "
-                                 f"str, and role, here {here}")
+                                 f"str, and role, here {' or '.join(roles)}")
+            if i == len(messages) - 1 and message["role"] not in last:
+                raise ValueError(f"the last message, {i}, is of role {message['role']}: it must be "
+                                 f"of {' or '.join(last)}")
             text = [*self.encode(message["content"]), self.special["<|end|>"]]
             ids += [self.special[f"<|{message['role']}|>"], *text]
             loss_mask += [False] + [message["role"] == "assistant"] * len(text)

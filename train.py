@@ -180,7 +180,7 @@ def complete_options(typed, typed_model):
     method, tuning = config.tune.partition(":")[0], [f.name for f in fields(TuneConfig)]
     other = f"beside --tune={method}"
     for act, names, beside in (
-            (config.init, [*tuning, "n_classes"], "without --init"),
+            (config.init, [*tuning, "n_classes"], "without --init=RUN"),
             (method in ("lora", "adapter", "prefix", "prompt"), ["rank"], other),
             (method == "lora", ["alpha", "lora_dropout", "targets"], other),
             (config.schedule == "wsd", ["decay_ratio"], "without --schedule=wsd"),
@@ -758,7 +758,7 @@ def check_resume(run, shape, card, say):
     old, new = asdict(run.model.config) | asdict(before), asdict(shape) | asdict(run.config)
     changed = {name: f"{name}={value} (it has {old[name]})" for name, value in new.items()
                if value != old[name] and name not in ("data", "out", "config", "resume")}
-    fixed = (*asdict(shape), "size", "optimizer", "init", *(f.name for f in fields(TuneConfig)))
+    fixed = (*asdict(shape), "size", "optimizer", *(f.name for f in fields(TuneConfig)))
     wrong = [changed[n] for n in fixed if n in changed]
     if Tokenizer.load(run.folder / "tokenizer.json").hash() != run.tokenizer.hash():
         wrong.append("another tokenizer")
@@ -798,12 +798,7 @@ def tell_apart(head, unseen):
 def start_model(base, config, shape, tokenizer, loader, folder, say):
     """The model of --init in this shape, tuned as --tune says. What it was before goes to a file of
     the folder, where there is one: checkpoints hold only what is trained."""
-    if shape.position == "learned" and shape.block_size > base.config.block_size:
-        raise ValueError(f"block_size={shape.block_size} is above {base.config.block_size}, for "
-                         "which --init has learned positions: leave it out")
-    model = merge(base)
-    if shape != model.config:
-        model = reshaped(model, shape)
+    model = base if shape == base.config else reshaped(base, shape)
     if loader is ChatLoader:
         tell_apart(model.lm_head.weight, tokenizer.special["<|tool|>"])
     if folder and config.tune != "full":
@@ -823,9 +818,11 @@ def check_data(shards, shape, config, known, tokenizer):
     if known and tokenizer.hash() not in (known.hash(), for_chats(known).hash()):
         raise ValueError(f"{shards} was made with another tokenizer than {config.init}'s: make it "
                          f"again, data.py SOURCE --tokenizer={config.init}/tokenizer.json")
-    if shape.n_classes and shape.n_classes != len(labels := read_card(shards).labels):
-        raise ValueError(f"n_classes={shape.n_classes}: {shards} has {len(labels)} labels"
-                         f": {', '.join(labels)[:200]}")
+    n_labels = len(labels := read_card(shards).labels)
+    if shape.n_classes and not shape.n_classes == n_labels > 1:
+        raise ValueError(f"n_classes={shape.n_classes}: {shards} has {n_labels} different labels, "
+                         f"{', '.join(labels):.200}: a classifier needs two or more, and "
+                         "--n_classes=0 trains on what is written")
     if loader is not TokenLoader and (config.curriculum or config.cuda_graph):
         raise ValueError("--curriculum and --cuda_graph are for texts, not chats: leave them out")
     return loader
@@ -835,12 +832,19 @@ def prepare_run(config, model_config, say, stack):
     """Data and model, new or resumed, that fit -> Run; the ExitStack lets go of it at the end."""
     rank, world_size, device = start_processes(config)
     micro, _ = split_batch(config, world_size)
-    base, known = (load_finished(config.init, device=device) if config.init and not config.resume
-                   else (None, None))
+    base = known = None
+    if config.init and config.resume:
+        known = Tokenizer.load(run_folder(config) / "tokenizer.json")
+    elif config.init:
+        base, known = load_finished(config.init, device=device)
+        merge(base)
     shape = model_config or (
         read_config(run_folder(config) / "config.json")[1] if config.resume else
         base.config if base else model_shape(config.size, config.vocab_size))
     check_model(shape, config)
+    if base and shape.position == "learned" and shape.block_size > base.config.block_size:
+        raise ValueError(f"block_size={shape.block_size} is above {base.config.block_size}, for "
+                         "which --init has learned positions: leave it out")
     check_memory(shape, config, micro, device)  # before the data is made
     shards = find_shards(config, rank, say, known)
     tokenizer = load_tokenizer(shards / "tokenizer.json")
@@ -1133,6 +1137,8 @@ def train(config, model_config=None, say=tqdm.write):
                 if is_check and progress < 1 and not (why or run.model.config.n_classes):
                     say(sample_lines(run.model, run.tokenizer, config.sample_tokens, config.seed,
                                      run.prompt))
+        if run.step == first and run.val_loss is None:  # it ended between two validations
+            run.val_loss = validation_loss(run.model, run.shards, config, rank, world_size)
     stopped = int(asked[0]) if asked else int(signal.SIGTERM) * bool(stopping)
     return summarize(run, time.perf_counter() - began, stopped) if is_main else None
 
@@ -1173,14 +1179,15 @@ def main():
     if end.skipped == end.step:
         raise ValueError(f"all {end.step} steps were skipped, so the model learned nothing: "
                          f"{doctor}")
+    ask = {ChatLoader: "sample.py {} --chat", TokenLoader: "sample.py {}"}.get(
+        end.kind, "-m chapters.clauses ask {}").format(end.folder)
     if end.kind is not ClassLoader:
         print(sample_lines(*load_finished(end.folder), 200, 1, end.prompt))
     bits = f", {end.bits_per_byte:.3f} bits per byte" if end.bits_per_byte else ""
-    chat = " --chat" if end.kind is ChatLoader else ""
     print(f"{end.step:,} steps in {end.seconds:.0f} seconds on {end.how}, "
           f"{end.tokens_per_second:,} tokens/s: validation loss {end.val_loss:.4f}{bits}\n"
           f"{end.folder} holds the model, its log and its picture {end.folder}/loss.png\n"
-          f'next: python sample.py {end.folder}{chat} --prompt="{end.words}"')
+          f'next: python {ask} --prompt="{end.words}"')
 
 
 if __name__ == "__main__":

@@ -376,7 +376,7 @@ CLEANED = [CHATS[0], chat("Add.\n\n1 1", "2"), chat("Say a.", "a"), chat("b", "c
     ("a.jsonl.gz", gzip.compress, "\n".join)])
 def test_rows_of_all_kinds_become_the_documents_that_render_chat_makes(tmp_path, name, pack, form):
     again = dict(messages=[message | dict(name="Ann") for message in CHATS[0]])
-    rows = [*ROWS[:2], *BROKEN, *ROWS[2:], again, dict(text="", label="")]
+    rows = [*ROWS[:2], *BROKEN, *ROWS[2:], again, dict(instruction="", output="")]
     (tmp_path / name).write_bytes(pack(form([*map(json.dumps, rows)]).encode()))
     out = prepare(tmp_path / name, tmp_path / "out", tokenizer=TOKENIZER, **quiet)
     documents = documents_in(out, "train") + documents_in(out, "val")
@@ -437,7 +437,7 @@ def test_no_chat_is_cut_and_one_alone_is_one_line(tmp_path):
 
 
 def test_a_file_without_a_chat_names_the_first_reason(tmp_path):
-    for row, reason in ((dict(messages=CHATS[1][:3]), "row 1: message 2 is .* here assistant"),
+    for row, reason in ((dict(messages=CHATS[1][:3]), "row 1: the last message, 2, is of role user"),
                         (dict(messages=[]), "row 1: a chat is a list of messages"),
                         (dict(instruction="a", output=7.5), "row 1: message 1 is .*7.5")):
         path = write_rows(tmp_path / "a.jsonl", [row, BROKEN[0]])

@@ -659,8 +659,8 @@ def test_each_line_of_a_file_is_a_turn_and_a_whole_file_is_one(chat, tmp_path):
 def test_a_run_that_never_learned_chats_says_so_and_how_to_teach_it(folder, monkeypatch, capsys):
     code, lines = mistake(sample.main, monkeypatch, capsys, folder, "--chat", "--prompt=Hi")
     assert (code, lines) == (1, [
-        "error: this model never learned to hold a conversation, as its answers have no end: "
-        "python train.py --init=RUN --data=chats.jsonl teaches it to"])
+        "error: this model never learned to hold a conversation, or not yet, as its answers have "
+        "no end: python train.py --init=RUN --data=chats.jsonl"])
 
 
 def test_a_tokenizer_without_the_tokens_of_chats_is_said(folder, monkeypatch, capsys):

@@ -399,7 +399,7 @@ def test_a_text_in_a_chat_never_makes_a_special_id(trained, name):
     ([turn("robot"), turn("user")], "and role, here system or user"),
     ([dict(content="hi")], "message 0 is {'content': 'hi'}"), ([turn(["user"])], "message 0"),
     ([turn("user"), turn("system"), turn("user")], "message 1 is {'role': 'system'"),
-    ([turn("assistant")], "message 0"), ([turn("tool")], "message 0"), ([turn("system")], "here "),
+    ([turn("assistant")], "message 0"), ([turn("tool")], "message 0"), ([turn("system")], "last message, 0,"),
 ])
 def test_messages_that_are_no_chat_are_refused_in_one_line(trained, messages, problem):
     for render in trained.render_chat, trained.render_prompt:
@@ -409,9 +409,9 @@ def test_messages_that_are_no_chat_are_refused_in_one_line(trained, messages, pr
 
 
 def test_who_speaks_last_decides_between_chat_and_prompt(trained):
-    with pytest.raises(ValueError, match="message 1 .* role, here assistant"):
+    with pytest.raises(ValueError, match="last message, 1, is of role user"):
         trained.render_chat(CHAT[:2])
-    with pytest.raises(ValueError, match="role, here user or tool"):
+    with pytest.raises(ValueError, match="must be of user or tool"):
         trained.render_prompt(CHAT)
 
 
