@@ -437,7 +437,7 @@ def test_no_chat_is_cut_and_one_alone_is_one_line(tmp_path):
 
 
 def test_a_file_without_a_chat_names_the_first_reason(tmp_path):
-    for row, reason in ((dict(messages=CHATS[1][:3]), "row 1: the last message, 2, is of role user"),
+    for row, reason in ((dict(messages=CHATS[1][:3]), "row 1: the last message, 2, is of role us"),
                         (dict(messages=[]), "row 1: a chat is a list of messages"),
                         (dict(instruction="a", output=7.5), "row 1: message 1 is .*7.5")):
         path = write_rows(tmp_path / "a.jsonl", [row, BROKEN[0]])

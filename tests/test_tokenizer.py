@@ -399,7 +399,8 @@ def test_a_text_in_a_chat_never_makes_a_special_id(trained, name):
     ([turn("robot"), turn("user")], "and role, here system or user"),
     ([dict(content="hi")], "message 0 is {'content': 'hi'}"), ([turn(["user"])], "message 0"),
     ([turn("user"), turn("system"), turn("user")], "message 1 is {'role': 'system'"),
-    ([turn("assistant")], "message 0"), ([turn("tool")], "message 0"), ([turn("system")], "last message, 0,"),
+    ([turn("assistant")], "message 0"), ([turn("tool")], "message 0"),
+    ([turn("system")], "last message, 0,"),
 ])
 def test_messages_that_are_no_chat_are_refused_in_one_line(trained, messages, problem):
     for render in trained.render_chat, trained.render_prompt:
