@@ -43,7 +43,7 @@ def asked(question):
 def is_exact(question, answer):
     """Whether the answer is the one that the row gives, spaces at both ends aside."""
     if question.right is None:
-        raise ValueError("--reward=exact needs right answers, and these prompts have none: give rows "
+        raise ValueError("--reward=exact needs right answers, which these prompts lack: give rows "
                          "with messages, or with instruction and output")
     return answer.strip() == question.right.strip()
 

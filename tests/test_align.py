@@ -272,7 +272,7 @@ def test_the_rule_of_brackets_is_that_pairs_can_be_crossed_out_until_nothing_is_
 
 def test_the_exact_rule_compares_with_the_row_and_wants_one():
     assert is_exact(ask("?", "yes"), " yes\n") and not is_exact(ask("?", "yes"), "yes" + CUT)
-    with pytest.raises(ValueError, match="these prompts have none"):
+    with pytest.raises(ValueError, match="these prompts lack"):
         is_exact(ask("?"), "yes")
     with pytest.raises(ValueError, match="prompts such as 47"):
         is_sum(ask("two plus two"), "4")
@@ -505,7 +505,7 @@ def test_the_pairs_of_a_judge_are_rows_that_dpo_takes(home, call, monkeypatch):
     ("dpo chat --data=pairs.jsonl --smoothing=0.5", "smoothing=0.5 must be"),
     ("grpo chat --data=sums.jsonl --reward=sum", "did you mean sums"),
     ("grpo chat --data=sums.jsonl --reward=other", "n_classes=0, .* makes a model that judges"),
-    ("grpo chat --data=pairs.jsonl", "these prompts have none"),
+    ("grpo chat --data=pairs.jsonl", "these prompts lack"),
     ("grpo chat --data=sums --max_new_tokens=30", "30 of them for an answer .*block_size=24"),
     ("grpo nix --data=sums", "no run folder nix"), ("grpo chat", "--data"),
     ("grpq chat --data=sums", "did you mean grpo"),

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, keep, mistake, tiny
 
+import train as train_file
 from chapters.clauses import guess
 from data import ChatLoader, TokenLoader, prepare
 from model import (GPT, LINEARS, TUNINGS, Adapter, KVCache, LoRALinear, QuantLinear, TuneConfig,
@@ -22,7 +23,7 @@ from model import (GPT, LINEARS, TUNINGS, Adapter, KVCache, LoRALinear, QuantLin
 from sample import checkpoints, complete, load_run
 from tokenizer import Tokenizer, read_json
 from train import (TrainConfig, build_optimizer, complete_options, gradients, main, new_run,
-                   read_log, reshaped, train, update)
+                   read_log, reshaped, save_run, snapshot, train, update)
 
 QUIET = dict(say=lambda text: None)
 slow = pytest.mark.slow
@@ -895,3 +896,45 @@ def test_an_adapter_is_no_base_for_others(base_of, chats, tmp_path):
     train_on(base_of("modern"), chats, tmp_path / "run", "adapter", max_steps=1)
     with pytest.raises(ValueError, match="so it cannot be merged: take lora, or the run that"):
         train_on(tmp_path / "run", chats, tmp_path / "other")
+
+
+@slow
+def test_a_run_is_resumed_with_the_words_it_was_begun_with(base_of, tmp_path, monkeypatch, call):
+    monkeypatch.chdir(tmp_path)
+    rows = [dict(instruction=f"the {word} {i}", output=word) for i in range(20)
+            for word in ("dog", "cat")]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    words = ("--data=rows.jsonl", "--tune=lora", "--rank=2", "--out=run", "--batch_size=4",
+             "--eval_every=2", f"--init={base_of('modern')}")
+    call(train_file, *words, "--max_steps=2")
+    _, errors = call(train_file, *words[:-1], f"{words[-1]}/", "--max_steps=4", "--resume")
+    assert max(checkpoints("run")) == 4 and "error" not in errors
+    assert [path.name for path in Path("shards").glob("[!.]*")] == ["rows"]
+
+
+@slow
+def test_a_run_that_ended_between_two_validations_is_measured_when_it_is_resumed(
+        base_of, chats, tmp_path):
+    train_on(base_of("modern"), chats, tmp_path / "run", max_steps=2)
+    config = configure(chats, tmp_path / "run", resume=True, max_steps=2)
+    run = train_file.load_run(tmp_path / "run", config[0], "cpu")
+    run.val_loss = None  # as where Ctrl-C stops a run
+    save_run(tmp_path / "run", snapshot(run))
+    assert train(*config, **QUIET)["val_loss"] > 0
+
+
+@slow
+def test_the_next_command_for_a_classifier_asks_it(base_of, classes, tmp_path, call):
+    out, _ = call(train_file, f"--init={base_of('modern')}", f"--data={classes}", "--n_classes=3",
+                  "--max_steps=2", "--batch_size=4", f"--out={tmp_path / 'run'}")
+    assert f"next: python -m chapters.clauses ask {tmp_path / 'run'} --prompt=" in out
+
+
+@slow
+def test_a_classifier_needs_two_labels(base_of, shards, tmp_path, monkeypatch, capsys):
+    rows = [dict(text=f"the dog {i}", label="dog") for i in range(30)]
+    data = prepare([write_rows(tmp_path / "rows.jsonl", rows)], tmp_path / "one",
+                   tokenizer=shards / "tokenizer.json", **QUIET)
+    code, lines = mistake(main, monkeypatch, capsys, f"--init={base_of('modern')}",
+                          f"--data={data}", "--n_classes=1", f"--out={tmp_path / 'run'}")
+    assert code == 1 and "has 1 different labels, dog: a classifier needs two" in lines[-1]
