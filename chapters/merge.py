@@ -16,7 +16,7 @@ if __name__ == "__main__":  # `python chapters/merge.py` works as well, from any
 
 from model import TuneConfig, check_options, merge, option, read_progress, save_model
 from sample import checkpoints, load_run, newest_run, pick_checkpoint
-from tokenizer import parse_options, read_json, replacing, run_command, write_json
+from tokenizer import parse_options, read_json, reading, replacing, run_command, write_json
 
 
 @dataclass(frozen=True)
@@ -29,26 +29,31 @@ class MergeConfig:
     __post_init__ = check_options
 
 
+def plain_config(path, model):
+    """What config.json says of a run, changed to fit its plain model; a run that chapters/align.py
+    wrote has no options of training, one of imported weights nothing."""
+    saved = read_json(path) if path.exists() else {}
+    with reading(path):
+        plain = asdict(TuneConfig()) | dict(init="")
+        return {name: value | plain if name == "train" else value
+                for name, value in saved.items()} | dict(model=asdict(model.config))
+
+
 def merge_run(folder, out, which="best"):
-    """Write the model of a run as the only checkpoint of a new run folder; -> how many parameters
-    it has. ValueError where no plain model gives the same, or the folder holds a run."""
+    """Write the model of a run as the only checkpoint of a new run folder -> the plain model.
+    ValueError where none gives the same, or the folder holds a run."""
     path, out = pick_checkpoint(folder, which), Path(out)
     if checkpoints(out):
         raise ValueError(f"{out} already holds a run: choose another --out")
     model, tokenizer = load_run(folder, path)
     merge(model)
+    config, progress = plain_config(Path(folder, "config.json"), model), read_progress(path)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(out / "tokenizer.json")
-    config = Path(folder, "config.json")
-    if config.exists():  # of imported weights there is none
-        saved = read_json(config)
-        write_json(out / "config.json", saved | dict(
-            model=asdict(model.config),
-            train=saved["train"] | asdict(TuneConfig()) | dict(init="")))
-    progress = read_progress(path)
+    write_json(out / "config.json", config)
     with replacing(out / path.name) as file:
         save_model(model, file, step=progress["step"], val_loss=progress.get("val_loss"))
-    return model.n_parameters()
+    return model
 
 
 def main():
@@ -56,8 +61,12 @@ def main():
     config = MergeConfig(**typed)
     folder = config.run or newest_run()
     out = config.out or f"{Path(folder)}-merged"
-    print(f"{out}: {merge_run(folder, out, config.checkpoint):,} parameters, a plain model\n"
-          f"next: python sample.py {out}")
+    model = merge_run(folder, out, config.checkpoint)
+    ask = "-m chapters.clauses ask {} --prompt=TEXT" if model.config.n_classes > 1 else (
+        "-m chapters.align ppo RUN --data=QUESTIONS --reward={}" if model.config.n_classes else
+        "sample.py {}")
+    print(f"{out}: {model.n_parameters():,} parameters, a plain model\n"
+          f"next: python {ask.format(out)}")
 
 
 if __name__ == "__main__":

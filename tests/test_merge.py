@@ -7,7 +7,7 @@ from conftest import mistake, tiny
 from chapters import merge
 from model import TuneConfig, load_model, read_header, save_model, tune
 from sample import checkpoints, load_run
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, read_json, write_json
 from train import read_config
 
 
@@ -59,6 +59,32 @@ def test_a_folder_that_holds_a_run_is_left_alone(tuned, monkeypatch, capsys):
     folder, _ = tuned("lora")
     code, lines = mistake(merge.main, monkeypatch, capsys, folder, f"--out={folder}")
     assert code == 1 and "already holds a run" in lines[0]
+
+
+def test_what_the_config_says_of_an_aligned_run_stays(tuned, call):
+    folder, _ = tuned("lora")
+    write_json(folder / "config.json", dict(model={}, align=dict(beta=0.5)))
+    call(merge, folder)
+    saved = read_json(folder.with_name("run-merged") / "config.json")
+    assert saved["align"] == dict(beta=0.5) and saved["model"]["n_layer"] > 0
+    assert "train" not in saved
+
+
+def test_a_config_that_is_none_is_refused_and_nothing_is_written(tuned, monkeypatch, capsys):
+    folder, _ = tuned("lora")
+    for wrong in ([1], dict(train=3)):
+        write_json(folder / "config.json", wrong)
+        code, lines = mistake(merge.main, monkeypatch, capsys, folder)
+        assert code == 1 and len(lines) == 1 and "config.json cannot be read" in lines[0]
+        assert not folder.with_name("run-merged").exists()
+
+
+@pytest.mark.parametrize("n_classes, asks", [(3, "chapters.clauses ask"), (1, "chapters.align")])
+def test_of_a_model_that_writes_nothing_it_says_what_asks_it(tuned, call, n_classes, asks):
+    folder, model = tuned("lora")
+    save_model(tiny("gpt2", vocab_size=model.config.vocab_size, n_classes=n_classes),
+               folder / "step_000003.safetensors", step=3, val_loss=1.5)
+    assert f"next: python -m {asks}" in call(merge, folder)[0]
 
 
 @pytest.mark.slow
