@@ -672,6 +672,10 @@ class Transformer(nn.Module):
         self.final_norm = norm if config.norm_first else None  # else the last block ends with one
         self.prefix = None  # or a Prefix, by tune()
 
+    def embed(self, ids, positions):
+        """-> (the stream (B, T, C) as it begins, the rotary table if positions enter there)"""
+        return POSITIONS[self.config.position](self, self.wte(ids), positions)
+
     def forward(self, ids, cache=None, dtype=None, memory=None, segments=None):
         c, T, start = self.config, ids.size(1), cache[0].length if cache else 0
         if start + T > c.block_size:
@@ -684,7 +688,7 @@ class Transformer(nn.Module):
                              f"{(len(ids), start + T)}: a number for each token, cached ones too")
         else:
             positions = position_ids(segments)[:, start:]
-        x, table = POSITIONS[c.position](self, self.wte(ids), positions)
+        x, table = self.embed(ids, positions)
         x = self.dropout(x if dtype is None else x.to(dtype))            # (B, T, C)
         mask_options = dict(causal=self.causal, window=c.window, segments=segments)
         prefixes = self.prefix and self.prefix(self, x.dtype)

@@ -153,7 +153,7 @@ class Alignment:
 
 def gained(chosen, rejected):
     """What to log of two rewards (B,): how often the better answer has more, and how much more."""
-    return dict(accuracy=(chosen > rejected).float().mean().item(),
+    return dict(accuracy=((chosen > rejected).float() + (chosen >= rejected)).mean().item() / 2,
                 reward=(chosen - rejected).mean().item())
 
 

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from model import merge, save_model, sum_dtype
 from sample import end_ids, generate, load_run
-from tokenizer import replacing, write_json
+from tokenizer import read_json, replacing, write_json
 from train import reshaped
 
 CUT = "…"  # ends an answer that did not come to its end, so that no rule takes it for right
@@ -138,8 +138,12 @@ def load(folder, device, tokenizer=None, judges=False):
 
 
 def save(folder, model, tokenizer, step, options):
-    """Write a run that sample.py reads: a checkpoint, the tokenizer, and how it was made."""
+    """Write a run that sample.py reads: a checkpoint, the tokenizer, and how it was made; the data
+    are those of the run that it began with, if that says so."""
+    before = Path(options["run"], "config.json")
+    data = read_json(before).get("data") if before.exists() else None
     with replacing(Path(folder, f"step_{step:06d}.safetensors")) as file:
         save_model(model, file, step=step, val_loss=None)
     tokenizer.save(Path(folder, "tokenizer.json"))
-    write_json(Path(folder, "config.json"), dict(model=asdict(model.config), align=options))
+    write_json(Path(folder, "config.json"), dict(model=asdict(model.config), align=options) | (
+        dict(data=data) if data else {}))
