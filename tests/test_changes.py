@@ -74,7 +74,8 @@ def test_a_new_optimizer_is_one_row_and_its_runs_resume(copy):
 
 def test_a_new_option_is_one_field_and_is_checked_kept_and_shown(copy):
     insert(copy, "train.py", "class TrainConfig(TuneConfig):\n",
-           '    """How to train."""\n    wish: int = option(3, "a number of mine", low=1, below=9)\n')
+           '    """How to train."""\n'
+           '    wish: int = option(3, "a number of mine", low=1, below=9)\n')
     python(copy, f"{STEPS}b --wish=4")
     assert '"wish": 4' in (copy / "runs/ab/config.json").read_text()
     assert "a number of mine (default 3)" in python(copy, "train.py --help")
