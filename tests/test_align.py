@@ -4,7 +4,6 @@ import json
 import math
 import re
 from copy import deepcopy
-from dataclasses import replace
 from itertools import islice
 from random import Random
 from types import SimpleNamespace
@@ -22,7 +21,6 @@ from chapters.answers import (CUT, Pair, Question, batches, by_model, drift, kl,
                               token_logprobs, write)
 from chapters.rewards import (RULES, TASKS, by_rule, chats, is_closed, is_exact, is_held_out,
                               is_sum, prefer, read, take_pair, take_question)
-from model import GPT, GPTConfig
 from sample import complete, load_run
 from tokenizer import Tokenizer
 from train import read_log

@@ -2,7 +2,6 @@
 
 import json
 import re
-from random import Random
 
 import pytest
 from conftest import keep, mistake, tiny

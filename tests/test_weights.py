@@ -20,7 +20,7 @@ from conftest import ROOT, keep, tiny
 from model import (LINEARS, GPTConfig, LoRALinear, TuneConfig, read_header, read_safetensors,
                    save_model, tune, write_safetensors)
 from sample import load_run
-from test_export import llama3, smollm, trained
+from test_export import llama3, smollm, trained  # noqa: F401  trained is a fixture
 from test_tokenizer import COMMON, gpt2_files
 from tokenizer import GPT2_BYTES, Tokenizer, read_json, write_json
 
