@@ -456,9 +456,54 @@ def position_ids(segments):
     return index - (index * first).cummax(dim=1).values
 
 
+BITS = {"int8": 8, "int4": 4}
+QUANTIZED = {torch.int8: "int8", torch.uint8: "int4"}  # by the dtype that a file has them in
+GROUP = 32  # inputs of a row that share a scale in int4; in int8 a whole row shares one
+
+
+def round_weights(w, bits):
+    """Weights (F, C) -> the nearest integers (F, C), at most 127 or 7, and scales (F,), in int4
+    (F, C / GROUP): w is nearly their product."""
+    if bits == 4 and w.size(1) % GROUP:
+        raise ValueError(f"int4 has a scale for each {GROUP} inputs, and a layer here has "
+                         f"{w.size(1)}: take int8")
+    top, groups = 2 ** (bits - 1) - 1, w.unflatten(1, (-1, GROUP if bits == 4 else w.size(1)))
+    scale = groups.abs().amax(dim=-1).clamp(min=1e-12) / top             # (F, C / GROUP)
+    q = (groups / scale[..., None]).round().flatten(1)
+    return q.to(torch.int8), scale.squeeze(1) if bits == 8 else scale
+
+
+def dequantize(weight, scale, dtype):
+    """What integers (F, C) and their scales stand for, (F, C); of int4 two are in a byte."""
+    if weight.dtype == torch.uint8:
+        weight = torch.stack((weight & 15, weight >> 4), dim=-1).flatten(1).to(dtype) - 8
+    scale = scale.view(len(weight), -1, 1).to(dtype)
+    return (weight.to(dtype).unflatten(1, (scale.size(1), -1)) * scale).flatten(1)
+
+
+class QuantProduct(torch.autograd.Function):
+    """x (..., C) times quantised weights. Backward makes their floats again: kept, they would take
+    the memory that integers save."""
+
+    @staticmethod
+    def forward(ctx, x, weight, scale):
+        ctx.save_for_backward(weight, scale)
+        return F.linear(x, dequantize(weight, scale, x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_y):
+        return d_y @ dequantize(*ctx.saved_tensors, d_y.dtype), None, None
+
+
+def plain_quant_linear(layer, x):
+    """x (..., C) times the weights that a QuantLinear's integers stand for -> (..., F)."""
+    return QuantProduct.apply(x, layer.weight, layer.scale)
+
+
 # GPT.use sets the functions of one of these rows on the modules of a model.
 PLAIN = dict(attention=plain_attention, loss=plain_loss, linear=plain_linear, norm=plain_norm,
-             rotary=plain_rotary)
+             rotary=plain_rotary, quant_linear=plain_quant_linear)
 KERNELS = {"plain": PLAIN, "fused": PLAIN | dict(attention=fused_attention, loss=fused_loss),
            "torch": PLAIN | dict(attention=torch_attention, loss=fused_loss)}
 
@@ -717,10 +762,12 @@ class GPT(nn.Module):
 
     def tie(self):
         """Let the head and the encoder share the embedding's matrix. arXiv:1608.05859"""
-        if self.config.tied and not self.config.n_classes:
-            self.lm_head.weight = self.transformer.wte.weight
-        if self.encoder is not None:
-            self.encoder.wte.weight = self.transformer.wte.weight
+        table = self.transformer.wte
+        head = self.lm_head if self.config.tied and not self.config.n_classes else None
+        for part in filter(None, (head, self.encoder and self.encoder.wte)):
+            part.weight = table.weight
+            if isinstance(table, QuantEmbedding):
+                part.scale = table.scale
 
     def initialize(self):
         """GPT-2's: normal, deviation 0.02; what writes to the stream is scaled down by its depth.
@@ -763,6 +810,11 @@ class GPT(nn.Module):
     @property
     def device(self):
         return self.lm_head.weight.device
+
+    @property
+    def compute_dtype(self):
+        """The dtype of activations: what use() was given, else the weights', or their scales'."""
+        return self.dtype or next(p.dtype for p in self.parameters() if p.is_floating_point())
 
     def encode(self, source, segments=None):
         """Read a source (B, S) -> the memory that forward takes. segments (B, S), 0 for padding."""
@@ -812,8 +864,8 @@ class GPT(nn.Module):
         """Of forward and backward on T tokens, and a source as long: 6 a weight of a product, 12 a
         channel of each key that a query attends to: on average T/2 before it, or its window."""
         T, c = T or self.config.block_size, self.config
-        weights = sum(m.weight.numel() for m in self.modules()
-                      if isinstance(m, (Linear, QuantLinear)))
+        weights = sum(m.in_features * m.out_features for m in self.modules()
+                      if isinstance(m, (Linear, QuantLinear)) and not isinstance(m, QuantEmbedding))
         window = min(c.window or T, T)
         before, behind = window - window**2 / (2 * T), 0 if c.causal else T / 2
         keys = c.n_layer * (before + behind + T * c.cross) + c.n_encoder_layer * (before + T / 2)
@@ -821,7 +873,9 @@ class GPT(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# Fine-tuning: surgery on a finished model, which stays as it is but for what is trained.
+# Quantisation: the weights of a finished model in int8 or int4, frozen.
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def swap(model, names, build):
@@ -834,26 +888,61 @@ def swap(model, names, build):
 
 
 class QuantLinear(nn.Module):
-    """A linear layer, frozen, with int8 for its weights and a scale for each row."""
+    """A linear layer, frozen, with the integers and scales that round(weights, bits) gives."""
+    quant_linear, loss = staticmethod(plain_quant_linear), staticmethod(plain_loss)
 
-    def __init__(self, base):
+    def __init__(self, base, bits=8, round=round_weights):
         super().__init__()
-        scale = base.weight.detach().abs().amax(dim=1).clamp(min=1e-12) / 127
-        weight = (base.weight.detach() / scale[:, None]).round().to(torch.int8)
-        self.weight, self.scale = (nn.Parameter(w, requires_grad=False) for w in (weight, scale))
-        self.bias = base.bias
+        self.out_features, self.in_features = base.weight.shape
+        q, scale = round(base.weight.detach(), bits)
+        if bits == 4:
+            q = (q + 8).to(torch.uint8)  # 1 to 15
+            q = q[:, ::2] | q[:, 1::2] << 4                              # (F, C / 2)
+        self.weight, self.scale = (nn.Parameter(w, requires_grad=False) for w in (q, scale))
+        self.bias = getattr(base, "bias", None)
+        self.packed = None  # the integers in an order that chapters/kernels.py makes
 
-    def forward(self, x):
-        # backward makes the floats of the weights again: kept, they would take what int8 saves
-        y = checkpoint(lambda: F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype),
-                       use_reentrant=False)
+    def forward(self, x, targets=None, **options):
+        """As Linear, and with targets as Head."""
+        if targets is not None:
+            w = dequantize(self.weight, self.scale, x.dtype)
+            return self.loss(x.flatten(0, -2), w, targets.flatten(), **options)
+        y = self.quant_linear(self, x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def merged(self):
-        """The Linear whose weights are what the int8 stand for."""
-        linear = Linear(*self.weight.shape[::-1], bias=False, device="meta")
-        linear.weight, linear.bias = nn.Parameter(self.weight * self.scale[:, None]), self.bias
+        """The Linear whose weights are what the integers stand for."""
+        linear = Linear(self.in_features, self.out_features, bias=False, device="meta")
+        w = dequantize(self.weight, self.scale, self.scale.dtype)
+        linear.weight, linear.bias = nn.Parameter(w), self.bias
         return linear
+
+
+class QuantEmbedding(QuantLinear):
+    """A table of token embeddings whose rows are made of integers when they are looked up."""
+
+    def forward(self, ids):
+        rows = ids.flatten()
+        w = dequantize(self.weight[rows], self.scale[rows], self.scale.dtype)
+        return w.unflatten(0, ids.shape)
+
+
+def quantize(model, quant, round=round_weights):
+    """Make the linear layers of a plain model's blocks int8 or int4, as round does it, and its
+    embedding and head, to the nearest; in place. -> the model"""
+    check_known(quant, BITS, "quant")
+    if isinstance(model.lm_head, QuantLinear):
+        raise ValueError("this model is quantised already: quantise the one it was made from")
+    swap(model, LINEARS, partial(QuantLinear, bits=BITS[quant], round=round))
+    swap(model, ("lm_head",), partial(QuantLinear, bits=BITS[quant]))
+    swap(model, ("wte",), partial(QuantEmbedding, bits=BITS[quant]))
+    model.tie()
+    model.use("torch", model.dtype)
+    return model
+
+
+# -----------------------------------------------------------------------------
+# Fine-tuning: surgery on a finished model, which stays as it is but for what is trained.
 
 
 class LoRALinear(nn.Module):
@@ -862,7 +951,7 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base, rank=8, alpha=16.0, dropout=0.0):
         super().__init__()
-        (n_out, n_in), device = base.weight.shape, base.weight.device
+        n_out, n_in, device = base.out_features, base.in_features, base.weight.device
         if rank > min(n_out, n_in):
             raise ValueError(f"rank={rank} is above that of a layer of {n_out} x {n_in}: take at "
                              f"most {min(n_out, n_in)}")
@@ -888,7 +977,7 @@ class Adapter(nn.Module):
 
     def __init__(self, base, width):
         super().__init__()
-        n, device = len(base.weight), base.weight.device
+        n, device = base.out_features, base.weight.device
         self.base, self.down = base, Linear(n, width, device=device)
         self.up = Linear(width, n, device=device)
         for w in self.up.parameters():
@@ -921,10 +1010,10 @@ class Prompt(Prefix):
     keys and values of them; where positions rotate, theirs lie before the first token's."""
 
     def __init__(self, transformer, n):
-        super().__init__(transformer, n)
-        table = transformer.wte.weight.detach()
+        super().__init__(transformer, 0)
         self.k = self.v = None
-        self.embeddings = nn.Parameter(table[torch.randint(len(table), (n,), device=table.device)])
+        ids = torch.randint(transformer.config.vocab_size, (n,), device=self.gate.device)
+        self.embeddings = nn.Parameter(transformer.wte(ids).detach().clone())
 
     def forward(self, transformer, dtype):
         c, x = transformer.config, self.embeddings.to(dtype)[None]       # (1, n, C)
@@ -936,7 +1025,6 @@ class Prompt(Prefix):
         return [(layer.k, layer.v, gate) for layer, gate in zip(cache, self.gate.to(dtype))]
 
 
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TUNINGS = ("full", "head", "last", "bias", "lora", "adapter", "prefix", "prompt")
 
 
@@ -948,7 +1036,7 @@ class TuneConfig:
     alpha: float = option(0.0, "weight of lora: alpha / rank; 0: twice the rank")
     lora_dropout: float = option(0.0, "share of lora's inputs dropped", below=1)
     targets: str | list | tuple = option(LINEARS, "linear layers that get lora", many=True)
-    quant: str | None = option(None, "the frozen layers in int8", known=lambda: ("int8",))
+    quant: str | None = option(None, "the frozen layers in int8 or int4", known=lambda: BITS)
 
     def __post_init__(self):
         check_options(self)
@@ -972,11 +1060,14 @@ def tune(model, config):
     body, (method, _, n) = model.transformer, config.tune.partition(":")
     if n and int(n) > len(body.blocks):
         raise ValueError(f"tune={config.tune}: the model has {len(body.blocks)} blocks")
+    if isinstance(model.lm_head, QuantLinear):
+        raise ValueError("a quantised model is not trained: fine-tune the one it was made from, "
+                         "with --quant if memory is short")
     model.requires_grad_(method == "full")
     model.tuning = None if method == "full" else TuneConfig(
         **{f.name: getattr(config, f.name) for f in fields(TuneConfig)})  # of a TrainConfig as well
     if config.quant:
-        swap(body.blocks, LINEARS, QuantLinear)
+        swap(body.blocks, LINEARS, partial(QuantLinear, bits=BITS[config.quant]))
     if method == "lora":
         swap(body.blocks, config.targets, lambda layer: LoRALinear(
             layer, config.rank, config.alpha or 2.0 * config.rank, config.lora_dropout))
@@ -990,7 +1081,7 @@ def tune(model, config):
     elif method == "bias":  # arXiv:2106.10199; layers without one get one, zero at first
         for layer in body.blocks.modules():
             if isinstance(layer, (Linear, QuantLinear)) and layer.bias is None:
-                layer.bias = nn.Parameter(torch.zeros(len(layer.weight), device=model.device))
+                layer.bias = nn.Parameter(torch.zeros(layer.out_features, device=model.device))
         for name, p in body.named_parameters():
             p.requires_grad_(name.endswith("bias"))
     elif method == "head" and model.config.tied:  # the embedding stays
@@ -1127,7 +1218,8 @@ def check_weights(expected, found, path):
     shapes, own = ({name: tuple(w.shape) for name, w in ws.items()} for ws in (expected, found))
     wrong = [f"{name} is {own.get(name, 'missing')}, not {shapes.get(name, 'expected')}"
              for name in shapes | own if shapes.get(name) != own.get(name)]
-    wrong += [f"{name} is {w.dtype}" for name, w in found.items() if not w.is_floating_point()]
+    wrong += [f"{name} is {w.dtype}" for name, w in found.items() if name in expected
+              and w.is_floating_point() != expected[name].is_floating_point()]
     if wrong:
         words = " ".join("; ".join(wrong[:6]).split())[:600]  # names may be of any kind and length
         more = f" and {len(wrong) - 6} more" if len(wrong) > 6 else ""
@@ -1136,15 +1228,18 @@ def check_weights(expected, found, path):
 
 def from_weights(config, weights, path):
     """The model with these {name: tensor} of a file; ValueError that lists what does not fit."""
+    quant = getattr(weights.get("transformer.wte.weight"), "dtype", None)  # of integers, or a float
     try:
         with torch.device("meta"):  # no memory, no random numbers: the weights are replaced at once
             model = GPT(config)
+            if quant in QUANTIZED:
+                quantize(model, QUANTIZED[quant])
     except RuntimeError as error:  # more numbers than can be counted
         raise ValueError(f"{path} has a config that makes no model: {error!s:.80}") from None
     check_weights(dict(model.named_parameters()), weights, path)
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie()
-    return model.requires_grad_()
+    return model if quant in QUANTIZED else model.requires_grad_()
 
 
 def load_tuned(tuning, base, weights, path, device):

@@ -31,8 +31,8 @@ from pathlib import Path
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from model import (TINY, KVCache, check_known, check_options, has_bf16_units, load_model, option,
-                   read_progress, read_safetensors)
+from model import (BITS, QUANTIZED, TINY, KVCache, check_known, check_options, has_bf16_units,
+                   load_model, merge, option, quantize, read_progress, read_safetensors)
 from tokenizer import (SPECIAL_TOKENS, Tokenizer, parse_options, reading, refuse_idle,
                        run_command)
 
@@ -124,8 +124,9 @@ def pick_checkpoint(folder, which="best"):
     return path
 
 
-def load_run(folder, which="best", device="cpu", dtype=None):
-    """-> (model, tokenizer) of a run. which: as for pick_checkpoint, or the path that it gave."""
+def load_run(folder, which="best", device="cpu", dtype=None, quant=None):
+    """-> (model, tokenizer) of a run, its weights in a dtype, or those of its products in a quant,
+    int8 or int4. which: as for pick_checkpoint, or the path that it gave."""
     path = which if isinstance(which, Path) else pick_checkpoint(folder, which)
     if not Path(folder, "tokenizer.json").exists():
         raise ValueError(f"{folder} lacks its tokenizer.json: copy it from where it was trained")
@@ -135,7 +136,12 @@ def load_run(folder, which="best", device="cpu", dtype=None):
                          f"{path.name} has {model.config.vocab_size}: one is another run's")
     if not model.is_finite():
         raise ValueError(f"{path} holds no numbers, its training diverged: take an earlier one")
-    model = model.to(dtype or torch.float32).eval()
+    if quant:
+        quantize(merge(model) if model.tuning else model, quant)
+    if dtype is None:  # integers pay off beside bfloat16 alone
+        quantized = model.lm_head.weight.dtype in QUANTIZED
+        dtype = torch.bfloat16 if quantized else torch.float32
+    model = model.to(dtype).eval()
     model.use("torch")  # for one query at a time the fastest, tests/benchmark.py found
     return model, tokenizer
 
@@ -146,7 +152,9 @@ class RunConfig:
     run: str | None = option(None, "run folder; else the newest under runs/", positional=True)
     checkpoint: str = option("best", "best | last | a step")
     device: str = option("auto", "auto | cuda | mps | cpu")
-    precision: str = option("fp32", known=lambda: ("auto", *PRECISIONS))
+    precision: str | None = option(None, "auto | fp32 | bf16 | fp16; else fp32, of integers bf16",
+                                   known=lambda: ("auto", *PRECISIONS))
+    quant: str | None = option(None, "its weights in int8 or int4", known=lambda: BITS)
 
     __post_init__ = check_options
 
@@ -155,9 +163,13 @@ def open_run(config):
     """-> (model, tokenizer, in words which checkpoint on which machine) of a RunConfig."""
     folder = newest_run() if config.run is None else config.run
     device = pick_device(config.device)
-    precision, dtype = pick_precision(config.precision, device)
+    dtype = config.precision and pick_precision(config.precision, device)[1]
     path = pick_checkpoint(folder, config.checkpoint)
-    return *load_run(folder, path, device, dtype), f"{path} on {device} in {precision}"
+    model, tokenizer = load_run(folder, path, device, dtype, config.quant)
+    quant = QUANTIZED.get(model.lm_head.weight.dtype)
+    names = {dtype: name for name, dtype in PRECISIONS.items()}
+    how = f"{quant} and " * bool(quant) + names[model.compute_dtype]
+    return model, tokenizer, f"{path} on {device} in {how}"
 
 
 # -----------------------------------------------------------------------------
@@ -353,8 +365,7 @@ def n_new_tokens(model, T, config):
 
 def new_cache(model, batch_size, max_tokens):
     """An empty KVCache for each layer."""
-    dtype = model.dtype or model.lm_head.weight.dtype
-    return [KVCache(model.config, batch_size, max_tokens, model.device, dtype)
+    return [KVCache(model.config, batch_size, max_tokens, model.device, model.compute_dtype)
             for _ in model.transformer.blocks]
 
 

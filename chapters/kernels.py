@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 
 from chapters import cuda_kernels
-from model import once_differentiable, plain_rotary, rotary_table, sum_dtype
+from model import (GROUP, once_differentiable, plain_quant_linear, plain_rotary, rotary_table,
+                   sum_dtype)
 
 # -----------------------------------------------------------------------------
 # A linear layer that writes a few tokens.
@@ -143,10 +144,35 @@ def fast_orthogonal(x, coefficients, steps=5):
     return total @ x
 
 
+PACKED_ROWS = 16  # with more rows these kernels are slower than products with floats
+
+
+def packed_quant_linear(layer, x):
+    """plain_quant_linear; a few rows in bfloat16 on a CPU are multiplied by torch's kernels that
+    read the integers."""
+    rows = x.flatten(0, -2)
+    if (x.dtype != torch.bfloat16 or x.device.type != "cpu" or len(rows) > PACKED_ROWS
+            or torch.is_grad_enabled() and x.requires_grad):
+        return plain_quant_linear(layer, x)
+    if layer.weight.dtype == torch.int8:
+        y = torch._weight_int8pack_mm(rows, layer.weight, layer.scale.to(x.dtype))
+    else:
+        if layer.packed is None:  # for a multiple of 16 outputs, in an order of their own
+            pad = (0, 0, 0, -len(layer.weight) % 16)
+            q = torch.stack((layer.weight & 15, layer.weight >> 4), dim=-1).flatten(1)
+            q = F.pad(q, pad).int()
+            scale = F.pad(layer.scale.to(x.dtype), pad).T                # (C / GROUP, F)
+            layer.packed = (torch._convert_weight_to_int4pack_for_cpu(q, 1),
+                            torch.stack((scale, torch.zeros_like(scale)), dim=-1))
+        y = torch._weight_int4pack_mm_for_cpu(rows, layer.packed[0], GROUP, layer.packed[1])
+    return y[:, :layer.out_features].unflatten(0, x.shape[:-1])
+
+
 # -----------------------------------------------------------------------------
 # What can run where, a whole step at once, and the memory of a CPU.
 
-FASTER = dict(linear=fused_linear, norm=fused_norm, rotary=fused_rotary)
+FASTER = dict(linear=fused_linear, norm=fused_norm, rotary=fused_rotary,
+              quant_linear=packed_quant_linear)
 
 
 def rows(kernels, device, dtype):
@@ -167,7 +193,7 @@ def trial(model, rows, batch_size, seconds=0.3):
     sequences with the functions of each row but the plain one; the fastest of a few tries."""
     block, c, found = model.transformer.blocks[-1], model.config, {}
     x = torch.randn(batch_size, c.block_size, c.n_embd, device=model.device,
-                    dtype=model.dtype or model.lm_head.weight.dtype,
+                    dtype=model.compute_dtype,
                     generator=torch.Generator(model.device).manual_seed(0)).requires_grad_()
     inputs = [x, *(p for p in block.parameters() if p.requires_grad)]
     table = rotary_table(c, torch.arange(c.block_size, device=model.device))

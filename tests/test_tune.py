@@ -526,7 +526,7 @@ def test_a_base_that_is_tuned_itself_is_refused(tmp_path):
     (dict(tune="lora", rank=0), "rank=0 must be at least 1"),
     (dict(tune="lora", lora_dropout=1.0), "lora_dropout=1.0 must be"),
     (dict(tune="lora", alpha=-1.0), "alpha=-1.0 must be"),
-    (dict(tune="lora", quant="int4"), "unknown quant 'int4': did you mean int8"),
+    (dict(tune="lora", quant="int5"), "unknown quant 'int5': did you mean int"),
     (dict(quant="int8"), "freezes what --tune=full trains"),
     (dict(tune="last:1", quant="int8"), "freezes what --tune=last:1 trains")])
 def test_wrong_options_are_named(options, said):
