@@ -1,19 +1,21 @@
 """
-Tokenizers and weights of other libraries: out and in.
+Models and tokenizers for other programs, and theirs for this one.
 
+    python -m chapters.export hf runs/chat --out=folder     # for transformers and vLLM
+    python -m chapters.export gguf runs/chat --out=chat.gguf --type=q8_0     # for llama.cpp
+    python -m chapters.export onnx runs/chat --out=folder   # for onnxruntime
+    python -m chapters.export peft runs/chat --out=folder   # LoRA as the library peft has it
+    python -m chapters.export in gpt2 --out=runs/gpt2       # a model as Hugging Face has it
     python -m chapters.export tokenizer.json --format=huggingface --out=folder
     python -m chapters.export tokenizer.json --format=tiktoken --out=ours.tiktoken
     python -m chapters.export folder --out=tokenizer.json   # from Hugging Face's tokenizer.json
     python -m chapters.export theirs.tiktoken --pattern=cl100k --out=tokenizer.json
     python -m chapters.export compare corpus.txt gpt2 o200k_base other.json
-    python -m chapters.export in gpt2 --out=runs/gpt2       # a model as Hugging Face has it
-    python -m chapters.export peft runs/chat --out=folder   # LoRA as the library peft has it
 
 `in` needs config.json, safetensors files and tokenizer.json (or GPT-2's vocab.json and merges.txt)
 of one of the families in chapters/weights.py, and writes a run like any other.
 """
 
-import base64
 import sys
 import time
 from dataclasses import dataclass
@@ -24,149 +26,19 @@ if __name__ == "__main__":  # `python chapters/export.py` works as well, from an
 
 import tiktoken
 
-from chapters.weights import export_peft, load_pretrained, new_folder, read_shape, write_run
-from model import check_options, option
-from sample import warn
-from tokenizer import (CHAR_TO_BYTE, FORMAT, GPT2_SPLIT, GPT4_SPLIT, SPECIAL_TOKENS, SPLITS,
-                       Tokenizer, parse_options, read_files, read_json, reading, recover_merges,
-                       refuse_idle, replacing, run_command, to_bytes, to_chars, write_json)
+from chapters.gguf_files import TYPES, export_gguf
+from chapters.onnx_files import export_onnx
+from chapters.peft_files import export_peft
+from chapters.token_files import (from_huggingface, from_rank_file, read_huggingface,
+                                  to_huggingface, to_rank_file)
+from chapters.weights import (load_plain, load_pretrained, new_folder, read_shape, shape_values,
+                              to_names, whole_folder, write_run)
+from model import check_options, option, write_safetensors
+from sample import end_ids, warn
+from tokenizer import (SPLITS, Tokenizer, parse_options, read_files, read_json, reading,
+                       refuse_idle, replacing, run_command, write_json)
 
-# A chat in Jinja, as Tokenizer.render_chat encodes it. In Hugging Face's libraries a special token
-# in a message would become its id, so the template refuses it.
-CHAT_TEMPLATE = (
-    "{{ '<|endoftext|>' }}{% for message in messages %}"
-    f"{{% for name in {SPECIAL_TOKENS} if name in message['content'] %}}"
-    "{{ raise_exception('a text must not contain ' + name) }}{% endfor %}"
-    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
-
-SPLIT = dict(type="Split", behavior="Isolated", invert=False)  # Hugging Face's names
-BYTES = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True)
-DIGITS = dict(type="Digits", individual_digits=True)  # before GPT-2's pattern:
-DIGITS_SPLIT = GPT2_SPLIT.replace(r" ?\p{N}+", r"\p{N}|\s+(?=\p{N})")
-# How GPT-4's pattern begins, in Llama's and Qwen's words and in ours.
-THEIR_START, OUR_START = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|", "'(?i:[sdmt]|ll|ve|re)|"
 load_gpt2 = load_pretrained  # the name that it has in chapter 10
-CHANGES_IDS = "byte_fallback continuing_subword_prefix end_of_word_suffix dropout".split()
-
-# -----------------------------------------------------------------------------
-# Tokenizers in Hugging Face's tokenizer.json.
-
-
-def to_huggingface(tokenizer, folder):
-    """Write tokenizer.json and tokenizer_config.json for Hugging Face's libraries, which give the
-    ids of encode(special=True); a pattern of none of SPLITS must mean the same in Ruby's syntax."""
-    path = Path(folder, "tokenizer.json")
-    if path.exists() and FORMAT in path.read_text(encoding="utf-8", errors="replace")[:99]:
-        raise ValueError(f"{path} is a tokenizer of this program; give another folder")
-    vocab = {to_chars(tokenizer.tokens[id]): id for id in range(256 + len(tokenizer.merges))}
-    for name, id in tokenizer.special.items():
-        if vocab.setdefault(name, id) != id:
-            raise ValueError(f"special token {name!r} reads like token {vocab[name]}: rename it")
-    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-    added = [dict(id=id, content=name, **flags) for name, id in tokenizer.special.items()]
-    steps = [dict(SPLIT, pattern={"Regex": tokenizer.pattern}), dict(BYTES, use_regex=False)]
-    write_json(path, dict(
-        version="1.0", truncation=None, padding=None, added_tokens=added, normalizer=None,
-        pre_tokenizer=dict(type="Sequence", pretokenizers=steps), post_processor=None,
-        decoder=dict(BYTES, use_regex=True),
-        model=dict(type="BPE", vocab=vocab, merges=tokenizer.definition()["merges"])))
-    eot = None if tokenizer.eot is None else "<|endoftext|>"
-    template = CHAT_TEMPLATE if {*SPECIAL_TOKENS} <= {*tokenizer.special} else None
-    write_json(path.with_name("tokenizer_config.json"), dict(
-        tokenizer_class="PreTrainedTokenizerFast", bos_token=eot, eos_token=eot,
-        clean_up_tokenization_spaces=False, chat_template=template))
-
-
-def expect(found, *known):
-    """ValueError for a part of a tokenizer.json that is none of the known."""
-    if found not in known:
-        raise ValueError(f"it has {found!r:.60} where only {known[0]!r:.60} is known")
-
-
-def split_pattern(pre_tokenizer):
-    """The pattern by which a pre_tokenizer splits; ValueError if it does something else."""
-    *before, last = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    own = before in ([], [DIGITS])  # then the last step splits, by GPT-2's pattern
-    pattern = (DIGITS_SPLIT if before else GPT2_SPLIT) if own else before[0]["pattern"]["Regex"]
-    expect(before, before if own else [dict(SPLIT, pattern={"Regex": pattern})])
-    last = dict(use_regex=True) | last | dict(trim_offsets=True)  # which concerns no id
-    expect(last, dict(BYTES, use_regex=own))
-    plain = pattern.replace(THEIR_START, OUR_START)
-    return plain if plain in SPLITS.values() else pattern  # those are split fast
-
-
-def single_merges(tokens, pairs, ids):
-    """The merges, one for each of the tokens in order, where the file lists all pairs that make a
-    token, as those made of tiktoken's ranks do: the first to merge are those of the lowest id."""
-    merges, _ = recover_merges({rank: to_bytes(token) for rank, token in enumerate(tokens)})
-    made = [ids[left + right] for left, right in pairs]
-    if made != sorted(made) or not {*merges} <= {tuple(map(to_bytes, pair)) for pair in pairs}:
-        raise ValueError("its merges are not in the order of the tokens that they make")
-    return merges
-
-
-def read_huggingface(path):
-    """-> (the tokenizer of a tokenizer.json, or of its folder, that is a byte-level BPE; the id in
-    that file of each of its ids). To normalize to NFC is left to data.clean, which does."""
-    path = Path(path, "tokenizer.json") if Path(path).is_dir() else Path(path)
-    state = read_json(path)
-    with reading(path):
-        expect((model := state["model"])["type"], "BPE")
-        expect({name: model[name] for name in CHANGES_IDS if model.get(name)}, {})
-        expect(state["normalizer"], None, dict(type="NFC"))
-        pattern = split_pattern(state["pre_tokenizer"])
-        added = {token["content"]: token["id"] for token in state["added_tokens"]}
-        ids = model["vocab"] | added
-        chars = sorted(CHAR_TO_BYTE, key=ids.__getitem__)
-        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-        merges = [tuple(map(to_bytes, pair)) for pair in pairs]
-        if model.get("ignore_merges") or len({*map("".join, pairs)}) < len(pairs):
-            tokens = sorted({*model["vocab"]} - {*added}, key=ids.get)
-            merges = single_merges(tokens, pairs, ids)
-        names = [*chars, *(to_chars(left + right) for left, right in merges)]
-        order = [ids.pop(name) for name in names]
-        if order != [*range(len(order))]:
-            rest = sorted(ids, key=ids.get)
-            return Tokenizer(merges, rest, pattern, to_bytes(chars)), order + sorted(ids.values())
-        tokenizer = Tokenizer(merges, ids, pattern, to_bytes(chars))
-        return tokenizer, [*range(tokenizer.n_vocab)]
-
-
-def from_huggingface(path):
-    """The tokenizer of read_huggingface, if its ids are the same there; else ValueError."""
-    tokenizer, ids = read_huggingface(path)
-    if ids != [*range(len(ids))]:
-        raise ValueError(f"{path} cannot be read: other ids than those of bytes and merges come "
-                         "first; `export in` imports it with its model")
-    return tokenizer
-
-
-# -----------------------------------------------------------------------------
-# Tokenizers in tiktoken's rank files.
-
-
-def to_rank_file(tokenizer, path):
-    """Write the tokens as tiktoken's files hold them: base64 and rank, without special ones."""
-    with replacing(path) as file:
-        for id in range(256 + len(tokenizer.merges)):
-            file.write(base64.b64encode(tokenizer.tokens[id]) + f" {id}\n".encode())
-
-
-def from_rank_file(path, special_tokens=SPECIAL_TOKENS, pattern=GPT4_SPLIT):
-    """Read a .tiktoken file; which special tokens and pattern belong to it, it does not say."""
-    with reading(path):
-        tokens = {}
-        for n, line in enumerate(Path(path).read_bytes().splitlines(), 1):
-            try:
-                token, rank = line.split()
-                tokens[int(rank)] = base64.b64decode(token, validate=True)
-            except ValueError:
-                raise ValueError(f"line {n} must be a token in base64 and its rank, not "
-                                 f"{line!r:.40}") from None
-        merges, byte_order = recover_merges(tokens)
-        return Tokenizer(merges, special_tokens, pattern, byte_order)
-
 
 # -----------------------------------------------------------------------------
 # A folder with a model of Hugging Face's becomes a run.
@@ -213,32 +85,60 @@ def import_run(folder, out=""):
 
 
 # -----------------------------------------------------------------------------
+# A run becomes such a folder.
+
+
+def export_hf(run, out=""):
+    """Write config.json, model.safetensors and the tokenizer of a run as transformers reads them ->
+    the Path of their folder; ValueError where no family of its models computes the same."""
+    with whole_folder(out := Path(out or f"{run}-hf")) as part:
+        model, tokenizer = load_plain(run)
+        values = shape_values(model.config)
+        ids = dict(bos_token_id=tokenizer.eot, eos_token_id=tokenizer.eot)
+        write_json(part / "config.json", values | ids | dict(dtype="float32"))
+        write_json(part / "generation_config.json", ids | dict(
+            eos_token_id=sorted(end_ids(tokenizer)), pad_token_id=tokenizer.eot))
+        to_huggingface(tokenizer, part, model_max_length=model.config.block_size)
+        tensors = to_names(dict(model.named_parameters()), values["model_type"])
+        with replacing(part / "model.safetensors") as file:
+            write_safetensors(file, tensors, dict(format="pt"))
+    return out
+
+
+# -----------------------------------------------------------------------------
 # The command.
 
 FORMATS = {"huggingface": (to_huggingface, "huggingface"),  # what writes it, and where
            "tiktoken": (to_rank_file, "tokenizer.tiktoken")}
-FOLDERS = {"in": (import_run, "next: python sample.py {}"),  # what reads one, and what is said
-           "peft": (export_peft, "next: peft.PeftModel.from_pretrained(base, '{}')")}
+# The words before a folder: what reads it and writes something else, and what is said then.
+FOLDERS = {
+    "hf": (export_hf, "vllm serve {0}, or transformers.AutoModelForCausalLM.from_pretrained('{0}')"),
+    "gguf": (export_gguf, "llama-server -m {}"),
+    "onnx": (export_onnx, "onnxruntime.InferenceSession('{}/model.onnx')"),
+    "peft": (export_peft, "peft.PeftModel.from_pretrained(base, '{}')"),
+    "in": (import_run, "python sample.py {}")}
 
 
 @dataclass(frozen=True)
 class ExportConfig:
     """What is written from what."""
     source: str = option("tokenizer.json", "our tokenizer.json, which is exported; or a Hugging "
-                         "Face tokenizer or a .tiktoken file, of which ours is made; or the word "
-                         "compare, in or peft", positional=True)
+                         "Face tokenizer or a .tiktoken file, of which ours is made; or a word: "
+                         f"compare, {', '.join(FOLDERS)}", positional=True)
     others: list = option([], "compare: a file of text, then tokenizers of ours or names of "
-                          "OpenAI's encodings; in: a model's folder; peft: a run", positional=True)
+                          "OpenAI's encodings; in: a model's folder; hf, gguf, onnx, peft: a run",
+                          positional=True)
     tokenizer: str = option("tokenizer.json", "compare: the first one")
     format: str = option("huggingface", "of an export", known=lambda: FORMATS)
     pattern: str = option("gpt4", "how a .tiktoken file splits", known=lambda: SPLITS)
+    type: str = option("f32", "of the numbers in a gguf file", known=lambda: TYPES)
     out: str = option("", "what to write: a folder, or a file")
 
     def __post_init__(self):
         check_options(self)
         if bool(self.others) != (self.source in ("compare", *FOLDERS)):
             raise ValueError("export takes one source; compare takes a file of text and "
-                             "tokenizers, in the folder of a model, peft a run")
+                             "tokenizers, in the folder of a model, hf, gguf, onnx and peft a run")
         if self.source in FOLDERS and len(self.others) > 1:
             raise ValueError(f"{self.source} takes one folder, not {' '.join(self.others)}")
 
@@ -277,9 +177,12 @@ def main():
     typed, = parse_options(__doc__, ExportConfig)
     config = ExportConfig(**typed)
     if config.source in FOLDERS:
-        refuse_idle(typed, ["format", "pattern", "tokenizer"], f"with {config.source}")
+        idle = ["format", "pattern", "tokenizer"] + ["type"] * (config.source != "gguf")
+        refuse_idle(typed, idle, f"with {config.source}")
         make, words = FOLDERS[config.source]
-        return print(words.format(make(config.others[0], config.out)))
+        options = dict(type=config.type) if config.source == "gguf" else {}
+        return print("next:", words.format(make(config.others[0], config.out, **options)))
+    refuse_idle(typed, ["type"], "without the word gguf")
     if config.others:
         refuse_idle(typed, ["format", "pattern", "out"], "with compare")
         path, *others = config.others

@@ -1,22 +1,25 @@
 """
-Weights as Hugging Face has them: models of GPT-2, Llama, Qwen3 and Mistral in, LoRA out.
+Weights as Hugging Face has them: models of GPT-2, Llama, Qwen3 and Mistral, in and out.
 
-    model = load_pretrained("gpt2")      # a folder with config.json and safetensors files -> a GPT
-    values, tensors = to_peft(model)     # of a model tuned with lora, what the library peft reads
+    model = load_pretrained("gpt2")  # a folder with config.json and safetensors files -> a GPT
+    values = shape_values(model.config)                       # what config.json says of it
+    tensors = to_names(dict(model.named_parameters()), "gpt2")     # what model.safetensors has
 
 python -m chapters.export has commands for both.
 """
 
+import shutil
 from collections import namedtuple
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from model import (GPTConfig, LoRALinear, check_known, from_weights, load_model, read_safetensors,
-                   save_model, write_safetensors)
-from sample import pick_checkpoint
-from tokenizer import read_json, reading, replacing, write_json
+from model import (Block, GPTConfig, check_known, from_weights, merge, read_safetensors,
+                   save_model)
+from sample import load_run
+from tokenizer import read_json, reading, replacing
 
 # What a family of models is here: options of GPTConfig, its other options by the names that they
 # have in config.json, and the parts of our parameters' names that are called otherwise there.
@@ -98,6 +101,26 @@ def family_of(config):
     return name
 
 
+def explicit(config):
+    """The GPTConfig with a number for each option that 0 stands for."""
+    with torch.device("meta"):
+        block = Block(config)
+    return replace(config, head_dim=config.head_size, norm_eps=block.mlp_norm.eps,
+                   n_hidden=len(block.mlp.up_proj.weight))
+
+
+def shape_values(config):
+    """The values of config.json for a model of this shape; ValueError as for family_of."""
+    name, config = family_of(config), explicit(config)
+    values = {theirs: getattr(config, ours) for ours, theirs in FAMILIES[name].fields.items()}
+    if name == "gpt2":  # llama.cpp reads n_ctx
+        return values | dict(model_type=name, architectures=["GPT2LMHeadModel"],
+                             activation_function="gelu_new", n_ctx=config.block_size)
+    rope = dict(rope_type="default", rope_theta=config.rope_theta)
+    return values | dict(model_type=name, architectures=[f"{name.title()}ForCausalLM"],
+                         hidden_act="silu", rope_parameters=rope)  # older versions: rope_theta
+
+
 # -----------------------------------------------------------------------------
 # Weights: files, names, layouts.
 
@@ -176,6 +199,10 @@ def load_pretrained(folder, ids=None):
         return from_weights(config, weights, folder)
 
 
+# -----------------------------------------------------------------------------
+# Folders that are written whole or not at all.
+
+
 def new_folder(out):
     """The Path of a folder to write; ValueError unless it is new or empty."""
     if (out := Path(out)).exists() and (not out.is_dir() or any(out.iterdir())):
@@ -183,67 +210,37 @@ def new_folder(out):
     return out
 
 
+@contextmanager
+def whole_folder(out):
+    """Yield a hidden folder to write, which becomes `out`, a new or empty one, when it is whole."""
+    out = new_folder(out)
+    part = out.with_name(f".{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+    part.mkdir(parents=True)
+    try:
+        yield part
+        if out.exists():
+            out.rmdir()
+        part.rename(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
 def write_run(model, tokenizer, out):
     """Write a run of one checkpoint at `out`, which is new or empty -> its Path."""
-    part = out.with_name(f".{out.name}.part")  # it gets its name when it is whole
-    part.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(part / "tokenizer.json")
-    with replacing(part / "step_000000.safetensors") as file:
-        save_model(model, file, step=0)
-    if out.exists():
-        out.rmdir()
-    return part.rename(out)
+    with whole_folder(out) as part:
+        tokenizer.save(part / "tokenizer.json")
+        with replacing(part / "step_000000.safetensors") as file:
+            save_model(model, file, step=0)
+    return Path(out)
 
 
-# -----------------------------------------------------------------------------
-# LoRA as the library peft reads it.
-
-
-def fuse_lora(layers):
-    """{name: (A, B)} with q, k and v as GPT-2 has them, in one layer: A (3r, C) are theirs below
-    each other, B (3C, 3r) has theirs as blocks on its diagonal; of fewer trained ones less than 3r.
-    """
-    fused = {name: pair for name, pair in layers.items() if name[-6:-4] not in ("q_", "k_", "v_")}
-    for name in {name[:-6] for name in layers.keys() - fused.keys()}:
-        pairs = {x: layers[f"{name}{x}_proj"] for x in "qkv" if f"{name}{x}_proj" in layers}
-        rows, = {len(B) for _, B in pairs.values()}
-        blocks = [pairs[x][1] if x in pairs else torch.zeros(rows, 0) for x in "qkv"]
-        A = torch.cat([A for A, _ in pairs.values()])
-        fused[f"{name}c_attn"] = A, torch.block_diag(*blocks)
-    return fused
-
-
-def to_peft(model):
-    """-> (the values of adapter_config.json, {name: tensor} of adapter_model.safetensors) of a
-    model tuned with lora, for its base in the layout of its family."""
-    tuning, family = model.tuning, family_of(model.config)
-    found = {n: layer for n, layer in model.named_modules() if isinstance(layer, LoRALinear)}
-    if not found:
-        raise ValueError("a model trained with --tune=lora can be exported to peft, and this was "
-                         f"trained with --tune={tuning.tune if tuning else 'full'}")
-    layers = {name: (layer.lora_A, layer.lora_B) for name, layer in found.items()}
-    layers = fuse_lora(layers) if family == "gpt2" else layers
-    layers = {rename(name, FAMILIES[family].names): pair for name, pair in layers.items()}
-    scale, = {layer.scale for layer in found.values()}
-    own_rank = {name.split(".")[-1]: len(A) for name, (A, _) in layers.items()
-                if len(A) != tuning.rank}  # alpha grows with it, so that alpha / rank is the same
-    words = 2 if family == "gpt2" else 1  # its c_proj is one of attn or of mlp
-    values = dict(
-        peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=None, inference_mode=True,
-        bias="none", r=tuning.rank, lora_alpha=scale * tuning.rank,
-        lora_dropout=tuning.lora_dropout, fan_in_fan_out=family == "gpt2", rank_pattern=own_rank,
-        alpha_pattern={name: scale * rank for name, rank in own_rank.items()},
-        target_modules=sorted({".".join(name.split(".")[-words:]) for name in layers}))
-    tensors = {f"base_model.model.{name}.lora_{x}.weight": w
-               for name, pair in layers.items() for x, w in zip("AB", pair)}
-    return values, tensors
-
-
-def export_peft(run, out=""):
-    """Write adapter_config.json and adapter_model.safetensors of a run with LoRA -> their Path."""
-    out, (model, _) = new_folder(out or f"{run}-peft"), load_model(pick_checkpoint(run))
-    values, tensors = to_peft(model)
-    with replacing(out / "adapter_model.safetensors") as file:
-        write_safetensors(file, tensors, dict(format="pt"))
-    write_json(out / "adapter_config.json", values)
-    return out
+def load_plain(run):
+    """-> (model, tokenizer) of a run, what was tuned merged into the weights; ValueError where that
+    cannot be, or where it does not write text."""
+    model, tokenizer = load_run(run, dtype=torch.float32)
+    c = merge(model).config
+    if c.cross or not c.causal or c.n_classes:
+        raise ValueError(f"{run} has architecture={c.architecture} and n_classes={c.n_classes}: "
+                         "only a model that writes text can be exported")
+    return model, tokenizer

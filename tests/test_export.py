@@ -12,9 +12,9 @@ from tiktoken.load import load_tiktoken_bpe
 from tokenizers import pre_tokenizers
 
 from chapters import export
-from chapters.export import (BYTES, CHAT_TEMPLATE, DIGITS, OUR_START, SPLIT, THEIR_START,
-                             from_huggingface, from_rank_file, read_huggingface, to_huggingface,
-                             to_rank_file)
+from chapters.token_files import (BYTES, CHAT_TEMPLATE, DIGITS, OUR_START, SPLIT, THEIR_START,
+                                  from_huggingface, from_rank_file, read_huggingface,
+                                  to_huggingface, to_rank_file)
 from conftest import mistake
 from test_tokenizer import CHAT, COMMON, NASTY, NESTED, gpt2_files, random_kinds, turn
 from tokenizer import (GPT2_BYTES, GPT2_SPLIT, GPT4_SPLIT, SPECIAL_TOKENS, SPLITS, Tokenizer,
@@ -277,9 +277,9 @@ def test_a_rank_file_that_is_damaged_is_refused(trained, tmp_path, wrong, proble
 def test_the_command_exports_and_comes_back(call, trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     trained.save("tokenizer.json")
-    for words in (["--out=hf"], ["--format=tiktoken", "--out=t.tiktoken"]):
+    for words in (["--out=theirs"], ["--format=tiktoken", "--out=t.tiktoken"]):
         assert "600 tokens in" in call(export, *words)[0]
-    for source in "hf", "hf/tokenizer.json", "t.tiktoken":
+    for source in "theirs", "theirs/tokenizer.json", "t.tiktoken":
         out, err = call(export, source, "--out=again.json")
         assert err == "" and Tokenizer.load("again.json").hash() == trained.hash()
         (tmp_path / "again.json").unlink()
@@ -300,26 +300,26 @@ def test_compare_shows_a_line_for_each_tokenizer(call, trained, tmp_path, monkey
 @pytest.mark.parametrize("words, problem", [
     (["missing"], "No such file or directory: missing"), (["text"], "text cannot be read"),
     (["--format=onnx"], "unknown format 'onnx'"),
-    (["hf", "--out=tokenizer.json"], "tokenizer.json is there already"),
+    (["theirs", "--out=tokenizer.json"], "tokenizer.json is there already"),
     (["--out=."], "give another folder"), (["compare", "empty"], "empty is empty"),
     (["compare", "text", "--out=x"], "--out would not act with compare: leave it out"),
-    (["hf", "--format=tiktoken", "--out=x"], "--format would not act on hf: leave it out"),
+    (["theirs", "--format=tiktoken", "--out=x"], "--format would not act on theirs: leave it out"),
     (["--tokenizer=x.json"], "--tokenizer would not act on tokenizer.json"),
     (["--pattern=gpt2"], "--pattern would not act without .tiktoken"),
-    (["compare"], "compare takes a file of text"), (["hf", "text"], "export takes one source"),
+    (["compare"], "compare takes a file of text"), (["theirs", "text"], "export takes one source"),
     (["in"], "in the folder of a model"),
-    (["in", "hf", "text"], "in takes one folder, not hf text"),
-    (["peft"], "peft a run"), (["peft", "a", "b"], "peft takes one folder, not a b"),
-    (["peft", "hf", "--pattern=gpt2"], "--pattern would not act with peft: leave it out"),
-    (["peft", "hf"], "there is no run folder hf with a checkpoint"),
-    (["peft", "hf", "--out=hf"], "hf is there already: give another --out"),
-    (["in", "hf", "--format=tiktoken"], "--format would not act with in: leave it out"),
-    (["in", "hf"], "No such file or directory: hf/config.json"),
+    (["in", "theirs", "text"], "in takes one folder, not theirs text"),
+    (["peft"], "gguf, onnx and peft a run"), (["peft", "a", "b"], "peft takes one folder, not a b"),
+    (["peft", "theirs", "--pattern=gpt2"], "--pattern would not act with peft: leave it out"),
+    (["peft", "theirs"], "there is no run folder theirs with a checkpoint"),
+    (["peft", "theirs", "--out=theirs"], "theirs is there already: give another --out"),
+    (["in", "theirs", "--format=tiktoken"], "--format would not act with in: leave it out"),
+    (["in", "theirs"], "No such file or directory: theirs/config.json"),
 ])
 def test_a_mistake_is_one_line(trained, tmp_path, monkeypatch, capsys, words, problem):
     monkeypatch.chdir(tmp_path)
     trained.save("tokenizer.json")
-    to_huggingface(trained, "hf")
+    to_huggingface(trained, "theirs")
     (tmp_path / "text").write_text("some text")
     (tmp_path / "empty").write_text("")
     code, lines = mistake(export.main, monkeypatch, capsys, *words)

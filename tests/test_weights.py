@@ -14,8 +14,9 @@ from torch import nn
 import sample
 from chapters import export
 from chapters.export import load_gpt2
-from chapters.weights import (FAMILIES, KNOWN, export_peft, family_of, from_names, fuse_lora,
-                              load_pretrained, read_shape, to_names, to_peft)
+from chapters.peft_files import export_peft, fuse_lora, to_peft
+from chapters.weights import (FAMILIES, KNOWN, family_of, from_names, load_pretrained, read_shape,
+                              to_names)
 from conftest import ROOT, keep, tiny
 from model import (LINEARS, GPTConfig, LoRALinear, TuneConfig, read_header, read_safetensors,
                    save_model, tune, write_safetensors)
