@@ -62,8 +62,8 @@ class Drift:
         limit = max(self.limit, ks_limit(len(self.reference), len(values)))
         if distance > limit:
             before, now = (own[len(own) // 2] for own in (self.reference, values))
-            self.say(f"drift: the {self.name} of the last {len(values)} prompts lies {distance:.2f} "
-                     f"from the reference (limit {limit:.2f}), its median {now:.4g}, not "
+            self.say(f"drift: the {self.name} of the last {len(values)} prompts is {distance:.2f} "
+                     f"away from the reference (limit {limit:.2f}), its median {now:.4g}, not "
                      f"{before:.4g}: look at what is asked, rate answers, and train on them")
         return distance
 

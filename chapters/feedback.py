@@ -1,8 +1,8 @@
 """
 What users think of answers: their ratings go in, and out come rows that a model can learn from.
 
-    python -m chapters.serve runs/chat --feedback=feedback.jsonl    # the log; by default there is none
-    python -m chapters.feedback feedback.jsonl --out=feedback       # writes chats.jsonl, pairs.jsonl
+    python -m chapters.serve runs/chat --feedback=feedback.jsonl   # without it there is no log
+    python -m chapters.feedback feedback.jsonl --out=feedback      # writes chats.jsonl, pairs.jsonl
     python train.py --init=runs/chat --data=feedback/chats.jsonl --out=runs/chat-2
     python -m chapters.align dpo runs/chat --data=feedback/pairs.jsonl
 
@@ -78,7 +78,8 @@ class FeedbackLog:
 
     def pseudonym(self, client):
         """A name for a client that tells two of them apart, but not who they are."""
-        return blake2b(str(client).encode(errors="replace"), key=self.salt, digest_size=8).hexdigest()
+        name = str(client).encode(errors="replace")
+        return blake2b(name, key=self.salt, digest_size=8).hexdigest()
 
     def remember(self, id, messages, answer, model, arm="a"):
         """Keep what was said under the id of the reply, in memory, until others push it out."""
@@ -224,8 +225,8 @@ def main():
     if wrong:
         warn(f"{len(wrong)} of {len(rows) + len(wrong)} rows are left out: {wrong[0]}")
     n_undecided = sum(score == 0 for answers in scores.values() for score in answers.values())
-    print(f"{len(rows):,} rows, {len(votes):,} of them count: of each client the last on an answer, "
-          f"and {config.per_client} answers ({n_left_out:,} left out)\n"
+    print(f"{len(rows):,} rows, {len(votes):,} of them count: the last of each client on an answer, "
+          f"up to {config.per_client} answers a client ({n_left_out:,} left out)\n"
           f"{n_undecided:,} answers have as many ratings for as against them, and teach nothing")
     made = {"chats": chats_of(votes, scores), "pairs": pairs_of(votes, scores)}
     if not any(made.values()):

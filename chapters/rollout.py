@@ -111,7 +111,7 @@ class Split:
 
     def __init__(self, old, new, share, salt=""):
         self.arms, self.share, self.salt = {"a": Arm(old), "b": Arm(new)}, share, salt
-        self.looks = 0
+        self.looks, self.state = 0, "split"
 
     def choose(self, user):
         return arm_of(user, self.share, self.salt)

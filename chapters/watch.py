@@ -17,6 +17,7 @@ from collections import OrderedDict
 
 from prometheus_client import (CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector,
                                generate_latest)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 TOKENS = [2**i for i in range(15)]
@@ -70,71 +71,79 @@ def response_key(weights, request, ignored=("stream", "stream_options", "user", 
 # -----------------------------------------------------------------------------
 # Metrics, in a registry of their own, so that a process may have two servers.
 
+GAUGES = dict(rows="Texts that are being written.", waiting="Texts that wait.",
+              blocks="Blocks of keys and values.", blocks_used="Blocks that texts under way hold.",
+              blocks_cached="Blocks kept for prompts that begin alike.")
+COUNTERS = dict(steps="Forward passes.", prompt_tokens="Tokens of prompts.",
+                hit_tokens="Tokens of prompts that were found in the prefix cache.",
+                preempted="Texts that had to wait again, as blocks ran out.")
+
+
+class EngineCollector:
+    """Asks the engine for its counts, a dict, whenever Prometheus asks."""
+
+    def __init__(self, counts):
+        self.counts = counts
+
+    def collect(self):
+        found = self.counts()
+        yield from (GaugeMetricFamily(f"llm_{name}", text, found[name])
+                    for name, text in GAUGES.items())
+        yield from (CounterMetricFamily(f"llm_engine_{name}", text, found[name])
+                    for name, text in COUNTERS.items())
+
 
 class Metrics:
-    """What Prometheus reads: counters of requests, tokens and cache lookups, histograms of
-    latency and prompt length, and gauges, which functions tell when they are read."""
+    """What Prometheus reads: counters of requests, tokens, ratings and lookups in the cache of
+    responses, histograms of latency and of prompts' lengths, drift, and what an engine counts."""
 
-    def __init__(self, gauges={}):
-        """gauges: {name: (help, function without arguments -> a number)}, such as of a queue."""
+    def __init__(self, counts=None):
+        """counts: a function without arguments -> the counts of an engine, or a sum of several."""
         self.registry = own = CollectorRegistry()
         ProcessCollector(registry=own)  # process_resident_memory_bytes and CPU time, on Linux
+        if counts:
+            own.register(EngineCollector(counts))
         self.requests = Counter("llm_requests", "Requests answered, refused or failed.",
-                                ["endpoint", "arm", "status"], registry=own)
-        self.tokens = Counter("llm_tokens", "Tokens of prompts, and tokens written.",
-                              ["kind", "arm"], registry=own)
-        self.lookups = Counter("llm_cache_lookups", "Lookups of responses or blocks of a prefix.",
-                               ["cache", "result"], registry=own)
+                                ["path", "arm", "status"], registry=own)
+        self.tokens = Counter("llm_tokens", "Tokens written.", ["arm"], registry=own)
+        self.lookups = Counter("llm_response_lookups", "Lookups in the cache of responses.",
+                               ["result"], registry=own)
         self.ratings = Counter("llm_ratings", "Ratings by users.", ["arm", "rating"], registry=own)
         self.first, self.each, self.whole = (
             Histogram(f"llm_{name}_seconds", f"{text}, in seconds.", ["arm"], buckets=SECONDS,
                       registry=own) for name, text in (
                 ("first_token", "From a request to its first token"),
-                ("token", "From a token to the next of the same request"),
+                ("token", "From a token to the next of the same text"),
                 ("request", "From a request to the end of its answer")))
         self.prompt = Histogram("llm_prompt_tokens", "Tokens in a prompt.", buckets=TOKENS,
                                 registry=own)
         self.drift = Gauge("llm_drift", "Kolmogorov-Smirnov distance of prompts to the reference.",
                            ["measure"], registry=own)
-        for name, (text, function) in gauges.items():
-            Gauge(f"llm_{name}", text, registry=own).set_function(function)
 
     def text(self):
         """All of it in Prometheus's text format, as bytes."""
         return generate_latest(self.registry)
 
-    def looked_up(self, cache, hits, misses=0):
-        """Count lookups of a cache, "responses" or "prefix"."""
-        self.lookups.labels(cache, "hit").inc(hits)
-        self.lookups.labels(cache, "miss").inc(misses)
-
-    def rated(self, arm, rating):
-        self.ratings.labels(arm, "up" if rating > 0 else "down").inc()
-
 
 class Stopwatch:
-    """The times of one request: token() at each, end(status) once."""
+    """The times of one answer: token() at each of its tokens, end() when it is whole."""
 
-    def __init__(self, metrics, endpoint, arm="a", n_prompt=0, clock=time.perf_counter):
-        self.metrics, self.endpoint, self.arm, self.clock = metrics, endpoint, arm, clock
-        self.start, self.last, self.first = clock(), None, None
-        if n_prompt:
-            metrics.prompt.observe(n_prompt)
-            metrics.tokens.labels("prompt", arm).inc(n_prompt)
+    def __init__(self, metrics, arm, start, clock=time.perf_counter):
+        self.metrics, self.arm, self.start, self.clock = metrics, arm, start, clock
+        self.last = self.first = None
 
-    def token(self, n=1):
-        """Note that n tokens came, together."""
+    def token(self, is_timed=True):
+        """Count a token; of a request for several texts only one is timed."""
+        self.metrics.tokens.labels(self.arm).inc()
+        if not is_timed:
+            return
         now = self.clock()
         if self.last is None:
             self.first = now - self.start
             self.metrics.first.labels(self.arm).observe(self.first)
         else:
-            self.metrics.each.labels(self.arm).observe((now - self.last) / n)
-        self.metrics.tokens.labels("written", self.arm).inc(n)
+            self.metrics.each.labels(self.arm).observe(now - self.last)
         self.last = now
 
-    def end(self, status=200):
-        """Note the end, whatever came of it."""
-        self.metrics.requests.labels(self.endpoint, self.arm, str(status)).inc()
-        if status == 200:
-            self.metrics.whole.labels(self.arm).observe(self.clock() - self.start)
+    def end(self):
+        self.metrics.whole.labels(self.arm).observe(self.clock() - self.start)

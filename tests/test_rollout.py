@@ -11,8 +11,8 @@ import pytest
 from conftest import mistake
 
 from chapters import rollout
-from chapters.rollout import (LEVEL, LOOKS, STEPS, Arm, Canary, Split, arm_of, chances, fisher, more,
-                              significance)
+from chapters.rollout import (LEVEL, LOOKS, STEPS, Arm, Canary, Split, arm_of, chances, fisher,
+                              more, significance)
 
 # -----------------------------------------------------------------------------
 # Who meets which run.

@@ -10,6 +10,7 @@ import torch
 from conftest import keep, mistake, tiny
 
 from chapters import drift
+from chapters.batching import Engine
 from chapters.drift import (Drift, PromptWatch, ks_distance, ks_limit, profile, prompt_nats,
                             read_reference, training_prompts)
 from data import prepare
@@ -18,7 +19,8 @@ from tokenizer import write_json
 
 prometheus = pytest.importorskip("prometheus_client.parser", reason="pip install prometheus_client")
 
-from chapters.watch import ENTRY_BYTES, Metrics, Recent, Stopwatch, is_determined, response_key
+from chapters.watch import (COUNTERS, ENTRY_BYTES, GAUGES, Metrics, Recent, Stopwatch,
+                            is_determined, response_key)
 
 
 def read(metrics):
@@ -100,49 +102,41 @@ def test_the_key_depends_on_weights_and_all_that_changes_the_text_and_on_nothing
 # -----------------------------------------------------------------------------
 # Metrics.
 
+COUNTS = {name: n for n, name in enumerate([*GAUGES, *COUNTERS], 1)}
 
-def test_the_times_of_a_request_are_those_of_the_clock():
-    metrics, now = Metrics(), [100.0]
-    watch = Stopwatch(metrics, "/v1/completions", "b", n_prompt=7, clock=lambda: now[0])
-    for seconds, n in (0.5, 1), (0.02, 1), (0.2, 4), (0.03, 1):
+
+def test_the_times_of_an_answer_are_those_of_the_clock():
+    metrics, now = Metrics(), [100.5]
+    watch = Stopwatch(metrics, "b", start=100.0, clock=lambda: now[0])
+    for seconds, is_timed in (0, True), (0.02, True), (0.01, False), (0.02, True):
         now[0] += seconds
-        watch.token(n)
-    now[0] += 0.25
+        watch.token(is_timed)
+    now[0] += 0.45
     watch.end()
     found, arm = read(metrics), ("b",)
-    assert found["llm_first_token_seconds_sum"][arm] == pytest.approx(0.5)
-    assert found["llm_first_token_seconds_count"][arm] == 1
-    assert found["llm_token_seconds_sum"][arm] == pytest.approx(0.02 + 0.2 / 4 + 0.03)
-    assert found["llm_token_seconds_count"][arm] == 3
+    assert watch.first == found["llm_first_token_seconds_sum"][arm] == 0.5
+    assert found["llm_token_seconds_sum"][arm] == pytest.approx(0.05)
+    assert found["llm_token_seconds_count"][arm] == 2
     assert found["llm_request_seconds_sum"][arm] == pytest.approx(1.0)
-    assert found["llm_tokens_total"] == {("b", "prompt"): 7, ("b", "written"): 7}
-    assert found["llm_prompt_tokens_sum"] == {(): 7}
-    assert found["llm_requests_total"] == {("b", "/v1/completions", "200"): 1}
+    assert found["llm_tokens_total"] == {arm: 4}
 
 
-def test_a_failed_request_is_counted_by_its_status_and_its_time_is_not_an_answers():
-    metrics = Metrics()
-    for status in 200, 429, 429, 500:
-        Stopwatch(metrics, "/v1/completions").end(status)
+def test_an_engine_is_asked_when_prometheus_asks_and_servers_do_not_share_metrics():
+    metrics, other = Metrics(lambda: COUNTS), Metrics()
+    COUNTS["waiting"] = 77
+    metrics.ratings.labels("a", "up").inc()
     found = read(metrics)
-    assert {labels[-1]: n for labels, n in found["llm_requests_total"].items()} == {
-        "200": 1, "429": 2, "500": 1}
-    assert found["llm_request_seconds_count"] == {("a",): 1}
+    assert found["llm_waiting"] == {(): 77}
+    for name in GAUGES:
+        assert found[f"llm_{name}"] == {(): COUNTS[name]}
+    for name in COUNTERS:
+        assert found[f"llm_engine_{name}_total"] == {(): COUNTS[name]}
+    assert found["llm_ratings_total"] == {("a", "up"): 1}
+    assert not {"llm_waiting", "llm_ratings_total"} & {*read(other)}
 
 
-def test_gauges_are_read_when_prometheus_asks_and_two_servers_do_not_share_them():
-    queue = [1, 2, 3]
-    metrics, other = Metrics(dict(queue=("Requests that wait.", lambda: len(queue)))), Metrics()
-    assert read(metrics)["llm_queue"] == {(): 3}
-    queue.clear()
-    metrics.looked_up("responses", 2, 1)
-    metrics.rated("a", 1)
-    metrics.rated("a", -1)
-    found = read(metrics)
-    assert found["llm_queue"] == {(): 0}
-    assert found["llm_cache_lookups_total"] == {("responses", "hit"): 2, ("responses", "miss"): 1}
-    assert found["llm_ratings_total"] == {("a", "up"): 1, ("a", "down"): 1}
-    assert "llm_queue" not in read(other) and "llm_ratings_total" not in read(other)
+def test_what_is_watched_is_what_the_engine_counts(model, tokenizer):
+    assert {*Engine(tiny(vocab_size=tokenizer.n_vocab), tokenizer).counts()} >= {*COUNTS}
 
 
 def test_the_memory_of_the_process_is_there():
@@ -240,7 +234,7 @@ def test_prompts_unlike_the_reference_raise_an_alarm_and_a_gauge(model):
             threading.Event().wait(0.001)
         watch.see(ids)
     watch.close()
-    assert len(said) == 1 and "surprisal of the last 20 prompts lies 1.00" in said[0]
+    assert len(said) == 1 and "surprisal of the last 20 prompts is 1.00 away" in said[0]
     assert read(metrics)["llm_drift"] == {("tokens",): 0, ("nats",): 1}
 
 
