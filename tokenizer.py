@@ -112,7 +112,9 @@ class Parser(argparse.ArgumentParser):
 def refuse_idle(typed, names, reason):
     """ValueError if an option of these names was typed: the reason says beside what it is idle."""
     if idle := [f"--{name}" for name in names if name in typed]:
-        raise ValueError(f"{' '.join(idle)} would not act {reason}: leave it out")
+        missing = reason.partition("without --")[2]
+        way = f", or add --{missing}" if missing else ""
+        raise ValueError(f"{' '.join(idle)} would not act {reason}: leave it out{way}")
 
 
 def field_kind(f):

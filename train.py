@@ -48,7 +48,7 @@ from model import (GPT, KERNELS, SIZES, GPTConfig, TuneConfig, accelerator, chec
                    has_bf16_units, load_model, merge, option, read_header, read_progress,
                    read_safetensors, save_model, tune)
 from sample import (PRECISIONS, checkpoints, complete, first_whole, load_run as load_finished,
-                    newest_run, pick_checkpoint, pick_device, pick_precision)
+                    knows_chats, newest_run, pick_checkpoint, pick_device, pick_precision)
 from tokenizer import (QUIET, Tokenizer, check_fields, parse_options, read_json, reading,
                        refuse_idle, replacing, run_command, write_json)
 
@@ -139,7 +139,8 @@ def read_config(path):
     with reading(path):
         if lost := ({"data", "model", "train"} - {*saved}
                     or {"fingerprint", "path"} - {*(saved["data"] or ())}):
-            raise ValueError(f"it lacks {', '.join(sorted(lost))}")
+            raise ValueError(f"it lacks {', '.join(sorted(lost))}, so this run cannot go on: begin "
+                             "another with --init=RUN")
         return (check_fields(TrainConfig, saved["train"], path),
                 check_fields(GPTConfig, saved["model"], path), saved["data"])
 
@@ -169,8 +170,9 @@ def complete_options(typed, typed_model):
         if typed.get("resume") or not ("size" in typed or "architecture" in typed_model):
             own_shape = asdict(shape)
     config = TrainConfig(**options | typed)
-    if config.init and not config.resume:
+    if config.init:
         refuse_idle(typed, ["size", "vocab_size"], "beside --init")
+    if config.init and not config.resume:
         own_shape = asdict(read_progress(pick_checkpoint(config.init))["config"])
         for name in sorted(typed_model.keys() - FREE):
             if typed_model[name] != own_shape[name]:
@@ -756,9 +758,11 @@ def check_resume(run, shape, card, say):
     """ValueError with all that differs in model, tokenizer or data; other options may change."""
     before, _, data = read_config(run.folder / "config.json")
     old, new = asdict(run.model.config) | asdict(before), asdict(shape) | asdict(run.config)
+    for options in old, new:
+        options["init"] = Path(options["init"])  # with or without a slash at its end
     changed = {name: f"{name}={value} (it has {old[name]})" for name, value in new.items()
                if value != old[name] and name not in ("data", "out", "config", "resume")}
-    fixed = (*asdict(shape), "size", "optimizer", *(f.name for f in fields(TuneConfig)))
+    fixed = (*asdict(shape), "size", "init", "optimizer", *(f.name for f in fields(TuneConfig)))
     wrong = [changed[n] for n in fixed if n in changed]
     if Tokenizer.load(run.folder / "tokenizer.json").hash() != run.tokenizer.hash():
         wrong.append("another tokenizer")
@@ -1151,8 +1155,8 @@ def summarize(run, seconds, stopped):
     bits = kind is TokenLoader and run.val_loss and (
         run.val_loss / math.log(2) * val["tokens"] / val["bytes"])
     text = run.tokenizer.decode(run.prompt or read_split(run.shards, "val")[0][1:50].tolist())
-    asked, _, _ = text.partition("<|assistant|>")
-    words = regex.findall(r"[^\W_]+", regex.sub(r"<\|\w+\|>", " ", asked))
+    asked = regex.sub(r"<\|\w+\|>", " ", text.partition("<|assistant|>")[0])
+    words = regex.findall(r"[^\W_]+" if kind is TokenLoader else r"[^\s\"$`\\!%]+", asked)
     return dict(folder=str(run.folder), step=run.step, loss=rows[-1].get("loss"), stopped=stopped,
                 val_loss=run.val_loss, bits_per_byte=bits or None, seconds=seconds, kind=kind,
                 tokens_per_second=round(median(row.get("tokens_per_second") or 0 for row in rows)),
@@ -1181,13 +1185,18 @@ def main():
                          f"{doctor}")
     ask = {ChatLoader: "sample.py {} --chat", TokenLoader: "sample.py {}"}.get(
         end.kind, "-m chapters.clauses ask {}").format(end.folder)
+    ask, note = f'{ask} --prompt="{end.words}"', ""
     if end.kind is not ClassLoader:
-        print(sample_lines(*load_finished(end.folder), 200, 1, end.prompt))
+        model, tokenizer = load_finished(end.folder)
+        print(sample_lines(model, tokenizer, 200, 1, end.prompt))
+        if end.kind is ChatLoader and not knows_chats(model, tokenizer):
+            ask = f"train.py --resume --out={end.folder} --max_steps={3 * end.step}"
+            note = "its answers have no end yet: it needs more steps\n"
     bits = f", {end.bits_per_byte:.3f} bits per byte" if end.bits_per_byte else ""
     print(f"{end.step:,} steps in {end.seconds:.0f} seconds on {end.how}, "
           f"{end.tokens_per_second:,} tokens/s: validation loss {end.val_loss:.4f}{bits}\n"
           f"{end.folder} holds the model, its log and its picture {end.folder}/loss.png\n"
-          f'next: python {ask} --prompt="{end.words}"')
+          f"{note}next: python {ask}")
 
 
 if __name__ == "__main__":

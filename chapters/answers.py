@@ -15,7 +15,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from model import merge, save_model, sum_dtype
-from sample import end_ids, generate, load_run
+from sample import end_ids, generate, knows_chats, load_run, warn
 from tokenizer import read_json, replacing, write_json
 from train import reshaped
 
@@ -123,7 +123,7 @@ def by_model(judge, tokenizer):
 
 def load(folder, device, tokenizer=None, judges=False):
     """-> (model, tokenizer) of a run that writes, or that judges; ValueError if it does the other
-    thing, or has another tokenizer than this one."""
+    thing, or has another tokenizer than this one; a warning if it seems to know no chats."""
     model, own = load_run(folder, device=device)
     c = merge(model).config
     if c.cross or not c.causal or c.n_classes != judges:
@@ -134,6 +134,9 @@ def load(folder, device, tokenizer=None, judges=False):
     if tokenizer and own.hash() != tokenizer.hash():
         raise ValueError(f"{folder} has another tokenizer than the run that learns: their "
                          "probabilities cannot be compared")
+    if not (judges or knows_chats(model, own)):
+        warn(f"{folder} never learned to end an answer, or not yet: fine-tune it first, python "
+             f"train.py --init={folder} --data=chats.jsonl")
     return model, own
 
 

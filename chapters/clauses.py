@@ -3,8 +3,7 @@ The legal case study: contract clauses of eight types, made here, and how well a
 apart, beside a bag of words and the most frequent type.
 
     python -m chapters.clauses make --out=clauses --n=2000         # writes train.jsonl, test.jsonl
-    python data.py clauses/train.jsonl --out=shards/clauses
-    python train.py --init=runs/base --data=shards/clauses --tune=lora --out=runs/clauses
+    python train.py --init=runs/base --data=clauses/train.jsonl --n_classes=8 --out=runs/clauses
     python -m chapters.clauses score runs/clauses clauses/test.jsonl
     python -m chapters.clauses ask runs/clauses --file=clause.txt     # how likely each label is
 
@@ -79,7 +78,7 @@ def make(out="clauses", n=2000, seed=0):
         for use, count in ("train", n), ("test", n // 4):
             lines = [json.dumps(row) + "\n" for row in clauses(count, use, seed)]
             (new / f"{use}.jsonl").write_text("".join(lines), encoding="utf-8")
-    print(f"next: python data.py {Path(out, 'train.jsonl')} --out=shards/{Path(out).name}")
+    print(f"next: python train.py --init=RUN --data={Path(out, 'train.jsonl')} --n_classes=8")
 
 
 def read_labelled(path):

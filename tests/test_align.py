@@ -448,13 +448,22 @@ def test_a_gradient_that_is_no_number_ends_it_in_one_line():
 # The command.
 
 
+def talker():
+    """A writer whose answers come to an end, each token with a chance of a sixth."""
+    model = writer(architecture="gpt2")
+    end = model.transformer.wte.weight.data[BYTES.special["<|end|>"]]
+    model.transformer.final_norm.bias.data = 4 * end / end.square().sum()
+    return model
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with a run that writes, one that judges, one of another tokenizer, and pairs."""
+    """A folder with a run that answers, one that does not, one that judges, one of another
+    tokenizer, and pairs."""
     home = tmp_path_factory.mktemp("align")
     judge, other = reward_model(writer()), writer(vocab_size=EVEN.n_vocab)
-    for name, model, tokenizer in (("chat", writer(), BYTES), ("judge", judge, BYTES),
-                                   ("other", other, EVEN)):
+    for name, model, tokenizer in (("chat", talker(), BYTES), ("base", writer(), BYTES),
+                                   ("judge", judge, BYTES), ("other", other, EVEN)):
         keep(model, home / name)
         tokenizer.save(home / name / "tokenizer.json")
     rows_of(home / "pairs.jsonl", *(dict(prompt=p.messages[0]["content"], chosen=p.chosen,
@@ -480,6 +489,15 @@ def test_a_command_writes_a_run_that_loads_and_its_log(words, home, call, monkey
     model, tokenizer = load_run(home / f"new-{words[0]}")
     assert model.config.n_classes == (words[0] == "reward")
     assert [row["step"] for row in read_log(home / f"new-{words[0]}")] == [1, 2]
+
+
+def test_a_base_model_is_aligned_with_a_warning_that_it_never_learned_to_answer(home, call,
+                                                                               monkeypatch):
+    monkeypatch.chdir(home)
+    said, errors = call(align, "dpo", "base", "--data=pairs.jsonl", *OPTIONS)
+    assert errors == ("warning: base never learned to end an answer, or not yet: fine-tune it "
+                      "first, python train.py --init=base --data=chats.jsonl\n")
+    assert "base-dpo holds the model" in said and load_run("base-dpo")
 
 
 def test_the_pairs_of_a_judge_are_rows_that_dpo_takes(home, call, monkeypatch):

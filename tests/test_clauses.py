@@ -150,7 +150,7 @@ def test_make_writes_both_files_and_data_py_prepares_them_with_their_labels(tmp_
     rows = read_labelled(tmp_path / "made" / "train.jsonl")
     assert rows == clauses(80, "train", 1)
     assert read_labelled(tmp_path / "made" / "test.jsonl") == clauses(20, "test", 1)
-    assert "next: python data.py" in capsys.readouterr().out
+    assert "next: python train.py --init=RUN --data=" in capsys.readouterr().out
     shards = prepare([tmp_path / "made" / "train.jsonl"], tmp_path / "shards", vocab_size=300,
                      say=lambda text: None)
     loader = ClassLoader(shards, 4, 512)

@@ -837,7 +837,7 @@ def test_a_tuned_run_can_be_the_base_of_another(base_of, chats, tmp_path):
     ("--tune=lora --init=BASE --targets q_prj", "'q_prj': did you mean q_proj"),
     ("--tune=lora --init=BASE --rank=33", "rank=33 is above that of a layer of 32 x 32"),
     ("--tune=last:3 --init=BASE", "tune=last:3: the model has 2 blocks"),
-    ("--tune=lora", "--tune would not act without --init"),
+    ("--tune=lora", "--tune would not act without --init=RUN: leave it out, or add --init=RUN"),
     ("--rank=4 --init=BASE", "--rank would not act beside --tune=full"),
     ("--rank=4 --init=BASE --tune=bias", "--rank would not act beside --tune=bias"),
     ("--alpha=4 --init=BASE --tune=prefix", "--alpha would not act beside --tune=prefix"),
@@ -877,10 +877,25 @@ def test_learned_positions_reach_no_further_than_the_base(base_of, chats, tmp_pa
 @slow
 @pytest.mark.parametrize("change, said", [
     (dict(rank=3), "rank=3 .it has 2."), (dict(tune="prefix"), "tune=prefix .it has lora."),
-    (dict(targets=["q_proj"]), "targets="), (dict(alpha=3.0), "alpha=3.0")])
+    (dict(targets=["q_proj"]), "targets="), (dict(alpha=3.0), "alpha=3.0"),
+    (dict(init="runs/other"), "init=runs/other .it has ")])
 def test_a_resumed_run_keeps_how_it_is_tuned(change, said, tuned_folder):
     with pytest.raises(ValueError, match=f"cannot go on with .*{said}"):
         train(*complete_options(dict(resume=True, out=str(tuned_folder)) | change, {}), **QUIET)
+
+
+@slow
+def test_the_size_is_that_of_the_base_in_a_resumed_run_too(tuned_folder):
+    with pytest.raises(ValueError, match="--size would not act beside --init: leave it out"):
+        complete_options(dict(resume=True, out=str(tuned_folder), size="mini"), {})
+
+
+def test_a_run_that_alignment_wrote_is_no_run_to_resume(tmp_path, monkeypatch, capsys):
+    keep(tiny(), tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text('{"model": {}, "align": {}, "data": null}')
+    code, lines = mistake(main, monkeypatch, capsys, "--resume", f"--out={tmp_path / 'run'}")
+    assert code == 1 and len(lines) == 1 and lines[0].endswith(
+        "it lacks train, so this run cannot go on: begin another with --init=RUN")
 
 
 @pytest.fixture(scope="module")
@@ -920,6 +935,24 @@ def test_a_run_that_ended_between_two_validations_is_measured_when_it_is_resumed
     run.val_loss = None  # as where Ctrl-C stops a run
     save_run(tmp_path / "run", snapshot(run))
     assert train(*config, **QUIET)["val_loss"] > 0
+
+
+@slow
+def test_the_next_command_asks_what_a_chat_run_learned_or_trains_it_until_it_has(
+        base_of, tmp_path, monkeypatch, call):
+    monkeypatch.chdir(tmp_path)
+    data = write_rows(tmp_path / "a.jsonl", [dict(instruction=f"{i}+1: the 'cat', $1 or {i}?",
+                                                  output="cat") for i in range(40)])
+    run = [f"--init={base_of('modern')}", f"--data={data}", "--batch_size=8", "--out=run"]
+    said, _ = call(train_file, *run, "--max_steps=1", "--learning_rate=1e-9")
+    words = said.splitlines()[-1].split()
+    assert "no end yet" in said and words[:3] == ["next:", "python", "train.py"]
+    call(train_file, *words[3:])
+    assert max(checkpoints("run")) == 3
+    said, _ = call(train_file, *run[:-1], "--max_steps=60", "--out=long")
+    line = said.splitlines()[-1]
+    assert re.fullmatch(r"next: python sample.py long --chat "
+                        r"--prompt=\"(\d+)\+1: the 'cat', 1 or \1\?\"", line), line
 
 
 @slow
