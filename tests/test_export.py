@@ -49,17 +49,38 @@ def test_three_libraries_give_the_same_ids_for_any_text(trained, tmp_path, seed)
         assert marked == theirs.encode(text).ids == again.encode(text, special=True)
 
 
-@pytest.mark.parametrize("n", [2, 5])
-def test_the_template_of_hugging_face_renders_the_same(trained, tmp_path, n):
+@pytest.fixture(scope="module")
+def render():
+    """What the chat template makes of messages in a sandbox like Hugging Face's, which adds
+    raise_exception."""
+    def refuse(message):
+        raise jinja2.TemplateError(message)
+    sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    template = sandbox.from_string(CHAT_TEMPLATE)
+    return lambda messages, prompt=False: template.render(
+        messages=messages, add_generation_prompt=prompt, raise_exception=refuse)
+
+
+@pytest.mark.parametrize("n", [2, 4, 5])
+def test_the_chat_template_renders_what_render_chat_does(trained, tmp_path, render, n):
     to_huggingface(trained, tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_bytes())
     assert config["chat_template"] == CHAT_TEMPLATE
-    render = jinja2.sandbox.SandboxedEnvironment().from_string(CHAT_TEMPLATE).render
-    shown = render(messages=CHAT[:n], add_generation_prompt=n == 2)
-    ids = trained.render_prompt(CHAT[:n]) if n == 2 else trained.render_chat(CHAT)[0]
-    assert shown == trained.decode(ids)
-    with pytest.raises(jinja2.UndefinedError, match="raise_exception"):
-        render(messages=[turn("user", "a<|end|>b")])
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    shown = render(CHAT[:n], n < 5)
+    assert theirs.encode(shown).ids == (
+        trained.render_prompt(CHAT[:n]) if n < 5 else trained.render_chat(CHAT)[0])
+
+
+@pytest.mark.parametrize("messages, problem", [
+    ([turn("user", "a<|end|>b")], "a text must not contain <.end.>"),
+    ([turn("assistant")], "must be system or user"), ([turn("developer")], "system or user"),
+    ([turn("user"), turn("system")], "must be user or assistant or tool"),
+])
+def test_the_chat_template_refuses_what_render_chat_does_or_what_would_be_a_token(
+        render, messages, problem):
+    with pytest.raises(jinja2.TemplateError, match=problem):
+        render(messages)
 
 
 @pytest.mark.parametrize("special", [[], SPECIAL_TOKENS, {"<|x|>": 9000, "<|x|>y": 70000}])

@@ -1,9 +1,10 @@
-"""What comes from Hugging Face's models computes the same here, and LoRA the same there."""
+"""What comes from Hugging Face's models computes the same here, and what goes out the same there."""
 
 import copy
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import nbformat
 import pytest
@@ -15,14 +16,14 @@ import sample
 from chapters import export
 from chapters.export import load_gpt2
 from chapters.peft_files import export_peft, fuse_lora, to_peft
-from chapters.weights import (FAMILIES, KNOWN, family_of, from_names, load_pretrained, read_shape,
-                              to_names)
+from chapters.weights import (FAMILIES, KNOWN, explicit, family_of, from_names, load_pretrained,
+                              read_shape, to_names, write_run)
 from conftest import ROOT, keep, tiny
 from model import (LINEARS, GPTConfig, LoRALinear, TuneConfig, read_header, read_safetensors,
                    save_model, tune, write_safetensors)
-from sample import load_run
+from sample import end_ids, generate, load_run
 from test_export import llama3, smollm, trained  # noqa: F401  trained is a fixture
-from test_tokenizer import COMMON, gpt2_files
+from test_tokenizer import CHAT, COMMON, NASTY, gpt2_files
 from tokenizer import GPT2_BYTES, Tokenizer, read_json, write_json
 
 # One model of each kind: grouped heads of a size of their own, tied or not, a window.
@@ -380,6 +381,94 @@ def test_chapter_10_samples_from_gpt2s_files_where_they_are(gpt2_with_text, tmp_
     done = subprocess.run([sys.executable, "-c", f"{first}\n{last}"], cwd=tmp_path, text=True,
                           env=dict(os.environ, PYTHONPATH=str(ROOT)), capture_output=True)
     assert done.stdout.startswith("A language model is") and "openai" not in done.stdout
+
+
+# -----------------------------------------------------------------------------
+# Runs that go out.
+
+
+def text_run(folder, kind, tokenizer, **options):
+    """A run of a random model of a kind that fits the tokenizer -> (its Path, the model)."""
+    ours = random_model(kind, vocab_size=tokenizer.n_vocab, block_size=64, **options)
+    return write_run(ours, tokenizer, folder), ours
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_goes_out_and_comes_back_the_same(call, trained, tmp_path, kind, tied):
+    run, ours = text_run(tmp_path / "run", kind, trained, tied=tied)
+    said, error = call(export, "hf", run)
+    assert said.startswith(f"next: vllm serve {run}-hf, or") and error == ""
+    assert call(export, "in", f"{run}-hf", f"--out={tmp_path}/again")[1] == ""
+    (again, tokenizer), ids = load_run(tmp_path / "again"), torch.randint(trained.n_vocab, (2, 16))
+    assert torch.equal(again(ids)[0], ours(ids)[0])
+    assert tokenizer.definition() == trained.definition()
+    assert again.config == replace(explicit(ours.config), zero_init=again.config.zero_init)
+    assert ("lm_head.weight" in load_file(f"{run}-hf/model.safetensors")) == (not tied)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_transformers_reads_a_run_has_its_logits_its_ids_and_its_texts(trained, tmp_path, kind):
+    transformers = pytest.importorskip("transformers", reason="compares with transformers")
+    run, ours = text_run(tmp_path / "run", kind, trained)
+    folder, ids = export.export_hf(run), torch.randint(trained.n_vocab, (3, 16))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert type(theirs).__name__ == read_json(folder / "config.json")["architectures"][0]
+    torch.testing.assert_close(theirs(ids).logits, ours(ids)[0], rtol=1e-5, atol=1e-5)
+    said = theirs.generate(ids[:1], max_new_tokens=24, min_new_tokens=24, do_sample=False)
+    ends = [*end_ids(trained)]
+    greedy = generate(ours, ids[:1], 24, temperature=0.0, ban=[[id] for id in ends])
+    assert said[0, 16:].tolist() == torch.cat([*greedy]).tolist()
+    assert {*theirs.generation_config.eos_token_id} == {*ends}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    for text in [*NASTY.values(), COMMON, "a<|end|>b <|user|>"]:
+        assert tokenizer(text, split_special_tokens=True)["input_ids"] == trained.encode(text)
+        assert tokenizer(text)["input_ids"] == trained.encode(text, special=True)
+        assert tokenizer.decode(trained.encode(text)) == text
+    for n in 2, 4:
+        prompt = tokenizer.apply_chat_template(CHAT[:n], add_generation_prompt=True)
+        assert prompt["input_ids"] == trained.render_prompt(CHAT[:n])
+    whole = tokenizer.apply_chat_template(CHAT)["input_ids"]
+    assert whole == trained.render_chat(CHAT)[0] and tokenizer.model_max_length == 64
+
+
+def test_what_was_tuned_goes_out_merged(trained, tmp_path):
+    base, ours = tuned("qwen3", vocab_size=trained.n_vocab)
+    run, ids = save_tuned(tmp_path / "run", base, ours), torch.randint(trained.n_vocab, (2, 16))
+    trained.save(run / "tokenizer.json")
+    again = load_pretrained(export.export_hf(run))
+    assert (base(ids)[0] - ours(ids)[0]).abs().max() > 0.01
+    torch.testing.assert_close(again(ids)[0], ours(ids)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("word", ["hf", "gguf", "onnx"])
+@pytest.mark.parametrize("options, problem", [
+    (dict(softcap=9.0), "no qwen3 model of transformers has softcap=9.0"),
+    (dict(norm_first=False), "no qwen3 model of transformers has norm_first=False"),
+    (dict(n_classes=3), "n_classes=3: only a model that writes text can be exported"),
+    (dict(causal=False), "only a model that writes text can be exported"),
+])
+def test_a_run_that_means_nothing_elsewhere_is_refused_and_nothing_written(
+        call, trained, tmp_path, word, options, problem):
+    run = write_run(tiny(vocab_size=trained.n_vocab, **options), trained, tmp_path / "run")
+    out, error = call(export, word, run, f"--out={tmp_path}/out")
+    if word == "onnx" and "qwen3" in problem:  # our own graph, which can be any text model's
+        assert error == "" and (tmp_path / "out/model.onnx").exists()
+    else:
+        assert error.count("\n") == 1 and problem in error and not out
+        assert [*tmp_path.iterdir()] == [run]
+
+
+@pytest.mark.parametrize("word", ["hf", "gguf", "onnx"])
+def test_tuning_that_no_plain_model_has_is_refused(call, trained, tmp_path, word):
+    base = random_model("qwen3", vocab_size=trained.n_vocab)
+    ours = copy.deepcopy(base)
+    tune(ours, TuneConfig(tune="adapter"))
+    trained.save(save_tuned(tmp_path / "run", base, ours) / "tokenizer.json")
+    _, error = call(export, word, tmp_path / "run", f"--out={tmp_path}/out")
+    assert "what --tune=adapter adds has no place in a plain model" in error
+    assert [*tmp_path.iterdir()] == [tmp_path / "run"]
 
 
 # -----------------------------------------------------------------------------
