@@ -139,8 +139,9 @@ def wrong_field(schema, errors):
     if errors[0]["type"] == "extra_forbidden":
         name = str(where[-1])[:60]
         return Refusal(400, f"{name} is not supported{nearest(name, known)}: leave it out", name)
-    if len(where) > len(path) and (form := FORMS.get([part for part in path if part in FORMS][-1])):
-        said = f"Input should be {form}"  # pydantic would name the first of its forms alone
+    forms = [FORMS[part] for part in path if part in FORMS]
+    if forms and len(where) > len(path):  # pydantic says what the first of its forms should be
+        said = f"Input should be {forms[-1]}"
     if not said.startswith("Input should be "):
         return Refusal(400, f"{name or 'the body'}: {said[0].lower()}{said[1:]}", name or None)
     said = said.removeprefix("Input should be ") if path else "a JSON object"

@@ -50,6 +50,8 @@ Piece = namedtuple("Piece", "index token text logprob best finish written", defa
 class Watch:
     """Looks on and does nothing; a subclass may measure, remember, and choose who answers."""
 
+    rates = False  # whether ratings are kept
+
     def routes(self, app, models, open_model):
         """Add routes to the FastAPI application. models: {name: Served}, which may change;
         open_model(folder) -> Served takes seconds."""
@@ -140,9 +142,10 @@ def choice(call, index, text, tokens, finish, chunk=False):
     """A choice, whole or a chunk of it."""
     chat = isinstance(call.body, Chat)
     tell = chat_logprobs if chat else text_logprobs
-    asked = call.body.logprobs not in (None, False) and (tokens or not chunk)
+    asked = type(call.body.logprobs) is int or call.body.logprobs is True  # 0 asks, too
     told = dict(index=index, finish_reason=finish,
-                logprobs=tell(call.served.tokenizer, tokens) if asked else None)
+                logprobs=tell(call.served.tokenizer, tokens) if asked and (tokens or not chunk)
+                else None)
     if not chat:
         return told | dict(text=text)
     if not chunk:

@@ -277,7 +277,8 @@ def build_app(config, models, watch=Watch()):
 
     @app.get("/v1/models")
     def list_models():
-        return dict(object="list", data=[served.card() for served in models.values()])
+        cards = [served.card() for served in models.values()]
+        return dict(object="list", data=cards, feedback=watch.rates)
 
     @app.get("/v1/models/{name}")
     def show_model(name):
