@@ -1,5 +1,5 @@
-"""chapters/grpc_serve.py: a real channel to a real server gets what the engine writes, and a code for
-each thing that goes wrong."""
+"""chapters/grpc_serve.py: a real channel to a real server gets what the engine writes, and a code
+for each thing that goes wrong."""
 
 import os
 import signal
@@ -64,13 +64,13 @@ def ends(engine):
 
 
 @pytest.mark.parametrize("options", [
-    dict(seed=3), dict(temperature=0.0), dict(seed=1, temperature=1.5, top_k=20, top_p=0.9),
+    dict(temperature=0.0), dict(seed=1, temperature=1.5, top_k=20, top_p=0.9),
     dict(seed=0, min_p=0.02, repetition_penalty=1.2, presence_penalty=0.5),
     dict(seed=2, frequency_penalty=0.5, stop=["e", "o"])])
 def test_the_text_is_that_of_sample_with_the_same_options(engine, options):
     with channel(engine) as stub:
-        tokens = list(stub.Generate(prompt(max_new_tokens=20, **options)))
-    expected = complete(engine.model, engine.tokenizer, "the cat", max_new_tokens=20, **options)
+        tokens = list(stub.Generate(prompt(max_new_tokens=12, **options)))
+    expected = complete(engine.model, engine.tokenizer, "the cat", max_new_tokens=12, **options)
     assert "".join(token.text for token in tokens) == expected
     assert [token.finish for token in tokens[:-1]] == [""] * (len(tokens) - 1)
     assert tokens[-1].finish in ("stop", "length") and all(t.logprob < 0 for t in tokens)
@@ -84,6 +84,7 @@ def test_ids_are_a_prompt_as_well(engine):
     assert tokens[0] == tokens[1] and len(tokens[0]) == 9
 
 
+@pytest.mark.slow
 def test_many_streams_at_a_time_are_each_what_they_are_alone(engine):
     with channel(engine) as stub:
         def text(seed):
@@ -111,6 +112,7 @@ def test_a_wrong_option_is_an_invalid_argument_with_its_value(engine, asked, wor
         assert len(list(stub.Generate(prompt(max_new_tokens=3)))) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["cancel", "deadline"])
 def test_a_client_that_leaves_gives_its_row_back(engine, how):
     slow, step = threading.Event(), engine.step
@@ -142,6 +144,7 @@ def test_without_the_key_nothing_is_written(engine):
         assert len(list(tokens)) == 2
 
 
+@pytest.mark.slow
 def test_a_message_that_is_too_large_and_streams_that_are_too_many_are_refused(engine):
     with channel(engine, max_body=1000, max_rows=1, max_queue=1) as stub:
         assert code_of(stub.Generate(prompt("x" * 2000)))[0] == CODE.RESOURCE_EXHAUSTED
@@ -158,6 +161,7 @@ def test_a_message_that_is_too_large_and_streams_that_are_too_many_are_refused(e
             assert [*call][-1].finish
 
 
+@pytest.mark.slow
 def test_an_engine_that_closes_is_unavailable(tokenizer):
     engine = Engine(tiny(vocab_size=tokenizer.n_vocab, block_size=64), tokenizer)
     engine.close()

@@ -82,6 +82,7 @@ def test_the_line_says_what_differs_and_counts_looks():
     assert "may be chance" in peeked and "below 0.05 / 20 looks" in peeked
 
 
+@pytest.mark.slow
 def test_a_look_after_each_rating_finds_a_difference_that_is_not_there():
     """What the warning is about: with equal arms far more than 1 of 20 tests ends "differs"."""
     random, found = Random(1), {True: 0, False: 0}
@@ -156,6 +157,7 @@ def test_a_run_that_always_fails_is_rolled_back_at_the_first_look():
     assert canary.arms["b"].n == 100 // LOOKS
 
 
+@pytest.mark.slow
 def test_a_run_that_is_as_good_is_seldom_rolled_back():
     states = []
     for seed in range(40):

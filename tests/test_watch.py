@@ -267,6 +267,7 @@ def trained(model, tokenizer, shards, tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_reference_of_held_out_documents(call, trained, model, tokenizer):
     said = call(drift, trained, "--n_prompts=5").out
     found = read_reference(trained / "prompts.json")
