@@ -928,13 +928,12 @@ class QuantEmbedding(QuantLinear):
 
 
 def quantize(model, quant, round=round_weights):
-    """Make the linear layers of a plain model's blocks int8 or int4, as round does it, and its
-    embedding and head, to the nearest; in place. -> the model"""
+    """Make the linear layers and the head of a plain model int8 or int4, as round does it, and its
+    embedding, to the nearest; in place. -> the model"""
     check_known(quant, BITS, "quant")
     if isinstance(model.lm_head, QuantLinear):
         raise ValueError("this model is quantised already: quantise the one it was made from")
-    swap(model, LINEARS, partial(QuantLinear, bits=BITS[quant], round=round))
-    swap(model, ("lm_head",), partial(QuantLinear, bits=BITS[quant]))
+    swap(model, (*LINEARS, "lm_head"), partial(QuantLinear, bits=BITS[quant], round=round))
     swap(model, ("wte",), partial(QuantEmbedding, bits=BITS[quant]))
     model.tie()
     model.use("torch", model.dtype)
@@ -1060,9 +1059,6 @@ def tune(model, config):
     body, (method, _, n) = model.transformer, config.tune.partition(":")
     if n and int(n) > len(body.blocks):
         raise ValueError(f"tune={config.tune}: the model has {len(body.blocks)} blocks")
-    if isinstance(model.lm_head, QuantLinear):
-        raise ValueError("a quantised model is not trained: fine-tune the one it was made from, "
-                         "with --quant if memory is short")
     model.requires_grad_(method == "full")
     model.tuning = None if method == "full" else TuneConfig(
         **{f.name: getattr(config, f.name) for f in fields(TuneConfig)})  # of a TrainConfig as well
@@ -1099,6 +1095,9 @@ def tune(model, config):
 def merge(model):
     """Make a tuned model a plain one that gives the same, in place, and give it back; ValueError
     where no plain one does."""
+    if isinstance(model.lm_head, QuantLinear):
+        raise ValueError("a quantised model is neither trained nor exported: take the run that it "
+                         "was made from")
     method = model.tuning.tune if model.tuning else "full"
     if method in ("adapter", "prefix", "prompt") or method == "bias" and not model.config.bias:
         raise ValueError(f"what --tune={method} adds has no place in a plain model, so it cannot "
