@@ -466,6 +466,7 @@ class Continuation:
         text = self.decode(token) if token not in self.ends else ""
         self.waiting += text[self.heals:] + (self.decode() if not self.n_left else "")
         text, self.waiting, stopped = release(self.waiting, self.stop, last=not self.n_left)
+        self.stopped = stopped or token in self.ends  # or it was cut off
         self.n_left, self.heals = 0 if stopped else self.n_left, False
         return Piece(token, text, logprob)
 
