@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
 
@@ -19,16 +20,32 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: more than a second or so; runs only with --all")
+    config.addinivalue_line("markers", "beside(work=f): f(parameter) runs beside the other tests")
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
-    """Without --all, what is marked slow is deselected."""
-    if config.getoption("--all"):
-        return
+    """Without --all, what is marked slow is deselected. What is marked beside comes last."""
     slow = [item for item in items if item.get_closest_marker("slow")]
-    if slow:
+    if slow and not config.getoption("--all"):
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if not item.get_closest_marker("slow")]
+    items.sort(key=lambda item: bool(item.get_closest_marker("beside")))
+
+
+def pytest_collection_finish(session):
+    """Begin what is marked beside: one after another, while the other tests run."""
+    pool = ThreadPoolExecutor(1)
+    session.config.add_cleanup(lambda: pool.shutdown(cancel_futures=True))
+    for item in session.items if not session.config.option.collectonly else ():
+        if mark := item.get_closest_marker("beside"):
+            item.work = pool.submit(mark.kwargs["work"], *item.callspec.params.values())
+
+
+@pytest.fixture
+def outcome(request):
+    """What the work of a test gives that is marked beside."""
+    return request.node.work.result()
 
 
 def tiny(architecture="modern", seed=0, **options):

@@ -219,16 +219,23 @@ def test_the_walk_finds_a_term_that_comes_too_early_and_one_that_is_never_explai
 # As it runs.
 
 
+def run_with_solutions(path):
+    """-> (the notebook as it ran, with and without its solutions, files that it left)"""
+    before = files()
+    return execute(with_solutions(read(path)), path.parent), files() - before
+
+
 @pytest.mark.slow
+@pytest.mark.beside(work=run_with_solutions)
 @each
-def test_a_notebook_runs_leaves_no_file_and_its_folded_solutions_alone_are_right(path):
-    before, notebook = files(), execute(with_solutions(read(path)), path.parent)
+def test_a_notebook_runs_leaves_no_file_and_its_folded_solutions_alone_are_right(path, outcome):
+    notebook, left = outcome
     cells = code_cells(notebook)
     for cell, answer in zip(cells, cells[1:]):
         if "your turn" in cell.source:
             assert all(line.startswith("not yet: ") for line in printed(cell).splitlines())
             assert {*printed(answer).splitlines()} == {"right!"}, answer.source
-    assert files() == before
+    assert left == set()
 
 
 @each
