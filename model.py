@@ -1048,6 +1048,8 @@ class TuneConfig:
         vars(self).update(targets=names)  # the class is frozen for everyone else
         for name in names:
             check_known(name, LINEARS, "name in targets")
+            if names.count(name) > 1:
+                raise ValueError(f"targets: {name} is there twice, leave one out")
         if self.quant and method in ("full", "last"):
             raise ValueError(f"quant={self.quant} freezes what --tune={self.tune} trains: leave it "
                              "out, or take lora")
@@ -1160,7 +1162,8 @@ def read_header(path):
             raise ValueError(f"{size - length:,} bytes of tensors, where {end:,} should be")
         return rows, metadata
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged or not in the safetensors format ({error!r:.99})"
+        why = error if type(error) is ValueError else "no such header"
+        raise ValueError(f"{path} is damaged or not in the safetensors format ({why!s:.99})"
                          ) from None
 
 
