@@ -446,6 +446,11 @@ def with_ids(config, tokenizer):
     return replace(config, ban=ban, logit_bias=biases)
 
 
+def no_space(tokenizer):
+    """Which tokens do not begin with a space: they cannot follow a prompt that ended in one."""
+    return torch.tensor([not token.startswith(b" ") for token in tokenizer.token_bytes()])
+
+
 class Continuation:
     """A text under way; it ends after <|endoftext|>, <|end|>, a stop string or n_left tokens."""
 
@@ -476,12 +481,12 @@ def write(model, tokenizer, prompts, config=SampleConfig(), **options):
     it is alone with seed + i; after an empty one, of a new document. Options: fields of config."""
     config, device = with_ids(replace(config, **options), tokenizer), model.device
     numbered, rows = enumerate(prompts), []
-    no_space = torch.tensor([not token.startswith(b" ") for token in tokenizer.token_bytes()])
+    spaceless = no_space(tokenizer)
     while rows := rows or [Continuation(model, tokenizer, prompt, config, i)
                            for i, prompt in islice(numbered, ROWS)]:
         ids = pad_sequence([torch.tensor(row.ids) for row in rows], True, -1, "left")  # (B, T)
         n_prompt = ids.size(1) - torch.tensor([[len(row.ids) - row.n_prompt] for row in rows])
-        first_ban = torch.tensor([[row.heals] for row in rows]) & no_space             # (B, V)
+        first_ban = torch.tensor([[row.heals] for row in rows]) & spaceless            # (B, V)
         steps = decode(model, ids.to(device), config, [row.generator for row in rows],
                        n_prompt.to(device), first_ban.to(device))
         for chosen, logits in steps:
