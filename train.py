@@ -70,8 +70,7 @@ FREE = {"block_size", "n_classes", "softcap", "dropout", "label_smoothing", "z_l
 class TrainConfig(TuneConfig):
     """How to train: data, length, optimizer, what is shown, machine."""
     init: str = option("", "a run folder; its tokenizer and weights are what training begins with")
-    data: str | list = option("stdlib", "shards, or what data.py takes: stdlib, files, folders, "
-                              "URLs ...", many=True)
+    data: str | list = option("stdlib", "shards, or what data.py takes: files, URLs ...", many=True)
     out: str = option("", "run folder; empty: runs/ and the name of the data")
     config: str = option("", "a config.json whose options are taken; those typed come first")
     resume: bool = option(False, "continue the run in --out, or the newest one")
@@ -219,12 +218,6 @@ def average(values, device):
     values = torch.tensor(values, device=device, dtype=torch.float64)
     dist.all_reduce(values)
     return (values / dist.get_world_size()).tolist()
-
-
-def keep_freed_memory(low_memory=False):
-    """Handing pages back and taking them again can cost a third of a step on a CPU: do not."""
-    if accelerator():
-        accelerator().keep_freed_memory(low_memory)
 
 
 def peak_memory(device="cpu"):
@@ -420,13 +413,6 @@ def tuning_rate(config, n_embd):
     return 3 * rate if config.optimizer == "muon" else rate * min(1.0, 128 / n_embd)
 
 
-def parallelize(model, world_size, device):
-    """The model as it is, or a copy on each process whose gradients are averaged in backward."""
-    if world_size == 1:
-        return model
-    return DistributedDataParallel(model, [device] if device.startswith("cuda") else None)
-
-
 def clip_gradients(model, grad_clip):
     """Shorten the gradient of all weights to at most grad_clip; -> its length before."""
     return torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
@@ -440,17 +426,13 @@ def to_device(batch, model):
     return [ids.to(model.device, non_blocking=True) for ids in batch]
 
 
-def cut_short(ids, progress, curriculum):
-    """Rows (B, T) cut into 8, 4, then 2 in the first `curriculum` of a run: arXiv:2108.06084."""
-    parts = 8 >> int(3 * progress / curriculum) if progress < curriculum else 1
-    return ids.reshape(ids.size(0) * parts, -1)
-
-
 def micro_batches(batches, n, model, progress=1.0, curriculum=0.0):
-    """Yield the next n batches, as their loader makes them."""
+    """Yield the next n batches of a loader; in the first `curriculum` of a run with their rows cut
+    into 8, 4, then 2: arXiv:2108.06084."""
+    parts = 8 >> int(3 * progress / curriculum) if progress < curriculum else 1
     for _ in range(n):
         batch = to_device(next(batches), model)
-        yield [cut_short(ids, progress, curriculum) for ids in batch] if curriculum else batch
+        yield [ids.reshape(len(ids) * parts, -1) for ids in batch] if parts > 1 else batch
 
 
 def batch_loss(model, x, y, segments=None):
@@ -556,9 +538,8 @@ def new_run(folder, model, config, device):
 
 def snapshot(run):
     """What a checkpoint holds, copied to main memory: (model, optimizer's tensors, progress)."""
-    copies = {id(p): torch.nn.Parameter(p.detach().to("cpu", copy=True), p.requires_grad)
-              for p in run.model.parameters() if p.requires_grad}
-    copies |= {id(p): p for p in run.model.parameters() if not p.requires_grad}  # never change
+    copies = {id(p): torch.nn.Parameter(p.detach().to("cpu", copy=True)) if p.requires_grad else p
+              for p in run.model.parameters()}  # those that are frozen never change
     names = {p: name for name, p in run.model.named_parameters()}
     tensors = {f"optimizer.{names[p]}.{what}": tensor.to("cpu", copy=True)
                for p, state in run.optimizer.state.items() for what, tensor in state.items()}
@@ -595,8 +576,7 @@ def load_run(folder, config, device):
             raise ValueError(f"{path}: {key} of shape {tuple(tensor.shape)} fits no parameter")
         state[params[name]][kind] = tensor.float()
     for group in run.optimizer.param_groups:  # those of a group are treated alike
-        kinds = {frozenset(state[p]) for p in group["params"] if tensors}
-        if len(kinds) > 1:
+        if tensors and len({frozenset(state[p]) for p in group["params"]}) > 1:
             raise ValueError(f"{path} lacks a part of the state of optimizer={config.optimizer}: "
                              "leave out --optimizer")
     return run
@@ -617,8 +597,7 @@ def read_log(folder):
 
 
 def smooth(values, n=20):
-    """The mean of about n values around each, as many behind it as before it, so that the curve
-    does not lag; fewer towards both ends."""
+    """The mean of about n values around each, fewer towards the ends, so that no curve lags."""
     sums, last = [0, *accumulate(values)], len(values) - 1
     reach = [min(n // 2, i, last - i) for i in range(len(values))]
     return [(sums[i + k + 1] - sums[i - k]) / (2 * k + 1) for i, k in enumerate(reach)]
@@ -1062,12 +1041,14 @@ def train(config, model_config=None, say=tqdm.write):
     is resumed; say takes the lines to show. -> summarize()'s dict, None on all ranks but 0."""
     began, is_main = time.perf_counter(), int(os.environ.get("RANK", 0)) == 0
     say = say if is_main else lambda text: None
-    keep_freed_memory(config.low_memory)
+    if accelerator():  # to hand pages back and take them again can cost a third of a step
+        accelerator().keep_freed_memory(config.low_memory)
     with contextlib.ExitStack() as stack:
         run = prepare_run(config, model_config, say, stack)
         config, batches, device = run.config, run.batches, str(run.model.device)
         rank, world_size, T = batches.rank, batches.world_size, batches.block_size
-        model = parallelize(run.model, world_size, device)
+        model = run.model if world_size == 1 else DistributedDataParallel(  # averages gradients
+            run.model, [device] if device.startswith("cuda") else None)
         _, n_passes = split_batch(config, world_size)
         whole_step = config.cuda_graph and accelerator().GraphedStep(
             lambda xs, ys: take_step(run, model, xs, ys, config.grad_clip))
@@ -1190,7 +1171,7 @@ def main():
         model, tokenizer = load_finished(end.folder)
         print(sample_lines(model, tokenizer, 200, 1, end.prompt))
         if end.kind is ChatLoader and not knows_chats(model, tokenizer):
-            ask = f"train.py --resume --out={end.folder} --max_steps={3 * end.step}"
+            ask = f"train.py --resume --out={end.folder} --max_steps={max(100, 3 * end.step)}"
             note = "its answers have no end yet: it needs more steps\n"
     bits = f", {end.bits_per_byte:.3f} bits per byte" if end.bits_per_byte else ""
     print(f"{end.step:,} steps in {end.seconds:.0f} seconds on {end.how}, "

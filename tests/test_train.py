@@ -22,9 +22,9 @@ from data import TokenLoader, prepare
 from model import GPTConfig, accelerator, load_model
 from sample import checkpoints
 from train import (OPTIMIZERS, SCHEDULES, Muon, Optimizer, TrainConfig, announce, build_optimizer,
-                   complete_options, cut_short, draw_loss, gradients, last_step, learning_rate,
-                   main, new_run, plain_orthogonal, prepare_run, progress_line, read_log, smooth,
-                   take_step, to_device, train, validation_loss)
+                   complete_options, draw_loss, gradients, last_step, learning_rate, main,
+                   micro_batches, new_run, plain_orthogonal, prepare_run, progress_line, read_log,
+                   smooth, take_step, to_device, train, validation_loss)
 
 slow = pytest.mark.slow
 SMALL = dict(max_steps=8, batch_size=8, micro_batch_size=8, eval_every=4, eval_sequences=8,
@@ -186,9 +186,10 @@ def test_a_run_says_which_kernels_were_tried_and_what_memory_it_takes(shards, tm
 
 @pytest.mark.parametrize("progress, parts", [(0.0, 8), (0.2, 4), (0.4, 2), (0.6, 1), (1.0, 1)])
 def test_a_curriculum_cuts_rows_and_loses_no_token(progress, parts):
-    ids = torch.arange(32).view(2, 16)
-    short = cut_short(ids, progress, 0.6)
-    assert short.shape == (2 * parts, 16 // parts) and torch.equal(short.flatten(), ids.flatten())
+    batch = [torch.arange(32).view(2, 16).numpy(), torch.arange(1, 33).view(2, 16).numpy()]
+    [short] = micro_batches(iter([batch]), 1, tiny(), progress, 0.6)
+    for ids, own in zip(short, batch, strict=True):
+        assert ids.shape == (2 * parts, 16 // parts) and [*ids.flatten()] == [*own.flatten()]
 
 
 def steps_on(shards, take, device="cpu", rows=8, n=1, **options):

@@ -523,6 +523,7 @@ def test_a_base_that_is_tuned_itself_is_refused(tmp_path):
     (dict(tune="lora:2"), "needs a number of blocks"),
     (dict(tune="lora", targets=["q_prj"]), "'q_prj': did you mean q_proj"),
     (dict(tune="lora", targets="down"), "'down': did you mean down_proj"),
+    (dict(tune="lora", targets=["q_proj", "q_proj"]), "q_proj is there twice, leave one out"),
     (dict(tune="lora", rank=0), "rank=0 must be at least 1"),
     (dict(tune="lora", lora_dropout=1.0), "lora_dropout=1.0 must be"),
     (dict(tune="lora", alpha=-1.0), "alpha=-1.0 must be"),
@@ -948,7 +949,7 @@ def test_the_next_command_asks_what_a_chat_run_learned_or_trains_it_until_it_has
     words = said.splitlines()[-1].split()
     assert "no end yet" in said and words[:3] == ["next:", "python", "train.py"]
     call(train_file, *words[3:])
-    assert max(checkpoints("run")) == 3
+    assert max(checkpoints("run")) == 100
     said, _ = call(train_file, *run[:-1], "--max_steps=60", "--out=long")
     line = said.splitlines()[-1]
     assert re.fullmatch(r"next: python sample.py long --chat "
