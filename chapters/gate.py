@@ -63,8 +63,8 @@ class Gate:
         # A page on another site can have its own name point to this machine: DNS rebinding.
         if self.config.is_local() and host not in LOCAL | {self.config.host}:
             raise Refusal(403, f"host {host!r:.60} is not this machine's name: ask for localhost")
-        given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
-        if path not in OPEN and not compare_digest(given, self.config.key.encode()):
+        key, given = self.config.key, headers.get(b"authorization", b"").removeprefix(b"Bearer ")
+        if key and path not in OPEN and not compare_digest(given, key.encode()):
             raise Refusal(401, "the key is wrong or missing: send Authorization: Bearer KEY",
                           code="invalid_api_key", WWW_Authenticate="Bearer")
         # Other pages may send forms and plain text here without asking, but not JSON.

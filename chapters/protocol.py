@@ -203,8 +203,9 @@ def read_prompts(body, tokenizer, block_size):
 
 
 def too_long(name, n_tokens, block_size):
-    return Refusal(400, f"{name}: {n_tokens} tokens; this model takes {block_size}, and one must "
-                   f"follow: at most {block_size - 1}", name, "context_length_exceeded")
+    return Refusal(400, f"{name}: {n_tokens} tokens are too many; the context of this model has "
+                   f"{block_size}, and one must follow: at most {block_size - 1}", name,
+                   "context_length_exceeded")
 
 
 def read_options(body, tokenizer, block_size):
@@ -227,4 +228,5 @@ def read_options(body, tokenizer, block_size):
         temperature=body.temperature, top_p=max(body.top_p, TINY) if body.top_p < 1 else None,
         top_k=body.top_k, min_p=body.min_p, presence_penalty=body.presence_penalty,
         frequency_penalty=body.frequency_penalty, seed=body.seed, stop=stop,
-        logit_bias=[(int(id), bias) for id, bias in biases.items()], max_new_tokens=max(n_new, 1))
+        logit_bias=[(int(id), bias) for id, bias in biases.items()],
+        max_new_tokens=min(max(n_new, 1), block_size))

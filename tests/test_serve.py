@@ -1,13 +1,27 @@
 """chapters/serve.py: what it answers, what it refuses, and what becomes of those who leave."""
 
 import asyncio
+import http.client
 import json
+import os
 import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from copy import copy
+from functools import partial
+from random import Random
 
 import pytest
 import torch
-from conftest import mistake, tiny
+from conftest import ROOT, keep, mistake, tiny
 
 pytest.importorskip("fastapi", reason="the server is written with fastapi: pip install fastapi")
 pytest.importorskip("uvicorn", reason="uvicorn reads HTTP for the server: pip install uvicorn")
@@ -15,6 +29,8 @@ pytest.importorskip("uvicorn", reason="uvicorn reads HTTP for the server: pip in
 import sample
 from chapters import serve
 from chapters.batching import Engine
+from chapters.gate import Server
+from chapters.protocol import Chat, Completion
 from chapters.replies import Piece, Watch
 from chapters.serve import ServeConfig, Served, build_app
 from sample import complete, complete_batch
@@ -595,3 +611,251 @@ def test_texts_and_ids_can_be_asked_for_as_remote_tokenizers_are(gate, tokenizer
     assert get(gate, "/detokenize", dict(tokens=ids)).json() == dict(prompt="the cat <|end|>")
     assert get(gate, "/detokenize", dict(tokens=[10**9])).status == 400
     assert get(gate, "/tokenizer_info").json()["eos_token"] == "<|endoftext|>"
+
+
+# -----------------------------------------------------------------------------
+# Over the network: other people's clients, and none at all.
+
+
+@contextmanager
+def listening(models, watch=Watch(), **options):
+    """A server in a thread, at a free port of this machine -> (its port, its Gate)."""
+    gate = build_app(ServeConfig(**options), models, watch)
+    server, listener = Server(gate), socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield listener.getsockname()[1], gate
+    finally:
+        gate.stopping = server.should_exit = True
+        thread.join(timeout=20)
+
+
+def until(fact, seconds=20):
+    """Wait for what soon becomes true."""
+    end = time.monotonic() + seconds
+    while not fact():
+        assert time.monotonic() < end, "it never became true"
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def port(models):
+    with listening(models, max_body=50_000) as (port, _):
+        yield port
+
+
+def connect(port, head, body=b"", host="localhost"):
+    """A socket that has sent a request."""
+    connection = socket.create_connection(("127.0.0.1", port), timeout=20)
+    head = f"{head} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    if body is not None:
+        head += f"Content-Length: {len(body)}\r\n\r\n"
+    connection.sendall(head.encode() + (body or b""))
+    return connection
+
+
+def read_all(connection):
+    """What comes until the other side closes, or pauses for a second."""
+    connection.settimeout(1)
+    data = b""
+    with suppress(TimeoutError, ConnectionResetError):
+        while part := connection.recv(1 << 16):
+            data += part
+    return data
+
+
+@pytest.mark.slow
+def test_the_openai_client_completes_chats_streams_and_maps_errors(models, port, tokenizer):
+    openai = pytest.importorskip("openai", reason="OpenAI's own client: pip install openai")
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+    assert [model.id for model in client.models.list()] == ["talks", "base"]
+    assert client.models.retrieve("base").id == "base"
+    expected = complete(new_model(tokenizer), tokenizer, "the cat", seed=3, max_new_tokens=9,
+                        temperature=1.0)
+    fields = dict(model="base", prompt="the cat", seed=3, max_tokens=9)
+    whole = client.completions.create(logprobs=2, **fields)
+    assert whole.choices[0].text == expected and whole.usage.completion_tokens == 9
+    assert len(whole.choices[0].logprobs.token_logprobs) == len(whole.choices[0].logprobs.tokens)
+    stream = client.completions.create(stream=True, **fields)
+    assert "".join(chunk.choices[0].text for chunk in stream) == expected
+
+    fields = dict(model="talks", messages=HI, seed=4, max_completion_tokens=9, logprobs=True)
+    said = client.chat.completions.create(top_logprobs=2, n=2, **fields)
+    assert [len(choice.logprobs.content[0].top_logprobs) for choice in said.choices] == [2, 2]
+    assert said.choices[0].message.role == "assistant" and said.id.startswith("chatcmpl-")
+    chunks = [*client.chat.completions.create(
+        stream=True, stream_options=dict(include_usage=True), **fields)]
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == said.choices[0].message.content
+    assert chunks[-1].usage.prompt_tokens == said.usage.prompt_tokens
+
+    again = client.chat.completions.create(model="talks", seed=4, max_tokens=9, messages=[
+        HI[0], said.choices[0].message.model_dump(), dict(role="user", content="And?")])
+    assert again.usage.prompt_tokens > said.usage.prompt_tokens
+    with pytest.raises(openai.BadRequestError, match="context") as error:
+        client.completions.create(model="base", prompt="cat " * 99)
+    assert error.value.code == "context_length_exceeded" and error.value.param == "prompt"
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="gpt-9", prompt="a")
+    with listening(models, key="k" * 16) as (locked, _):
+        url = f"http://127.0.0.1:{locked}/v1"
+        with pytest.raises(openai.AuthenticationError):
+            openai.OpenAI(base_url=url, api_key="wrong").models.list()
+        assert openai.OpenAI(base_url=url, api_key="k" * 16).models.list().data
+
+
+@pytest.mark.slow
+def test_the_openai_client_waits_for_room_and_is_told_of_failures(stepped):
+    openai = pytest.importorskip("openai", reason="OpenAI's own client: pip install openai")
+    engine = stepped["talks"].engine
+    with listening(stepped, max_rows=1, max_queue=0, timeout=2.0) as (port, gate):
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none",
+                               max_retries=0)
+        ask = partial(client.completions.create, model="talks", prompt="a", max_tokens=1)
+        with ThreadPoolExecutor() as pool:
+            first = pool.submit(ask)
+            until(lambda: engine.counts()["waiting"])
+            with pytest.raises(openai.RateLimitError):
+                ask()
+            patient = pool.submit(client.with_options(max_retries=5).completions.create,
+                                  model="talks", prompt="a", max_tokens=1)
+            engine.step()
+            assert first.result().usage.completion_tokens == 1
+            until(lambda: engine.counts()["waiting"])
+            engine.step()
+            assert patient.result().usage.completion_tokens == 1
+        with pytest.raises(openai.APIError, match="longer than 2 seconds"):
+            [*ask(stream=True)]
+        gate.stopping = True
+        with pytest.raises((openai.InternalServerError, openai.APIConnectionError)):
+            ask()
+
+
+# A value of each kind that JSON has, and some that it has not.
+VALUES = [None, True, False, 0, 1, -1, 0.5, 2**31, 2**63, 10**40, 1e300, "", "a", "stop", "\x00",
+          "é\u2028\U0001f600", "<|end|>", "a" * 3000, [], [1], ["a"], [[1, 2]], [None], [[]], {},
+          {"a": 1}, {"1": 5.5}, {"include_usage": True}, [{"role": "user", "content": "Hi"}],
+          [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}], [{"role": []}],
+          {"type": "text"}, [[[[[[]]]]]], 319, 320, [0] * 70]
+NAMES = sorted({*Chat.model_fields, *Completion.model_fields, "suffix", "best_of", "tools", "x\ud800"})
+
+
+def mutated(data, random):
+    """Bytes with a few of them changed, repeated, or left out."""
+    data = bytearray(data)
+    for _ in range(random.randrange(1, 4)):
+        at = random.randrange(len(data) + 1)
+        data[at:at + random.randrange(3)] = random.choice(
+            [b"", b'"', b"\\", b"{", b"]", b"\xff", b"\x00", b",", b"1e999", b"NaN", b"\\ud800"])
+    return bytes(data)
+
+
+def random_body(random):
+    """The path and the bytes of a request in which some fields, or bytes, are anything."""
+    chats = random.random() < 0.5
+    body = dict(messages=HI, model="talks") if chats else dict(prompt="a", model="base")
+    body |= dict(max_tokens=random.randrange(1, 4))
+    for name in random.choices(NAMES, k=random.choice([1, 1, 2, 5])):
+        body[name] = random.choice(VALUES)
+    data = json.dumps(body, ensure_ascii=random.random() < 0.9).encode(errors="surrogatepass")
+    path = "/v1/chat/completions" if chats else "/v1/completions"
+    return path, mutated(data, random) if random.random() < 0.3 else data
+
+
+@pytest.mark.slow
+def test_whatever_is_sent_the_answer_is_well_formed_and_never_a_failure(port):
+    random, counts = Random(0), Counter()
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    for _ in range(1500):
+        path, data = random_body(random)
+        connection.request("POST", path, data, {"Content-Type": "application/json"})
+        reply = connection.getresponse()
+        text = reply.read().decode()
+        counts[reply.status] += 1
+        assert reply.status in (200, 400, 404, 413, 429), (data, text)
+        if reply.headers["Content-Type"].startswith("text/event-stream"):
+            *events, last, rest = text.split("\n\n")
+            assert (last, rest) == ("data: [DONE]", "")
+            values = [json.loads(event.removeprefix("data: ")) for event in events]
+            assert all(value["choices"] or value["usage"] for value in values)
+        else:
+            value = json.loads(text)
+            assert value["choices"] if reply.status == 200 else value["error"]["message"], data
+    assert counts[200] > 100 and counts[400] > 500
+
+
+@pytest.mark.slow
+def test_a_body_without_a_length_has_the_same_limit_and_bad_http_harms_nobody(port):
+    chunked = connect(port, "POST /v1/completions", None)
+    chunked.sendall(b"Transfer-Encoding: chunked\r\n\r\n")
+    with suppress(OSError):
+        for _ in range(100):
+            chunked.sendall(b"1000\r\n" + b" " * 0x1000 + b"\r\n")
+    assert read_all(chunked).startswith(b"HTTP/1.1 413 ")
+    long = connect(port, "POST /v1/completions", b" " * 60_000)
+    assert read_all(long).startswith(b"HTTP/1.1 413 ")
+    for head in b"\x16\x03\x01\x02", b"GET / HTTP/9\r\n\r\n", b"GET /" + b"a" * 99_999:
+        odd = socket.create_connection(("127.0.0.1", port), timeout=20)
+        odd.sendall(head)
+        odd.shutdown(socket.SHUT_WR)
+        assert read_all(odd)[:12] in (b"", b"HTTP/1.1 400")
+    assert b"Traceback" not in read_all(connect(port, "GET /v1/models"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_closed_connection_ends_the_writing_of_its_text_within_two_tokens(stepped, stream):
+    engine = stepped["talks"].engine
+    with listening(stepped) as (port, gate):
+        body = json.dumps(dict(prompt="a", max_tokens=60, seed=1, stream=stream)).encode()
+        connection = connect(port, "POST /v1/completions", body)
+        until(lambda: engine.counts()["waiting"])
+        for _ in range(5):
+            engine.step()
+        connection.close()
+        for _ in range(2):
+            time.sleep(0.3)
+            engine.step()
+        until(lambda: not gate.n_running)
+        assert not engine.step() and engine.counts()["tokens"] <= 7
+
+
+@pytest.mark.slow
+def test_slow_clients_are_cut_off_and_hold_nobody_up(models):
+    with listening(models, timeout=0.5) as (port, gate):
+        slow = connect(port, "POST /v1/completions", None)
+        slow.sendall(b"Content-Length: 50\r\n\r\n{")
+        silent = socket.create_connection(("127.0.0.1", port))
+        assert b"ok" in read_all(connect(port, "GET /health"))
+        slow.settimeout(20)
+        assert slow.recv(100).startswith(b"HTTP/1.1 408 ")
+        until(lambda: not gate.n_running)
+        silent.close()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="Windows ends a process that is sent SIGTERM")
+def test_sigterm_ends_a_process_after_its_streams_with_code_0(shards, tokenizer, tmp_path):
+    keep(tiny(vocab_size=tokenizer.n_vocab, block_size=1024), tmp_path / "a")
+    shutil.copy(shards / "tokenizer.json", tmp_path / "a")
+    command = [sys.executable, "-m", "chapters.serve", tmp_path / "a", "--port=0", "--max_rows=1"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    try:
+        port = int(re.search(r":(\d+)/", process.stderr.readline())[1])
+        bias = {str(tokenizer.special[name]): -100 for name in ("<|end|>", "<|endoftext|>")}
+        body = json.dumps(dict(prompt="a", max_tokens=900, stream=True, logit_bias=bias)).encode()
+        stream = connect(port, "POST /v1/completions", body)
+        data = stream.recv(500)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        assert read_all(connect(port, "GET /health")).startswith(b"HTTP/1.1 503 ")
+        assert process.poll() is None
+        while part := stream.recv(1 << 16):
+            data += part
+        assert data.count(b'"text"') > 500 and b"data: [DONE]\n\n" in data
+        assert process.wait(timeout=20) == 0 and process.stderr.read() == ""
+    finally:
+        process.kill()
