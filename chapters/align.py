@@ -108,7 +108,7 @@ class AlignConfig:
     updates: int = option(1, "steps on the same answers", low=1)
     max_new_tokens: int = option(16, "longest answer that is written, in tokens", low=1)
     max_steps: int = option(100, "steps of the optimizer", low=1)
-    batch_size: int = option(128, "pairs, or answers, in a step", low=2)
+    batch_size: int = option(128, "pairs, or answers, in a step, all at once in memory", low=2)
     learning_rate: float = option(2e-4, "of AdamW", TINY)
     held_out: float = option(0.1, "share of the rows to measure with, not to learn from", below=1)
     seed: int = option(1337, "of rows and answers")
