@@ -355,7 +355,8 @@ def test_files_in_json_can_be_edited_by_hand(tmp_path, config, shards, tokenizer
 def test_a_config_says_what_it_lacks(tmp_path, wrong, lost):
     write_json(tmp_path / "config.json", wrong)
     said = refused(read_config, tmp_path / "config.json")
-    assert said.endswith(f"it lacks {lost}, so this run cannot go on: begin another with --init=RUN")
+    assert said.endswith(f"it lacks {lost}, so this run cannot go on: begin another with "
+                         "--init=RUN")
 
 
 def test_a_misspelt_field_is_one_line_with_the_nearest(tmp_path, config):
