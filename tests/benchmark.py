@@ -2,8 +2,8 @@
 The figures of this project, measured here and now: medians, and ratios against a peer in one run.
 
     python tests/benchmark.py                # training attention twins sampling saving bpe
-    python tests/benchmark.py twins bpe      # some of these parts, or of decoding muon bpe100
-                                             # curation pages chapters
+    python tests/benchmark.py twins bpe      # some of these parts, or of decoding export muon
+                                             # bpe100 curation pages chapters
     python tests/benchmark.py --nanogpt=DIR  # training steps beside nanoGPT's, from a checkout
     python tests/benchmark.py learning --nanogpt=DIR [--text=FILE]  # time to a loss, beside its own
 """
@@ -39,11 +39,12 @@ import page_extractors
 from chapters.checks import execute
 from chapters.curate import first_ones, near_duplicates, new_lines
 from chapters.choices import CurateConfig
+from chapters.onnx_files import to_onnx
 from chapters.stages import new_record, text_stages
 from data import find_files, prepare, read_documents
 from model import (GPT, KERNELS, SIZES, GPTConfig, Linear, accelerator, fused_attention, option,
                    plain_attention, rotary_table, torch_attention)
-from sample import generate, pick_device, pick_precision
+from sample import generate, new_cache, pick_device, pick_precision
 from tokenizer import (GPT2_SPLIT, SPECIAL_TOKENS, Tokenizer, nearest, parse_options, refuse_idle,
                        run_command, train_fast)
 from train import (TrainConfig, gradients, matmul_rate, model_shape, new_run,
@@ -358,6 +359,39 @@ def decoding():
                      f"{24 / (many - few):,.1f} tokens/s")
 
 
+def export():
+    """Ours beside onnxruntime, which runs the exported graph: GPT-2's shape in float32 on the CPU,
+    all logits of 512 tokens, then a token after them, the cache in the runtime's own memory."""
+    import onnx
+    import onnxruntime
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(architecture="gpt2", **SIZES["gpt2"])).eval()
+    model.use("torch")
+    options, value = onnxruntime.SessionOptions(), onnxruntime.OrtValue.ortvalue_from_numpy
+    options.intra_op_num_threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        onnx.save_model(to_onnx(model), f"{folder}/model.onnx", save_as_external_data=True)
+        session = onnxruntime.InferenceSession(f"{folder}/model.onnx", options)
+    outputs, (_, *names) = ([part.name for part in parts] for parts in
+                            (session.get_outputs(), session.get_inputs()))
+
+    def step(ids, past):
+        return session.run_with_ort_values(
+            outputs, dict(zip(names, past), input_ids=value(ids.numpy())))
+
+    ids, shape = torch.zeros(1, 512, dtype=torch.long), (1, 12, 0, 64)
+    empty = [value(torch.zeros(shape).numpy())] * len(names)
+    _, *past = step(ids, empty)
+    prefill = torch.inference_mode()(lambda: model(ids, cache=new_cache(model, 1, 512)))
+    steps = generate(model, ids, 42, temperature=0)
+    for what, n, ours, theirs, times in (
+            ("512 tokens at once", 512, prefill, lambda: step(ids, empty), 5),
+            ("a token after 512", 1, lambda: next(steps), lambda: step(ids[:, :1], past), 40)):
+        own, other = medians(ours, theirs, times=times)
+        show(f"GPT-2, fp32, {what}: ours and onnxruntime",
+             f"{n / own:,.1f} and {n / other:,.1f} tokens/s, {own / other:.2f}x ours")
+
+
 def saving():
     """How long a save holds up training, beside how long its writing takes."""
     for size, options in ("mini", {}), ("gpt2", dict(architecture="gpt2")):
@@ -533,8 +567,8 @@ def pages(docs):
 # The command.
 
 PARTS = {part.__name__: part for part in (training, attention, twins, sampling, saving, bpe,
-                                          decoding, muon, bpe100, curation, pages, chapters,
-                                          learning, nanogpt)}
+                                          decoding, export, muon, bpe100, curation, pages,
+                                          chapters, learning, nanogpt)}
 
 
 @dataclass
