@@ -150,7 +150,7 @@ PACKED_ROWS = 16  # with more rows these kernels are slower than products with f
 def packed_quant_linear(layer, x):
     """plain_quant_linear; a few rows in bfloat16 on a CPU are multiplied by torch's kernels that
     read the integers."""
-    rows = x.flatten(0, -2)
+    rows = x.flatten(0, -2).contiguous()
     if (x.dtype != torch.bfloat16 or x.device.type != "cpu" or len(rows) > PACKED_ROWS
             or torch.is_grad_enabled() and x.requires_grad):
         return plain_quant_linear(layer, x)
@@ -160,9 +160,8 @@ def packed_quant_linear(layer, x):
         if layer.packed is None:  # for a multiple of 16 outputs, in an order of their own
             pad = (0, 0, 0, -len(layer.weight) % 16)
             q = torch.stack((layer.weight & 15, layer.weight >> 4), dim=-1).flatten(1)
-            q = F.pad(q, pad).int()
             scale = F.pad(layer.scale.to(x.dtype), pad).T                # (C / GROUP, F)
-            layer.packed = (torch._convert_weight_to_int4pack_for_cpu(q, 1),
+            layer.packed = (torch._convert_weight_to_int4pack_for_cpu(F.pad(q, pad).int(), 1),
                             torch.stack((scale, torch.zeros_like(scale)), dim=-1))
         y = torch._weight_int4pack_mm_for_cpu(rows, layer.packed[0], GROUP, layer.packed[1])
     return y[:, :layer.out_features].unflatten(0, x.shape[:-1])

@@ -71,7 +71,7 @@ def test_an_outlier_spoils_its_group_alone():
 @pytest.mark.parametrize("n_out", [16, 37])
 def test_the_packed_product_equals_the_plain_one(quant, n_rows, n_out):
     layer = QuantLinear(linear(n_out), BITS[quant]).bfloat16()
-    x = torch.randn(1, n_rows, 64).bfloat16()
+    x = torch.randn(1, 2 * n_rows, 64).bfloat16()[:, ::2]  # as a head reads the last positions
     plain, packed = plain_quant_linear(layer, x), packed_quant_linear(layer, x)
     assert packed.shape == plain.shape == (1, n_rows, n_out)
     torch.testing.assert_close(packed, plain, atol=0.1, rtol=0.02)  # sums of 64 in bfloat16
