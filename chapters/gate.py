@@ -38,7 +38,7 @@ def too_slow(config):
                    code="timeout", x_should_retry="false")
 
 
-def refused(request, error):
+async def refused(request, error):
     """The response for a Refusal, and for what else is raised."""
     if isinstance(error, HTTPException):
         error = Refusal(error.status_code, f"{request.method} {request.url.path:.60}: "

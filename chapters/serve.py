@@ -268,20 +268,20 @@ def build_app(config, models, watch=Watch()):
         return next(iter(models.values()))
 
     @app.get("/")
-    def show_page():
+    async def show_page():
         return page()
 
     @app.get("/health")
-    def health():
+    async def health():
         return dict(status="ok")
 
     @app.get("/v1/models")
-    def list_models():
+    async def list_models():
         cards = [served.card() for served in models.values()]
         return dict(object="list", data=cards, feedback=watch.rates)
 
     @app.get("/v1/models/{name}")
-    def show_model(name):
+    async def show_model(name):
         return find(models, name).card()
 
     @app.post("/v1/completions")
@@ -306,7 +306,7 @@ def build_app(config, models, watch=Watch()):
             raise Refusal(400, str(error), "tokens") from None
 
     @app.get("/tokenizer_info")
-    def tokenizer_info():
+    async def tokenizer_info():
         end = first().tokenizer.decode([first().tokenizer.eot])
         return dict(eos_token=end, bos_token=end, pad_token=end)
 

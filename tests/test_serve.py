@@ -10,11 +10,10 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from copy import copy
 from functools import partial
 from random import Random
@@ -26,34 +25,23 @@ from conftest import ROOT, keep, mistake, tiny
 pytest.importorskip("fastapi", reason="the server is written with fastapi: pip install fastapi")
 pytest.importorskip("uvicorn", reason="uvicorn reads HTTP for the server: pip install uvicorn")
 
-import sample
+from serving import Spy, connect, listening, new_model, opened, read_all, until
+
 from chapters import serve
 from chapters.batching import Engine
-from chapters.gate import Server
 from chapters.protocol import Chat, Completion
 from chapters.replies import Piece, Watch
-from chapters.serve import ServeConfig, Served, build_app
+from chapters.serve import ServeConfig, build_app
 from sample import complete, complete_batch
 
 HI = [dict(role="user", content="Hi")]
 JSON = {"content-type": "application/json", "host": "localhost:8000"}
 
 
-def new_model(tokenizer):
-    return tiny(vocab_size=tokenizer.n_vocab, block_size=64)
-
-
 @pytest.fixture(scope="module")
-def models(shards, tokenizer, tmp_path_factory):
-    """{name: Served} of a model that counts as one that learned chats, and of one that did not."""
-    folder, found = tmp_path_factory.mktemp("runs"), {}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, likely in ("talks", 0.0), ("base", 1.0):
-            patch.setattr(sample, "END_LIKELY", likely)
-            found[name] = Served(folder / name, new_model(tokenizer), tokenizer, max_rows=4)
-    yield found
-    for served in found.values():
-        served.close()
+def models(tokenizer, tmp_path_factory):
+    with opened(tmp_path_factory.mktemp("runs"), tokenizer) as models:
+        yield models
 
 
 @pytest.fixture(scope="module")
@@ -240,25 +228,6 @@ def test_no_chunk_breaks_a_character_and_none_holds_the_beginning_of_a_stop_stri
 
 # -----------------------------------------------------------------------------
 # Chats.
-
-
-class Spy(Watch):
-    """Remembers the calls, and how each ended."""
-
-    def __init__(self):
-        self.calls, self.ended, self.pieces = [], [], []
-
-    def choose(self, call, models):
-        self.calls.append(call)
-        return super().choose(call, models)
-
-    async def follow(self, call, pieces):
-        async for piece in pieces:
-            self.pieces.append(piece)
-            yield piece
-
-    def end(self, path, status, seconds, call):
-        self.ended.append((path, status, call))
 
 
 def test_a_chat_is_the_prompt_that_the_tokenizer_renders_and_special_tokens_stay_text(
@@ -617,54 +586,10 @@ def test_texts_and_ids_can_be_asked_for_as_remote_tokenizers_are(gate, tokenizer
 # Over the network: other people's clients, and none at all.
 
 
-@contextmanager
-def listening(models, watch=Watch(), **options):
-    """A server in a thread, at a free port of this machine -> (its port, its Gate)."""
-    gate = build_app(ServeConfig(**options), models, watch)
-    server, listener = Server(gate), socket.create_server(("127.0.0.1", 0))
-    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    try:
-        yield listener.getsockname()[1], gate
-    finally:
-        gate.stopping = server.should_exit = True
-        thread.join(timeout=20)
-
-
-def until(fact, seconds=20):
-    """Wait for what soon becomes true."""
-    end = time.monotonic() + seconds
-    while not fact():
-        assert time.monotonic() < end, "it never became true"
-        time.sleep(0.005)
-
-
 @pytest.fixture(scope="module")
 def port(models):
     with listening(models, max_body=50_000) as (port, _):
         yield port
-
-
-def connect(port, head, body=b"", host="localhost"):
-    """A socket that has sent a request."""
-    connection = socket.create_connection(("127.0.0.1", port), timeout=20)
-    head = f"{head} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
-    if body is not None:
-        head += f"Content-Length: {len(body)}\r\n\r\n"
-    connection.sendall(head.encode() + (body or b""))
-    return connection
-
-
-def read_all(connection):
-    """What comes until the other side closes, or pauses for a second."""
-    connection.settimeout(1)
-    data = b""
-    with suppress(TimeoutError, ConnectionResetError):
-        while part := connection.recv(1 << 16):
-            data += part
-    return data
 
 
 @pytest.mark.slow
@@ -740,7 +665,13 @@ VALUES = [None, True, False, 0, 1, -1, 0.5, 2**31, 2**63, 10**40, 1e300, "", "a"
           {"a": 1}, {"1": 5.5}, {"include_usage": True}, [{"role": "user", "content": "Hi"}],
           [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}], [{"role": []}],
           {"type": "text"}, [[[[[[]]]]]], 319, 320, [0] * 70]
-NAMES = sorted({*Chat.model_fields, *Completion.model_fields, "suffix", "best_of", "tools", "x\ud800"})
+RIGHT = dict(stream=[True], stream_options=[{"include_usage": True}], n=[1, 2, 3], seed=[1],
+             temperature=[0, 1, 1.5], top_p=[0, 0.5, 1], min_p=[0, 1], top_k=[1, 9], user=["a"],
+             stop=["a", ["e"]],
+             frequency_penalty=[-2, 2], presence_penalty=[-2, 2], logit_bias=[{"1": 5.5}, {}],
+             echo=[True], prompt=["", "é", [1], [[1, 2], [3]]], logprobs=[0, 5, True],
+             top_logprobs=[0, 20], max_tokens=[1, 2**63])
+NAMES = sorted({*Chat.model_fields, *Completion.model_fields, "best_of", "tools", "x\ud800"})
 
 
 def mutated(data, random):
@@ -759,17 +690,17 @@ def random_body(random):
     body = dict(messages=HI, model="talks") if chats else dict(prompt="a", model="base")
     body |= dict(max_tokens=random.randrange(1, 4))
     for name in random.choices(NAMES, k=random.choice([1, 1, 2, 5])):
-        body[name] = random.choice(VALUES)
+        body[name] = random.choice(RIGHT.get(name, VALUES) if random.random() < 0.5 else VALUES)
     data = json.dumps(body, ensure_ascii=random.random() < 0.9).encode(errors="surrogatepass")
     path = "/v1/chat/completions" if chats else "/v1/completions"
-    return path, mutated(data, random) if random.random() < 0.3 else data
+    return path, mutated(data, random) if random.random() < 0.2 else data
 
 
 @pytest.mark.slow
 def test_whatever_is_sent_the_answer_is_well_formed_and_never_a_failure(port):
     random, counts = Random(0), Counter()
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    for _ in range(1500):
+    for _ in range(400):
         path, data = random_body(random)
         connection.request("POST", path, data, {"Content-Type": "application/json"})
         reply = connection.getresponse()
@@ -784,7 +715,7 @@ def test_whatever_is_sent_the_answer_is_well_formed_and_never_a_failure(port):
         else:
             value = json.loads(text)
             assert value["choices"] if reply.status == 200 else value["error"]["message"], data
-    assert counts[200] > 100 and counts[400] > 500
+    assert counts[200] > 100 and counts[400] > 100
 
 
 @pytest.mark.slow
