@@ -25,6 +25,7 @@ from evaluate import held_out, score_ends
 from model import option
 from sample import RunConfig, newest_run, open_run, warn
 from tokenizer import parse_options, read_json, reading, run_command, write_json
+MOST_WAITING = 8  # prompts whose surprisal is to be computed
 
 # -----------------------------------------------------------------------------
 # Drift: are the prompts of now like those of the reference?
@@ -79,22 +80,22 @@ def prompt_nats(model, prompts):
 
 class PromptWatch:
     """Watches the prompts of a server: see(ids) notes the length of each, and of every `every`-th
-    the surprisal, in a thread that has no more than a few prompts waiting. reference: a dict of
-    lists, "tokens" and "nats", as profile() makes one; close() ends the thread."""
+    the surprisal, in a thread that has no more than MOST_WAITING before it. reference: a dict of
+    lists, "tokens" and "nats", as profile() makes one; after close() the thread ends."""
 
     def __init__(self, model, metrics, reference=None, every=10, say=warn, **options):
         self.model, self.gauge, self.every, self.n = model, metrics.drift, every, 0
         names, reference = {"tokens": "length in tokens", "nats": "surprisal"}, reference or {}
         self.drifts = {key: Drift(name, reference.get(key), say=say, **options)
                        for key, name in names.items()}
-        self.waiting = queue.Queue(8)
+        self.waiting = queue.SimpleQueue()
         self.thread = threading.Thread(target=self.work, daemon=True)
         self.thread.start()
 
     def see(self, ids):
         self.note("tokens", len(ids))
         self.n += 1
-        if self.n % self.every == 0 and len(ids) > 1 and not self.waiting.full():
+        if self.n % self.every == 0 and len(ids) > 1 and self.waiting.qsize() < MOST_WAITING:
             self.waiting.put([*ids])
 
     def note(self, key, value):
@@ -108,7 +109,6 @@ class PromptWatch:
 
     def close(self):
         self.waiting.put(None)
-        self.thread.join()
 
 
 # -----------------------------------------------------------------------------

@@ -6,15 +6,13 @@ prompts drift, and changes from one run to another while clients stream.
     SERVE_KEY=... python -m chapters.serve runs/chat --run_b=runs/new --canary
     curl http://127.0.0.1:8000/admin/rollout -H "Authorization: Bearer $SERVE_KEY" \\
          --json '{"run": "runs/new", "share": 10}'   # {"share": 0} ends it, {"share": 100} too
-
-chapters/serve.py calls the methods of an Operation; what they do is in watch, drift, feedback and
-rollout.
 """
 
 import asyncio
 import json
 import threading
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,20 +62,21 @@ class Change(Strict):
 class Seen:
     """What is seen of a call under way."""
     name: str                   # of the model that answers
+    split: Split | None         # that has chosen it; else the client has
     was_known: bool = False     # its answer comes out of the cache
     has_failed: bool = False    # in the midst of a stream
     first: float | None = None  # seconds to its first token
 
 
 class Operation(Watch):
-    """Looks on for a server with this key. All methods run in the thread of its event loop."""
+    """Looks on for chapters.serve, in the thread of its event loop. key: the server's."""
 
     def __init__(self, config, key=""):
         self.config, self.key, self.split, self.is_loading = config, key, None, False
         self.cache = Recent(config.cache_bytes)
         self.log = FeedbackLog(config.feedback) if config.feedback else None
         self.rates = self.log is not None  # the page shows thumbs
-        self.prompts = None  # the PromptWatch of the first model
+        self.prompts, self.reference = None, config.reference and read_reference(config.reference)
         self.calls = {}      # {Call: what is Seen of it}
         self.renamed = {}    # {name of a run that left: name of the one that answers for it}
         self.leaving = {}    # {name: Served} that are closed after their last call
@@ -89,38 +88,42 @@ class Operation(Watch):
         app.get("/admin/rollout")(self.show_rollout)
         app.post("/admin/rollout")(self.change_rollout)
         if self.config.run_b:
-            self.begin(open_model(self.config.run_b), self.config.share, self.config.canary)
+            self.begin(self.open(self.config.run_b), self.config.share, self.config.canary)
 
     def counts(self):
         """The counts of all engines, summed."""
         return sum((Counter(served.engine.counts()) for served in self.models.values()), Counter())
 
     def watch_prompts(self):
-        """Compare prompts with the reference of the first model."""
-        served, path = next(iter(self.models.values())), self.config.reference
-        own = Path(served.folder, "prompts.json")
-        path = path or (own if own.exists() else None)
+        """From now on watch the prompts for the first model."""
+        served, reference = next(iter(self.models.values())), self.reference
+        with suppress(ValueError, OSError):  # it has none: the first prompts are the reference
+            reference = reference or read_reference(Path(served.folder, "prompts.json"))
         if self.prompts:
             self.prompts.close()
-        self.prompts = PromptWatch(served.engine.model, self.metrics, path and read_reference(path))
+        self.prompts = PromptWatch(served.engine.model, self.metrics, reference)
 
     # Who answers.
 
     def choose(self, call, models):
         name = call.body.model or next(iter(models))
         name = self.renamed.get(name, name)
-        if self.split and name == self.split.arms["a"].name:  # who asks for the new one gets it
-            call.arm = self.split.choose(call.body.user or call.id)
-            name = self.split.arms[call.arm].name
-        self.calls[call] = Seen(name)
+        split = self.split if self.split and name == self.split.arms["a"].name else None
+        if split:  # who asks for the new one by its name gets it
+            call.arm = split.choose(call.body.user or call.id)
+            name = split.arms[call.arm].name
+        self.calls[call] = Seen(name, split)
         return name
+
+    def open(self, folder):
+        """The Served of a second run."""
+        if (name := Path(folder).resolve().name) in self.models:
+            raise ValueError(f"{folder}: a run of the name {name} is here already: rename a folder")
+        return self.open_model(folder)
 
     def begin(self, served, share, canary):
         """Let a second run answer a share of the users."""
         old = next(iter(self.models))
-        if served.name in self.models:
-            served.close()
-            raise ValueError(f"two runs are named {served.name}: rename the folder of one")
         self.models[served.name] = served
         self.split = Canary(old, served.name) if canary else Split(old, served.name, share)
         warn(f"{served.name} answers {self.split.share:g}% of the users of {old}")
@@ -129,8 +132,7 @@ class Operation(Watch):
         """End the split: one arm, "a" or "b", answers all; the other one finishes its calls."""
         kept, gone = (self.split.arms[arm].name for arm in (stays, "b" if stays == "a" else "a"))
         self.renamed = {name: kept for name in (*self.renamed, gone)}
-        self.leaving[gone] = self.models.pop(gone)
-        self.split = None
+        self.leaving[gone], self.split = self.models.pop(gone), None
         self.watch_prompts()
         self.close_idle()
 
@@ -183,7 +185,7 @@ class Operation(Watch):
         arm, seen = call.arm if call else "a", self.calls.pop(call, None)
         path, status = path if path in PATHS else "other", status or 499  # the client has left
         self.metrics.requests.labels(path, arm, str(status)).inc()
-        if self.split and seen:
+        if seen and seen.split and seen.split is self.split:
             self.split.note(arm, seen.has_failed or status == 500, seen.first)
             if self.split.state in ENDS:
                 self.finish(ENDS[self.split.state])
@@ -203,8 +205,6 @@ class Operation(Watch):
         for arm, own in self.split.arms.items() if self.split else ():
             if own.name == row["model"]:  # it may have been written before this split
                 self.split.rate(arm, sign, row["client"])
-
-    # What is shown, and what whoever has the key may change.
 
     async def show_metrics(self):
         return Response(self.metrics.text(), media_type=CONTENT_TYPE_LATEST)
@@ -242,7 +242,7 @@ class Operation(Watch):
             raise Refusal(409, "a split is under way: a share of 0 or 100 ends it")
         self.is_loading = True
         try:
-            served = await asyncio.to_thread(self.open_model, change.run)
+            served = await asyncio.to_thread(self.open, change.run)
             self.begin(served, change.share or 0, change.canary)
         except (ValueError, OSError) as error:
             raise Refusal(400, str(error), "run") from None

@@ -15,7 +15,7 @@ from chapters.replies import Watch
 from chapters.serve import Served
 from data import read_documents
 from evaluate import continuation_rows, loglikelihood, multiple_choice
-from serving import serve
+from asking import serve
 
 KEY = "a-key-of-sixteen-characters"
 TASK = """

@@ -11,8 +11,8 @@ from conftest import keep, mistake, tiny
 
 from chapters import drift
 from chapters.batching import Engine
-from chapters.drift import (Drift, PromptWatch, ks_distance, ks_limit, profile, prompt_nats,
-                            read_reference, training_prompts)
+from chapters.drift import (MOST_WAITING, Drift, PromptWatch, ks_distance, ks_limit, profile,
+                            prompt_nats, read_reference, training_prompts)
 from data import prepare
 from evaluate import held_out
 from tokenizer import write_json
@@ -230,10 +230,11 @@ def test_prompts_unlike_the_reference_raise_an_alarm_and_a_gauge(model):
     watch = PromptWatch(model, metrics, profile(model, usual), every=1, window=20,
                         say=said.append)
     for ids in [*usual[:20], *odd[:20]]:
-        while watch.waiting.full():
+        while watch.waiting.qsize() == MOST_WAITING:
             threading.Event().wait(0.001)
         watch.see(ids)
     watch.close()
+    watch.thread.join()
     assert len(said) == 1 and "surprisal of the last 20 prompts is 1.00 away" in said[0]
     assert read(metrics)["llm_drift"] == {("tokens",): 0, ("nats",): 1}
 
@@ -245,9 +246,10 @@ def test_requests_do_not_wait_for_surprisals_and_few_prompts_are_kept(model, mon
     watch = PromptWatch(model, Metrics(), every=2, window=10)
     for _ in range(200):
         watch.see([1, 2, 3])
-    assert watch.waiting.qsize() <= 8 and len(watch.drifts["tokens"].reference) == 10
+    assert watch.waiting.qsize() <= MOST_WAITING and len(watch.drifts["tokens"].reference) == 10
     release.set()
     watch.close()
+    watch.thread.join()
     assert 8 <= sum(n_scored) <= 10
 
 
