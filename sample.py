@@ -369,6 +369,13 @@ def new_cache(model, batch_size, max_tokens):
             for _ in model.transformer.blocks]
 
 
+def check_finite(logits):
+    """The logits; ValueError if one of them is nan or inf."""
+    if not logits.sum().isfinite():
+        raise ValueError("the logits are not finite: weights are damaged, or fp16 overflowed")
+    return logits
+
+
 def decode(model, ids, config, generator=None, n_prompt=0, first_ban=None):
     """Yield for each token after ids (B, T) what was picked, (B,), and from which logits, (B, V).
     Ids of -1 pad rows on the left; first_ban (B, V) marks what must not come first."""
@@ -384,9 +391,7 @@ def decode(model, ids, config, generator=None, n_prompt=0, first_ban=None):
         unseen = context[:, cache[0].length:] if cache else context      # prefill, then (B, 1)
         with torch.inference_mode():
             logits, _ = model(unseen.clamp(min=0), cache=cache, segments=segments, last_only=True)
-        logits = logits[:, -1].float()                                   # (B, V)
-        if not logits.sum().isfinite():
-            raise ValueError("the logits are not finite: weights are damaged, or fp16 overflowed")
+        logits = check_finite(logits[:, -1].float())                     # (B, V)
         choices = logits if first_ban is None else logits.masked_fill(first_ban, -torch.inf)
         chosen, first_ban = pick(choices, config, generator, ids, n_prompt), None     # (B,)
         ids = torch.cat((ids, chosen[:, None]), dim=1)

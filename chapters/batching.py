@@ -31,7 +31,7 @@ import torch
 
 from chapters.paging import Blocks, PagedLayer, block_key, paged_attention
 from model import check_ids
-from sample import Continuation, SampleConfig, no_space, pick, with_ids
+from sample import Continuation, SampleConfig, check_finite, no_space, pick, with_ids
 
 # A token with the text that it completes, its log-probability before temperature and filters, and
 # [(id, logprob)] of the likeliest. The last one has a reason: stop | length | cancelled | error.
@@ -236,8 +236,7 @@ class Engine:
             request.prompt_scores.append((ids[n], *request.score(logits, ids[n])))
         if n < len(ids):
             return
-        if not logits.sum().isfinite():
-            raise ValueError("the logits are not finite: weights are damaged, or fp16 overflowed")
+        check_finite(logits)
         choices = logits.masked_fill(self.no_space, -torch.inf) if text.heals else logits
         seen = torch.tensor([ids], device=logits.device)
         id = pick(choices, request.config, text.generator, seen, request.n_prompt).item()
