@@ -84,10 +84,9 @@ class TrainConfig(TuneConfig):
     micro_batch_size: int = option(16, "sequences per forward pass; the rest accumulates", low=1)
     patience: int = option(0, "end after so many validations without a lower loss; 0: never")
     curriculum: float = option(0.0, "share of the run in which sequences are cut short", below=1)
-    optimizer: str | None = option(None, "else muon, or after --init adamw, with which a model "
-                                   "forgets less", known=lambda: OPTIMIZERS)
-    learning_rate: float = option(0.0, "the highest; 0: what suits the optimizer, for muon 0.02, "
-                                  "and after --init what is tuned and its width")
+    optimizer: str | None = option(None, "by default muon, and after --init adamw, which makes a "
+                                   "model forget less", known=lambda: OPTIMIZERS)
+    learning_rate: float = option(0.0, "the highest; 0: what suits optimizer, --tune and width")
     min_lr: float = option(0.0, "the last")
     schedule: str = option("linear", known=lambda: SCHEDULES)
     decay_ratio: float = option(0.4, "share of the run in which wsd falls", low=0.01, below=1)
@@ -115,7 +114,8 @@ class TrainConfig(TuneConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        own = dict(optimizer=self.optimizer or ("adamw" if self.init else "muon"))
+        own = dict(init=self.init.rstrip("/"),
+                   optimizer=self.optimizer or ("adamw" if self.init else "muon"))
         if not self.init:  # else prepare_run knows
             own["learning_rate"] = self.learning_rate or OPTIMIZERS[own["optimizer"]].rate
         if not any(getattr(self, name) for name in LENGTHS):
@@ -169,8 +169,6 @@ def complete_options(typed, typed_model):
         if typed.get("resume") or not ("size" in typed or "architecture" in typed_model):
             own_shape = asdict(shape)
     config = TrainConfig(**options | typed)
-    if config.init:
-        refuse_idle(typed, ["size", "vocab_size"], "beside --init")
     if config.init and not config.resume:
         own_shape = asdict(read_progress(pick_checkpoint(config.init))["config"])
         for name in sorted(typed_model.keys() - FREE):
@@ -181,6 +179,7 @@ def complete_options(typed, typed_model):
     method, tuning = config.tune.partition(":")[0], [f.name for f in fields(TuneConfig)]
     other = f"beside --tune={method}"
     for act, names, beside in (
+            (not config.init, ["size", "vocab_size"], "beside --init"),
             (config.init, [*tuning, "n_classes"], "without --init=RUN"),
             (method in ("lora", "adapter", "prefix", "prompt"), ["rank"], other),
             (method == "lora", ["alpha", "lora_dropout", "targets"], other),
@@ -241,9 +240,8 @@ def machine_memory(device):
 
 
 def check_memory(shape, config, n_sequences, device):
-    """ValueError if a step on so many sequences needs more memory than there is, by what it needs
-    at least: weights, gradients, the optimizer's state, and what each block keeps for backward;
-    or if --tune does not fit the model."""
+    """ValueError if weights, gradients, the optimizer's state and what blocks keep of so many
+    sequences for backward need more memory than there is; or if --tune does not fit the model."""
     needed, limit = math.inf, machine_memory(device)
     with contextlib.suppress(RuntimeError), torch.device("meta"):  # no memory; too many to count
         model = GPT(shape)
@@ -543,8 +541,8 @@ def snapshot(run):
     names = {p: name for name, p in run.model.named_parameters()}
     tensors = {f"optimizer.{names[p]}.{what}": tensor.to("cpu", copy=True)
                for p, state in run.optimizer.state.items() for what, tensor in state.items()}
-    progress = {f.name: getattr(run, f.name) for f in fields(Progress)}
-    progress["loss_scale"] = run.scaler.state_dict()
+    progress = {f.name: getattr(run, f.name) for f in fields(Progress)} | dict(
+        loss_scale=run.scaler.state_dict())
     return copy.deepcopy(run.model, copies), tensors, progress
 
 
@@ -737,8 +735,6 @@ def check_resume(run, shape, card, say):
     """ValueError with all that differs in model, tokenizer or data; other options may change."""
     before, _, data = read_config(run.folder / "config.json")
     old, new = asdict(run.model.config) | asdict(before), asdict(shape) | asdict(run.config)
-    for options in old, new:
-        options["init"] = Path(options["init"])  # with or without a slash at its end
     changed = {name: f"{name}={value} (it has {old[name]})" for name, value in new.items()
                if value != old[name] and name not in ("data", "out", "config", "resume")}
     fixed = (*asdict(shape), "size", "init", "optimizer", *(f.name for f in fields(TuneConfig)))
@@ -907,9 +903,8 @@ def claim_folder(config, shards, stack):
 def begin_folder(run, shape, say):
     """Check a run that is resumed, and write the first files of its folder."""
     config, card = run.config, check_shards(run.shards)
-    n_trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    n_free, n_bytes = shutil.disk_usage(run.folder).free, 8 * n_trained
-    if n_bytes > n_free:
+    n_bytes = 8 * sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    if n_bytes > (n_free := shutil.disk_usage(run.folder).free):
         raise ValueError(f"{run.folder}: a checkpoint takes {n_bytes / 1e9:.1f} GB or more, and "
                          f"{n_free / 1e9:.1f} GB are free: make space, or choose another --out")
     if config.resume:
@@ -1130,7 +1125,7 @@ def train(config, model_config=None, say=tqdm.write):
 
 def summarize(run, seconds, stopped):
     """What train() returns: losses in nats a token, None if not finite; the signal that stopped it
-    or 0; some whole words of the validation text to go on with ..."""
+    or 0; in words what to ask the model, taken from the validation text."""
     rows, val = read_log(run.folder) or [{}], read_card(run.shards).val
     kind = type(run.batches)
     bits = kind is TokenLoader and run.val_loss and (
