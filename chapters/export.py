@@ -110,9 +110,9 @@ def export_hf(run, out=""):
 
 FORMATS = {"huggingface": (to_huggingface, "huggingface"),  # what writes it, and where
            "tiktoken": (to_rank_file, "tokenizer.tiktoken")}
-# The words before a folder: what reads it and writes something else, and what is said then.
+# The words before a folder: what reads it and writes something else, and what can be done then.
 FOLDERS = {
-    "hf": (export_hf, "vllm serve {0}, or transformers.AutoModelForCausalLM.from_pretrained('{0}')"),
+    "hf": (export_hf, "vllm serve {0} (or transformers.AutoModelForCausalLM.from_pretrained)"),
     "gguf": (export_gguf, "llama-server -m {}"),
     "onnx": (export_onnx, "onnxruntime.InferenceSession('{}/model.onnx')"),
     "peft": (export_peft, "peft.PeftModel.from_pretrained(base, '{}')"),

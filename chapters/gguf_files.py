@@ -1,11 +1,11 @@
 """
-A run as one GGUF file: weights, shape, tokenizer and chat template, for llama.cpp and what is built
-on it.
+A run as one GGUF file, which llama.cpp and the programs built on it read: weights, shape, tokenizer
+and chat template. The format: github.com/ggml-org/ggml, docs/gguf.md
 
     export_gguf("runs/chat", "chat.gguf", "q8_0")
     tensors = to_gguf(model, "qwen3")             # {llama.cpp's name: tensor}
 
-python -m chapters.export gguf RUN is the command. The format: github.com/ggml-org/ggml, docs/gguf.md
+python -m chapters.export gguf RUN is the command.
 """
 
 from pathlib import Path
@@ -15,7 +15,8 @@ try:
 except ImportError:  # it is optional
     gguf = None
 
-from chapters.token_files import (DIGITS_SPLIT, OUR_START, THEIR_START, chat_template, token_texts)
+from chapters.token_files import (DIGITS_SPLIT, OUR_START, THEIR_START, chat_template,
+                                  token_texts)
 from chapters.weights import explicit, family_of, load_plain, to_names
 from tokenizer import GPT2_SPLIT, GPT4_SPLIT, apply_merges, replacing
 
@@ -28,11 +29,10 @@ PATTERNS = {
 
 
 def pattern_name(tokenizer):
-    """llama.cpp's name of how the tokenizer splits; ValueError for a pattern that it does not have.
-    """
+    """llama.cpp's name of how the tokenizer splits; ValueError for a pattern that it lacks."""
     if tokenizer.pattern not in PATTERNS:
-        raise ValueError(f"llama.cpp has no name for the split pattern {tokenizer.pattern!r:.60}, "
-                         "and would make other ids: `export hf` takes any pattern")
+        raise ValueError(f"llama.cpp lacks the split pattern {tokenizer.pattern!r:.60} and would "
+                         "make other ids: `export hf` takes any pattern")
     name = PATTERNS[tokenizer.pattern]
     # llama-bpe takes a chunk that is a token whole, before any merge; dbrx has the same pattern
     whole = all(apply_merges(token.translate(tokenizer.byte_ids), tokenizer.merged) == [id]
@@ -120,8 +120,8 @@ def export_gguf(run, out="", type="f32"):
         writer = gguf.GGUFWriter(file.name, family)
         writer.add_type(gguf.GGUFType.MODEL)
         writer.add_name(Path(run).resolve().name)
-        writer.add_file_type(gguf.LlamaFileType[("all_" if type == "f32" else "mostly_").upper()
-                                                + type.upper()])
+        share = "ALL" if type == "f32" else "MOSTLY"
+        writer.add_file_type(gguf.LlamaFileType[f"{share}_{type.upper()}"])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         add_shape(writer, explicit(model.config), family)
         add_tokenizer(writer, tokenizer)

@@ -1,11 +1,11 @@
 """
-A run as an ONNX graph with its key-value cache, for onnxruntime: one operator of the standard for
-each step of the formula.
+A run as an ONNX graph with its key-value cache, which onnxruntime computes.
 
     export_onnx("runs/chat", "folder")    # model.onnx, its weights beside it, tokenizer.json
 
-    input_ids (B, T), past.N.key and past.N.value (B, K, P, D) for each block N, P = 0 at first
-    -> logits (B, T, V), present.N.key and present.N.value (B, K, P + T, D), the next call's past
+The graph takes input_ids (B, T) and for each block i past.i.key and past.i.value (B, K, P, D) of
+the tokens before, P = 0 at first. It gives logits (B, T, V), and present.i.key and present.i.value
+(B, K, P + T, D), which are the next call's past. B, T and P may differ from call to call.
 
 python -m chapters.export onnx RUN is the command. The operators: onnx.ai/onnx/operators
 """
@@ -26,7 +26,8 @@ from model import rotary_table, sinusoids
 OPSET = 23  # the first with Attention, RMSNormalization and RotaryEmbedding
 
 # -----------------------------------------------------------------------------
-# The graph, part by part as model.py has them: g(operator, inputs) adds a node and gives its name.
+# The graph, part by part as model.py has it. Each function adds the nodes of a layer to a Graph g;
+# what it takes and gives are names of the nodes' outputs.
 
 
 class Graph:
@@ -36,13 +37,13 @@ class Graph:
         self.nodes, self.constants = [], {}
 
     def constant(self, value):
-        """The name of a tensor or of a list of numbers in the graph; the same for the same one."""
-        tensor = torch.as_tensor(value).detach()
-        name = f"constant_{len(self.constants)}"
+        """The name of a tensor, or of a list of whole numbers; the same for the same object."""
+        name, tensor = f"constant_{len(self.constants)}", torch.as_tensor(value).detach()
+        # the value is kept, too: an object that is gone leaves its id to another
         return self.constants.setdefault(id(value), (name, tensor, value))[0]
 
     def __call__(self, operator, *inputs, outputs=(), **attributes):
-        """Add a node; inputs are names, or tensors and numbers -> the name of its first output."""
+        """Add a node; inputs are names or constants -> the name of its first output."""
         names = [x if isinstance(x, str) else self.constant(x) for x in inputs]
         outputs = outputs or [f"{operator}_{len(self.nodes)}"]
         self.nodes.append(onnx.helper.make_node(operator, names, outputs, **attributes))
@@ -50,6 +51,7 @@ class Graph:
 
 
 def norm(g, x, layer):
+    """RMSNorm or LayerNorm."""
     if not layer.center:
         return g("RMSNormalization", x, layer.weight, epsilon=layer.eps)
     bias = [] if layer.bias is None else [layer.bias]
@@ -57,6 +59,7 @@ def norm(g, x, layer):
 
 
 def linear(g, x, layer):
+    """x (..., C) times the layer's weights, plus its bias -> (..., F)."""
     y = g("MatMul", x, layer.weight.mT)
     return y if layer.bias is None else g("Add", y, layer.bias)
 
@@ -70,6 +73,7 @@ ACTIVATIONS = {
 
 
 def mlp(g, x, layer):
+    """(B, T, C) -> (B, T, C)"""
     activation, hidden = ACTIVATIONS[layer.activation], linear(g, x, layer.up_proj)
     if layer.gate_proj is None:
         return linear(g, activation(g, hidden), layer.down_proj)
@@ -78,6 +82,7 @@ def mlp(g, x, layer):
 
 
 def split_heads(g, x, D, norm_layer=None, table=()):
+    """(B, T, H * D) -> (B, H, T, D), normalised, and rotated by the inputs that embed() gives."""
     x = g("Reshape", x, [0, 0, -1, D])                                   # (B, T, H, D)
     x = x if norm_layer is None else norm(g, x, norm_layer)
     x = g("Transpose", x, perm=[0, 2, 1, 3])                             # (B, H, T, D)
@@ -85,6 +90,8 @@ def split_heads(g, x, D, norm_layer=None, table=()):
 
 
 def attention(g, x, layer, table, mask, i):
+    """(B, T, C) -> (B, T, C); Attention puts keys and values behind those of the past, and lets
+    heads share them."""
     D = layer.head_size
     q = split_heads(g, linear(g, x, layer.q_proj), D, layer.q_norm, table)
     k = split_heads(g, linear(g, x, layer.k_proj), D, layer.k_norm, table)
@@ -96,6 +103,7 @@ def attention(g, x, layer, table, mask, i):
 
 
 def block(g, x, layer, table, mask, i):
+    """Attention, then MLP, each added to the stream (B, T, C); the norms come before, or after."""
     if layer.norm_first:
         x = g("Add", x, attention(g, norm(g, x, layer.attn_norm), layer.attn, table, mask, i))
         return g("Add", x, mlp(g, norm(g, x, layer.mlp_norm), layer.mlp))
@@ -104,7 +112,7 @@ def block(g, x, layer, table, mask, i):
 
 
 def size(g, x, dimension):
-    """One number of the shape of x, (1,)."""
+    """The size of x in a dimension, as a tensor (1,)."""
     return g("Shape", x, start=dimension, end=dimension + 1)
 
 
@@ -117,13 +125,14 @@ def positions_and_mask(g, config):
     queries = g("Unsqueeze", positions, [1])
     mask = g("LessOrEqual", keys, queries)
     if config.window:
-        seen = g("Greater", keys, g("Sub", queries, torch.tensor(config.window)))
-        mask = g("And", mask, seen)
+        first = g("Sub", queries, torch.tensor(config.window - 1))
+        mask = g("And", mask, g("GreaterOrEqual", keys, first))
     return positions, mask
 
 
 def embed(g, transformer, positions):
-    """-> (the embedded tokens (B, T, C), the rotary table's inputs, none where nothing rotates)"""
+    """-> (the stream (B, T, C) as it begins, what RotaryEmbedding reads: cosines and sines of all
+    positions (block_size, D/2) and those of the tokens (B, T); nothing where nothing rotates)"""
     c, x = transformer.config, g("Gather", transformer.wte.weight, "input_ids")
     every = torch.arange(c.block_size)
     if c.position == "rope":
@@ -161,16 +170,19 @@ def build(model):
 def to_onnx(model):
     """The onnx.ModelProto of a model that writes text."""
     c, g, h = model.config, build(model), onnx.helper
-    value = lambda name, kind, *shape: h.make_tensor_value_info(name, kind, shape)
     float32, int64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
-    parts = [f"{i}.{x}" for i in range(c.n_layer) for x in ("key", "value")]
-    caches = {kind: [value(f"{kind}.{part}", float32, "batch", c.n_kv_head, length, c.head_size)
-                     for part in parts] for kind, length in (("past", "past"), ("present", "total"))}
-    weights = [onnx.numpy_helper.from_array(w.contiguous().numpy(), name)
-               for name, w, _ in g.constants.values()]
-    graph = h.make_graph(
-        g.nodes, "GPT", [value("input_ids", int64, "batch", "tokens"), *caches["past"]],
-        [value("logits", float32, "batch", "tokens", c.vocab_size), *caches["present"]], weights)
+
+    def caches(name, length):
+        shape = ("batch", c.n_kv_head, length, c.head_size)
+        return [h.make_tensor_value_info(f"{name}.{i}.{part}", float32, shape)
+                for i in range(c.n_layer) for part in ("key", "value")]
+
+    ids = h.make_tensor_value_info("input_ids", int64, ("batch", "tokens"))
+    logits = h.make_tensor_value_info("logits", float32, ("batch", "tokens", c.vocab_size))
+    constants = [onnx.numpy_helper.from_array(w.contiguous().numpy(), name)
+                 for name, w, _ in g.constants.values()]
+    graph = h.make_graph(g.nodes, "GPT", [ids, *caches("past", "past")],
+                         [logits, *caches("present", "total")], constants)
     return h.make_model(graph, opset_imports=[h.make_opsetid("", OPSET)])
 
 

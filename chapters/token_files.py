@@ -61,6 +61,7 @@ def to_huggingface(tokenizer, folder, **settings):
     path = Path(folder, "tokenizer.json")
     if path.exists() and FORMAT in path.read_text(encoding="utf-8", errors="replace")[:99]:
         raise ValueError(f"{path} is a tokenizer of this program; give another folder")
+    merges = tokenizer.definition()["merges"]
     flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
     added = [dict(id=id, content=name, **flags) for name, id in tokenizer.special.items()]
     steps = [dict(SPLIT, pattern={"Regex": tokenizer.pattern}), dict(BYTES, use_regex=False)]
@@ -68,7 +69,7 @@ def to_huggingface(tokenizer, folder, **settings):
         version="1.0", truncation=None, padding=None, added_tokens=added, normalizer=None,
         pre_tokenizer=dict(type="Sequence", pretokenizers=steps), post_processor=None,
         decoder=dict(BYTES, use_regex=True),
-        model=dict(type="BPE", vocab=token_texts(tokenizer), merges=tokenizer.definition()["merges"])))
+        model=dict(type="BPE", vocab=token_texts(tokenizer), merges=merges)))
     eot = None if tokenizer.eot is None else "<|endoftext|>"
     write_json(path.with_name("tokenizer_config.json"), settings | dict(
         tokenizer_class="PreTrainedTokenizerFast", bos_token=eot, eos_token=eot, pad_token=eot,

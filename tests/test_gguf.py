@@ -145,8 +145,8 @@ def test_the_command_writes_a_whole_file_once(call, trained, tmp_path):
 
 @pytest.mark.parametrize("kind, options, problem", [
     ("mistral", {}, "no llama model of llama.cpp has window=5"),
-    ("qwen3", dict(pattern=O200K_SPLIT), "llama.cpp has no name for the split pattern"),
-    ("llama", dict(pattern=r"\s+|\S+"), "and would make other ids: `export hf` takes any pattern"),
+    ("qwen3", dict(pattern=O200K_SPLIT), "llama.cpp lacks the split pattern"),
+    ("llama", dict(pattern=r"\s+|\S+"), "would make other ids: `export hf` takes any pattern"),
 ])
 def test_what_llama_cpp_computes_otherwise_is_refused(
         call, trained, tmp_path, kind, options, problem):

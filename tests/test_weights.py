@@ -1,4 +1,4 @@
-"""What comes from Hugging Face's models computes the same here, and what goes out the same there."""
+"""What comes from Hugging Face's models computes the same here, what goes out the same there."""
 
 import copy
 import os
@@ -398,7 +398,7 @@ def text_run(folder, kind, tokenizer, **options):
 def test_a_run_goes_out_and_comes_back_the_same(call, trained, tmp_path, kind, tied):
     run, ours = text_run(tmp_path / "run", kind, trained, tied=tied)
     said, error = call(export, "hf", run)
-    assert said.startswith(f"next: vllm serve {run}-hf, or") and error == ""
+    assert said.startswith(f"next: vllm serve {run}-hf (or") and error == ""
     assert call(export, "in", f"{run}-hf", f"--out={tmp_path}/again")[1] == ""
     (again, tokenizer), ids = load_run(tmp_path / "again"), torch.randint(trained.n_vocab, (2, 16))
     assert torch.equal(again(ids)[0], ours(ids)[0])
