@@ -153,9 +153,13 @@ class Protocol(H11Protocol):
 
     def connection_made(self, transport):
         super().connection_made(transport)
-        self.loop.call_later(self.timeout_keep_alive, self.close_idle)
+        self.timer = self.loop.call_later(self.timeout_keep_alive, self.close_silent)
 
-    def close_idle(self):
+    def connection_lost(self, error):
+        self.timer.cancel()
+        super().connection_lost(error)
+
+    def close_silent(self):
         if self.cycle is None:
             self.transport.abort()
 

@@ -244,6 +244,8 @@ def test_the_oldest_messages_make_room_and_that_is_said(reader, visit):
     assert said[-1] == "cat 8" and len(said) < 12 and len(said) % 2
     say(page, "cat " * 99)
     assert "too many" in page.text_content(".error")
+    say(page, "cat 9")  # for one that does not fit nothing was forgotten
+    assert [m.content for m in reader.calls[-1].body.messages][:-1][-2] == "cat 8"
 
 
 def test_settings_reach_the_server_and_a_new_chat_forgets(reader, visit):
