@@ -3,12 +3,13 @@ The figures of this project, measured here and now: medians, and ratios against 
 
     python tests/benchmark.py                # training attention twins sampling saving bpe
     python tests/benchmark.py twins bpe      # some of these parts, or of decoding export muon
-                                             # bpe100 curation pages chapters
+                                             # bpe100 curation pages chapters serving endurance
     python tests/benchmark.py --nanogpt=DIR  # training steps beside nanoGPT's, from a checkout
     python tests/benchmark.py learning --nanogpt=DIR [--text=FILE]  # time to a loss, beside its own
 """
 
 import contextlib
+import http.client
 import importlib.util
 import itertools
 import json
@@ -24,7 +25,8 @@ import tempfile
 import time
 import tracemalloc
 from collections import deque
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -36,6 +38,7 @@ import torch
 import torch.nn.functional as F
 
 import page_extractors
+from conftest import keep
 from chapters.checks import execute
 from chapters.curate import first_ones, near_duplicates, new_lines
 from chapters.choices import CurateConfig
@@ -566,9 +569,96 @@ def pages(docs):
 # -----------------------------------------------------------------------------
 # The command.
 
+# -----------------------------------------------------------------------------
+# Serving: clients that stream from one server, and how much memory it holds after many requests.
+
+
+@contextlib.contextmanager
+def server(*words):
+    """`python -m chapters.serve` with a new model of the default run's shape -> its port."""
+    tokenizer = Tokenizer([])
+    with tempfile.TemporaryDirectory() as folder:
+        keep(GPT(replace(SHAPE, vocab_size=tokenizer.n_vocab)), folder)
+        tokenizer.save(Path(folder, "tokenizer.json"))
+        command = [sys.executable, "-m", "chapters.serve", folder, "--port=0", *words]
+        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        try:
+            yield int(re.search(r":(\d+)/", process.stderr.readline())[1])
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def request(port, path, body=None):
+    """An open reply of the server."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
+    if body is None:
+        connection.request("GET", path)
+    else:
+        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+    return connection.getresponse()
+
+
+def token_times(port, number, n_tokens=32):
+    """The seconds from one event to the next of a stream, the first from the request on; each has
+    a token, as the letter a is made to be picked always."""
+    times = [time.perf_counter()]
+    with request(port, "/v1/completions", dict(
+            prompt=f"{number}" + " the cat sees a dog" * 4, max_tokens=n_tokens, stream=True,
+            logit_bias={str(b"a"[0]): 100})) as reply:
+        for line in reply:
+            if b'"text":"a"' in line:
+                times.append(time.perf_counter())
+    return [after - before for before, after in itertools.pairwise(times)]
+
+
+def quantiles(seconds):
+    """"p50 3 ms, p95 5 ms" of a list."""
+    ordered = sorted(seconds)
+    return ", ".join(f"p{p} {ordered[(len(ordered) - 1) * p // 100] * 1000:,.0f} ms"
+                     for p in (50, 95))
+
+
+def serving(n_rounds=4):
+    """Latency and throughput for 1, 8 and 32 clients that stream at the same time."""
+    with server() as port:
+        token_times(port, 0)
+        for n_clients in (1, 8, 32):
+            with ThreadPoolExecutor(n_clients) as clients:
+                start = time.perf_counter()
+                found = [*clients.map(partial(token_times, port), range(n_rounds * n_clients))]
+                seconds = time.perf_counter() - start
+            n_whole, name = sum(len(own) == 32 for own in found), f"serving, {n_clients} clients"
+            show(name, f"{sum(map(len, found)) / seconds:,.0f} tokens/s, {n_whole} of {len(found)} "
+                       f"requests whole, {len(found) / seconds:.1f} a second")
+            show(f"{name}, first token", quantiles(own[0] for own in found))
+            show(f"{name}, each token", quantiles(x for own in found for x in own[1:]))
+
+
+def endure(port, number):
+    """A short request of one of five kinds: whole, streamed, cached, wrong, left by its client."""
+    body = dict(prompt=f"the cat {number}", max_tokens=4)
+    body |= [{}, dict(stream=True), dict(seed=number % 50), dict(temperature=-1),
+             dict(stream=True, max_tokens=50)][number % 5]
+    with request(port, "/v1/completions", body) as reply:
+        reply.read(10 if number % 5 == 4 else None)
+    return reply.status
+
+
+def endurance(n_requests=10_000):
+    """The memory of a server while it gets so many short requests."""
+    with server("--cache_bytes=1000000") as port, ThreadPoolExecutor(8) as clients:
+        for n in range(0, n_requests + 1, 1000):
+            with request(port, "/metrics") as reply:
+                memory = re.search(rb"(?m)^process_resident_memory_bytes (\S+)", reply.read())[1]
+            show(f"endurance, after {n:,} requests", f"{float(memory) / 2**20:,.1f} MiB")
+            for _ in clients.map(partial(endure, port), range(n, n + 1000 * (n < n_requests))):
+                pass
+
+
 PARTS = {part.__name__: part for part in (training, attention, twins, sampling, saving, bpe,
                                           decoding, export, muon, bpe100, curation, pages,
-                                          chapters, learning, nanogpt)}
+                                          chapters, serving, endurance, learning, nanogpt)}
 
 
 @dataclass
