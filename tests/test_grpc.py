@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import pytest
 from conftest import ROOT, keep, tiny
@@ -16,9 +16,11 @@ grpc = pytest.importorskip("grpc", reason="pip install grpcio grpcio-tools")
 pytest.importorskip("grpc_tools", reason="pip install grpcio-tools")
 pytest.importorskip("fastapi", reason="pip install fastapi")
 
+from asking import ask, serve
 from chapters.batching import Engine
 from chapters.grpc_serve import compiled, serving
-from chapters.serve import ServeConfig
+from chapters.replies import Watch
+from chapters.serve import Served, ServeConfig
 from sample import complete
 
 CODE = grpc.StatusCode
@@ -74,6 +76,21 @@ def test_the_text_is_that_of_sample_with_the_same_options(engine, options):
     assert "".join(token.text for token in tokens) == expected
     assert [token.finish for token in tokens[:-1]] == [""] * (len(tokens) - 1)
     assert tokens[-1].finish in ("stop", "length") and all(t.logprob < 0 for t in tokens)
+
+
+@pytest.mark.slow
+def test_http_and_grpc_write_the_same_out_of_one_engine(tokenizer, tmp_path):
+    model = tiny(vocab_size=tokenizer.n_vocab, block_size=64)
+    with closing(Served(tmp_path / "run", model, tokenizer, 4)) as served:
+        options = dict(temperature=1.0, seed=7, top_p=0.9)
+        with serve({"run": served}, Watch()) as url:
+            status, reply = ask(f"{url}/v1/completions",
+                                dict(prompt="the cat", max_tokens=16) | options)
+        with channel(served.engine) as stub:
+            tokens = list(stub.Generate(prompt(max_new_tokens=16, **options)))
+    assert status == 200
+    assert reply["choices"][0]["text"] == "".join(token.text for token in tokens) != ""
+    assert reply["usage"]["completion_tokens"] == len(tokens)
 
 
 def test_ids_are_a_prompt_as_well(engine):
