@@ -159,6 +159,12 @@ def usage(call, n_written):
                 total_tokens=n_prompt + n_written)
 
 
+async def replay(pieces):
+    """Yield Pieces that are known already, as if they were being written."""
+    for piece in pieces:
+        yield piece
+
+
 async def parts(call, pieces):
     """Yield (index, text, Tokens, finish, whether it was written) for each Piece."""
     released = [Released(call.served.tokenizer) for _ in range(call.n_choices)]

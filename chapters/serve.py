@@ -36,7 +36,7 @@ from chapters.gate import FAILED, Gate, Server, read_body, refused, too_slow, un
 from chapters.operate import OperateConfig, Operation
 from chapters.protocol import (Chat, Completion, Rating, Refusal, Text, Tokens, listed, parse,
                                read_options, read_prompts)
-from chapters.replies import Call, Piece, Watch, event, stream, whole
+from chapters.replies import Call, Piece, Watch, event, replay, stream, whole
 from model import TINY, check_options, option
 from sample import RunConfig, knows_chats, newest_run, open_run
 from tokenizer import parse_options, run_command
@@ -81,12 +81,11 @@ class Served:
     def __init__(self, folder, model, tokenizer, max_rows):
         self.folder, self.name = Path(folder), Path(folder).resolve().name
         self.tokenizer, self.created = tokenizer, int(time.time())
+        self.engine = Engine(model, tokenizer, max_rows=max_rows)
         self.block_size, self.chats = model.config.block_size, knows_chats(model, tokenizer)
         with torch.inference_mode():  # equal for equal weights and precision
             logits, _ = model(torch.arange(8, device=model.device)[None] % model.config.vocab_size)
-        said = logits.float().cpu().numpy().tobytes()
-        self.fingerprint = f"fp_{hashlib.sha256(said).hexdigest()[:16]}"
-        self.engine = Engine(model, tokenizer, max_rows=max_rows)
+        self.fingerprint = "fp_" + hashlib.sha256(logits.float().cpu().numpy()).hexdigest()[:16]
         self.thread = threading.Thread(target=self.engine.run, daemon=True)
         self.thread.start()
 
@@ -175,15 +174,23 @@ async def written(call, config, jobs, queue):
             yield Piece(i, token.id, token.text, token.logprob, token.top, token.reason)
 
 
-async def replay(pieces):
-    for piece in pieces:
-        yield piece
+async def read(request, schema):
+    """The schema's object that the body of a request holds."""
+    return parse(schema, await read_body(request, request.app.state.config.max_body))
+
+
+def find(models, name=None):
+    """The Served of a name, or the first one."""
+    name = next(iter(models)) if name is None else name
+    if name not in models:
+        raise Refusal(404, f"there is no model {name!r:.60} here, but {', '.join(models)}", "model",
+                      "model_not_found")
+    return models[name]
 
 
 async def understand(request, schema):
     """The Call that a request makes; Refusal for what is wrong with it."""
-    state = request.app.state
-    body = parse(schema, await read_body(request, state.config.max_body))
+    state, body = request.app.state, await read(request, schema)
     kind = "chatcmpl" if schema is Chat else "cmpl"
     call = Call(f"{kind}-{request.state.id}", body, request.client.host, request.state.start,
                 int(time.time()))
@@ -196,14 +203,6 @@ async def understand(request, schema):
     call.config = read_options(body, tokenizer, block_size)
     call.prompts = await asyncio.to_thread(read_prompts, body, tokenizer, block_size)
     return call
-
-
-def find(models, name):
-    """The Served of a name."""
-    if name not in models:
-        raise Refusal(404, f"there is no model {name!r:.60} here, but {', '.join(models)}", "model",
-                      "model_not_found")
-    return models[name]
 
 
 # -----------------------------------------------------------------------------
@@ -238,20 +237,79 @@ async def respond(request, schema):
 
 
 # -----------------------------------------------------------------------------
-# The application, and the Gate before it.
+# What is asked for by GET and POST.
 
 
-def page():
+def only(html, tag):
+    """A page's one script or style, as its content security policy names it."""
+    text = re.search(f"<{tag}>(.*?)</{tag}>", html, re.DOTALL)[1]
+    return f"{tag}-src 'sha256-{b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+async def show_page(request: Request):
     """The chat page, allowed to run its own script and style, to ask this server, nothing else."""
     html = PAGE.read_text(encoding="utf-8")
-    allowed = {tag: "'sha256-" + b64encode(hashlib.sha256(re.search(
-        f"<{tag}>(.*?)</{tag}>", html, re.S)[1].encode()).digest()).decode() + "'"
-        for tag in ("script", "style")}
-    policy = (f"default-src 'none'; script-src {allowed['script']}; style-src {allowed['style']}; "
-              "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
-              "frame-ancestors 'none'")
-    return HTMLResponse(html, headers={"Content-Security-Policy": policy,
-                                       "Referrer-Policy": "no-referrer"})
+    policy = (f"default-src 'none'; {only(html, 'script')}; {only(html, 'style')}; connect-src "
+              "'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+    headers = {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"}
+    return HTMLResponse(html, headers=headers)
+
+
+async def health(request: Request):
+    return dict(status="ok")
+
+
+async def list_models(request: Request):
+    state = request.app.state
+    cards = [served.card() for served in state.models.values()]
+    return dict(object="list", data=cards, feedback=state.watch.rates)
+
+
+async def show_model(request: Request, name: str):
+    return find(request.app.state.models, name).card()
+
+
+async def complete(request: Request):
+    return await respond(request, Completion)
+
+
+async def chat(request: Request):
+    return await respond(request, Chat)
+
+
+async def tokenize(request: Request):
+    body, served = await read(request, Text), find(request.app.state.models)
+    tokens = await asyncio.to_thread(served.tokenizer.encode, body.prompt)
+    return dict(tokens=tokens, count=len(tokens), max_model_len=served.block_size)
+
+
+async def detokenize(request: Request):
+    body = await read(request, Tokens)
+    try:
+        return dict(prompt=find(request.app.state.models).tokenizer.decode(body.tokens))
+    except ValueError as error:
+        raise Refusal(400, str(error), "tokens") from None
+
+
+async def tokenizer_info(request: Request):
+    tokenizer = find(request.app.state.models).tokenizer
+    end = tokenizer.decode([tokenizer.eot])
+    return dict(eos_token=end, bos_token=end, pad_token=end)
+
+
+async def feedback(request: Request):
+    request.app.state.watch.rate(await read(request, Rating), request.client.host)
+    return {}
+
+
+# -----------------------------------------------------------------------------
+# The application, and the Gate before it.
+
+ROUTES = {  # those about the tokenizer are what lm-evaluation-harness asks for
+    "GET": {"/": show_page, "/health": health, "/v1/models": list_models,
+            "/v1/models/{name}": show_model, "/tokenizer_info": tokenizer_info},
+    "POST": {"/v1/completions": complete, "/v1/chat/completions": chat, "/tokenize": tokenize,
+             "/detokenize": detokenize, "/feedback": feedback}}
 
 
 def build_app(config, models, watch=Watch()):
@@ -260,61 +318,9 @@ def build_app(config, models, watch=Watch()):
     app.state.config, app.state.models, app.state.watch = config, models, watch
     for kind in (Refusal, HTTPException, Exception):
         app.exception_handler(kind)(refused)
-
-    async def read(request, schema):
-        return parse(schema, await read_body(request, config.max_body))
-
-    def first():
-        return next(iter(models.values()))
-
-    @app.get("/")
-    async def show_page():
-        return page()
-
-    @app.get("/health")
-    async def health():
-        return dict(status="ok")
-
-    @app.get("/v1/models")
-    async def list_models():
-        cards = [served.card() for served in models.values()]
-        return dict(object="list", data=cards, feedback=watch.rates)
-
-    @app.get("/v1/models/{name}")
-    async def show_model(name):
-        return find(models, name).card()
-
-    @app.post("/v1/completions")
-    async def complete(request: Request):
-        return await respond(request, Completion)
-
-    @app.post("/v1/chat/completions")
-    async def chat(request: Request):
-        return await respond(request, Chat)
-
-    @app.post("/tokenize")
-    async def tokenize(request: Request):
-        text = await read(request, Text)
-        tokens = await asyncio.to_thread(first().tokenizer.encode, text.prompt)
-        return dict(tokens=tokens, count=len(tokens), max_model_len=first().block_size)
-
-    @app.post("/detokenize")
-    async def detokenize(request: Request):
-        try:
-            return dict(prompt=first().tokenizer.decode((await read(request, Tokens)).tokens))
-        except ValueError as error:
-            raise Refusal(400, str(error), "tokens") from None
-
-    @app.get("/tokenizer_info")
-    async def tokenizer_info():
-        end = first().tokenizer.decode([first().tokenizer.eot])
-        return dict(eos_token=end, bos_token=end, pad_token=end)
-
-    @app.post("/feedback")
-    async def feedback(request: Request):
-        watch.rate(await read(request, Rating), request.client.host)
-        return {}
-
+    for method, functions in ROUTES.items():
+        for path, function in functions.items():
+            app.add_api_route(path, function, methods=[method])
     watch.routes(app, models, lambda folder: open_served(replace(config, run=folder))[0])
     return Gate(app, config, watch)
 
