@@ -91,7 +91,7 @@ def import_run(folder, out=""):
 def export_hf(run, out=""):
     """Write config.json, model.safetensors and the tokenizer of a run as transformers reads them ->
     the Path of their folder; ValueError where no family of its models computes the same."""
-    with whole_folder(out := Path(out or f"{run}-hf")) as part:
+    with whole_folder(out := Path(out or f"{Path(run)}-hf")) as part:
         model, tokenizer = load_plain(run)
         values = shape_values(model.config)
         ids = dict(bos_token_id=tokenizer.eot, eos_token_id=tokenizer.eot)

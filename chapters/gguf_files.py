@@ -111,7 +111,7 @@ def export_gguf(run, out="", type="f32"):
     Path; ValueError where llama.cpp would compute something else."""
     if gguf is None:
         raise ValueError("a gguf file is written by the package gguf: pip install gguf")
-    if (out := Path(out or f"{run}.gguf")).exists():
+    if (out := Path(out or f"{Path(run)}.gguf")).exists():
         raise ValueError(f"{out} is there already: give another --out")
     model, tokenizer = load_plain(run)
     if (family := family_of(model.config)) == "mistral":

@@ -191,7 +191,7 @@ def export_onnx(run, out=""):
     their folder."""
     if onnx is None:
         raise ValueError("an onnx file is written by the package onnx: pip install onnx")
-    with whole_folder(out := Path(out or f"{run}-onnx")) as part:
+    with whole_folder(out := Path(out or f"{Path(run)}-onnx")) as part:
         model, tokenizer = load_plain(run)
         to_huggingface(tokenizer, part, model_max_length=model.config.block_size)
         onnx.save_model(to_onnx(model), part / "model.onnx", save_as_external_data=True,

@@ -59,7 +59,7 @@ def to_peft(model):
 
 def export_peft(run, out=""):
     """Write adapter_config.json and adapter_model.safetensors of a run with LoRA -> their Path."""
-    with whole_folder(out := Path(out or f"{run}-peft")) as part:
+    with whole_folder(out := Path(out or f"{Path(run)}-peft")) as part:
         values, tensors = to_peft(load_model(pick_checkpoint(run))[0])
         with replacing(part / "adapter_model.safetensors") as file:
             write_safetensors(file, tensors, dict(format="pt"))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import sample
-from chapters import export
+from chapters import export, gguf_files, onnx_files
 from chapters.export import load_gpt2
 from chapters.peft_files import export_peft, fuse_lora, to_peft
 from chapters.weights import (FAMILIES, KNOWN, explicit, family_of, from_names, load_pretrained,
@@ -397,7 +397,7 @@ def text_run(folder, kind, tokenizer, **options):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_goes_out_and_comes_back_the_same(call, trained, tmp_path, kind, tied):
     run, ours = text_run(tmp_path / "run", kind, trained, tied=tied)
-    said, error = call(export, "hf", run)
+    said, error = call(export, "hf", f"{run}/")
     assert said.startswith(f"next: vllm serve {run}-hf (or") and error == ""
     assert call(export, "in", f"{run}-hf", f"--out={tmp_path}/again")[1] == ""
     (again, tokenizer), ids = load_run(tmp_path / "again"), torch.randint(trained.n_vocab, (2, 16))
@@ -458,6 +458,12 @@ def test_a_run_that_means_nothing_elsewhere_is_refused_and_nothing_written(
     else:
         assert error.count("\n") == 1 and problem in error and not out
         assert [*tmp_path.iterdir()] == [run]
+
+
+@pytest.mark.parametrize("word, module", [("gguf", gguf_files), ("onnx", onnx_files)])
+def test_without_its_package_a_line_says_what_to_install(call, tmp_path, monkeypatch, word, module):
+    monkeypatch.setattr(module, word, None)
+    assert f"pip install {word}\n" in call(export, word, tmp_path)[1]
 
 
 @pytest.mark.parametrize("word", ["hf", "gguf", "onnx"])
