@@ -1089,8 +1089,7 @@ def tune(model, config):
         model.lm_head.requires_grad_()
     n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if not n_trained:
-        raise ValueError(f"--tune={config.tune} finds nothing to train in this model: take other "
-                         "--targets")
+        raise ValueError(f"--tune={config.tune} finds nothing to train: take other --targets")
     return n_trained
 
 
