@@ -538,7 +538,7 @@ def test_wrong_options_are_named(options, said):
 @pytest.mark.parametrize("options, said", [
     (dict(tune="last:3"), "tune=last:3: the model has 2 blocks"),
     (dict(tune="lora", rank=17), "rank=17 is above that of a layer of 16 x 32: take at most 16"),
-    (dict(tune="lora", targets=["gate_proj"]), "finds nothing to train in this model: take other")])
+    (dict(tune="lora", targets=["gate_proj"]), "finds nothing to train: take other")])
 def test_what_the_model_is_too_small_for_is_named(options, said):
     with pytest.raises(ValueError, match=said):
         tune(tiny("gpt2", n_kv_head=2), TuneConfig(**options))
