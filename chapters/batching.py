@@ -3,8 +3,7 @@ Continuous batching: many texts are written at a time, and each is what it is al
 
     engine = Engine(model, tokenizer)
     engine.submit(Request("def ", SampleConfig(seed=1), emit=print))
-    while engine.step():
-        pass
+    while engine.step(): pass
 
 Texts come and go between two steps, so that none waits for the end of another (Orca, 2022). To the
 scheduler a prompt and what was written after it are the same: ids, of which the first n_read have
@@ -23,15 +22,16 @@ from collections import Counter, deque, namedtuple
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import groupby
 from operator import itemgetter
 
 import torch
 
-from chapters.paging import Blocks, PagedLayer, block_key, paged_attention
+from chapters.paging import Blocks, PagedLayer, block_key, paged_attention, pool_size
 from model import check_ids
 from sample import Continuation, SampleConfig, check_finite, no_space, pick, with_ids
+
+TOTALS = ("steps", "tokens", "prompt_tokens", "hit_tokens", "preempted")
 
 # A token with the text that it completes, its log-probability before temperature and filters, and
 # [(id, logprob)] of the likeliest. The last one has a reason: stop | length | cancelled | error.
@@ -56,8 +56,7 @@ class Request:
     def begin(self, model, tokenizer):
         """Turn the prompt into ids; ValueError if they cannot be continued."""
         if self.config.overflow != "stop":
-            raise ValueError("overflow=slide is not served: a text whose beginning is forgotten "
-                             "would have to be read again")
+            raise ValueError("overflow=slide is not served: leave it out, or call sample.complete")
         self.config = with_ids(self.config, tokenizer)
         self.text = Continuation(model, tokenizer, self.prompt, self.config, 0)
         self.ids, self.n_prompt = self.text.ids, self.text.n_prompt
@@ -77,15 +76,15 @@ class Engine:
     def __init__(self, model, tokenizer, max_rows=32, n_blocks=0, block_tokens=16):
         c, longest = model.config, -(-model.config.block_size // block_tokens)
         if c.n_classes or c.cross or not c.causal:
-            raise ValueError("this model " + ("judges texts" if c.n_classes else "reads a source"
-                             if c.cross else "fills gaps") + ": only one that continues a text can "
-                             "be served")
-        if 0 < n_blocks < longest:
+            raise ValueError("only a model that continues a text can be served: this one judges "
+                             "texts, fills gaps or reads a source first")
+        n_blocks = n_blocks or pool_size(model, max_rows, block_tokens)
+        if n_blocks < longest:
             raise ValueError(f"n_blocks={n_blocks} of {block_tokens} tokens cannot hold a text of "
                              f"block_size={c.block_size} tokens: take at least {longest}")
         model.eval().set_functions(dict(attention=paged_attention))
         self.model, self.tokenizer, self.max_rows = model, tokenizer, max_rows
-        self.blocks = Blocks(model, n_blocks or max_rows * longest, block_tokens)
+        self.blocks = Blocks(model, n_blocks, block_tokens)
         self.rows, self.waiting, self.totals = [], deque(), Counter()  # the oldest first
         self.changed, self.closing = threading.Condition(), False
         self.no_space = no_space(tokenizer).to(model.device)
@@ -115,17 +114,17 @@ class Engine:
 
     def counts(self):
         """Whole numbers to watch: of now, and totals since the start."""
-        names = ("steps", "tokens", "prompt_tokens", "hit_tokens", "preempted")
         blocks = self.blocks
-        return dict(rows=len(self.rows), waiting=len(self.waiting), blocks=blocks.n_blocks,
-                    blocks_used=blocks.n_blocks - blocks.n_left(), blocks_cached=len(blocks.idle)
-                    ) | {name: self.totals[name] for name in names}
+        return dict(dict.fromkeys(TOTALS, 0) | self.totals, rows=len(self.rows),
+                    waiting=len(self.waiting), blocks=blocks.n_blocks,
+                    blocks_used=blocks.n_blocks - blocks.n_left(), blocks_cached=len(blocks.idle))
 
     # What the engine's own thread does.
 
     def run(self):
         """Take steps while there is work, until close()."""
-        while self.step() or not self.closing:
+        while not self.closing or self.rows or self.waiting:
+            self.step()
             with self.changed:
                 self.changed.wait_for(lambda: self.rows or self.waiting or self.closing)
 
@@ -157,13 +156,12 @@ class Engine:
     def end(self, request, token):
         """Take a request out and give it its last token, unless that was done."""
         with self.changed:
-            found = [own for own in (self.rows, self.waiting) if request in own]
-            for own in found:
-                own.remove(request)
-                self.blocks.release(request.table)
-        for _ in found:
-            with suppress(Exception):  # then nobody is left to be told
-                request.emit(token)
+            for own in self.rows, self.waiting:
+                if request in own:
+                    own.remove(request)
+                    self.blocks.release(request.table)
+                    with suppress(Exception):  # then nobody is left to be told
+                        request.emit(token)
 
     def lacks(self, request, n):
         """How many blocks a request needs for its first n tokens, beyond those of its table."""
@@ -208,15 +206,16 @@ class Engine:
     def forward(self, tokens):
         """The logits after each of at most max_rows tokens [(request, position)], each (1, V)."""
         n, ids, positions, slots, texts = self.blocks.block_tokens, [], [], [], []
-        tensor = partial(torch.tensor, device=self.model.device)
         for request, own in groupby(tokens, itemgetter(0)):
             own = [position for _, position in own]
             ids += [request.ids[position] for position in own]
             positions += own
             slots += [request.table[position // n] * n + position % n for position in own]
-            texts.append((tensor(request.table), [position + 1 for position in own]))
+            texts.append((torch.tensor(request.table, device=self.blocks.kv.device),
+                          [position + 1 for position in own]))
         padding = [0] * (self.max_rows - len(tokens))
-        ids, positions, slots = (tensor(x + padding) for x in (ids, positions, slots))    # (B,)
+        ids, positions, slots = (torch.tensor(x + padding, device=self.blocks.kv.device)
+                                 for x in (ids, positions, slots))       # (B,)
         # as for texts that are padded on the left to the same length: each token in its place
         longest = positions.max()
         segments = torch.arange(longest + 1, device=ids.device) >= longest - positions[:, None]
@@ -232,11 +231,11 @@ class Engine:
         request.n_read = n
         if n % size == 0:
             self.blocks.keep(request.table[n // size - 1], block_key(ids, n))
+        check_finite(logits)
         if len(request.prompt_scores) == n < request.n_prompt:
             request.prompt_scores.append((ids[n], *request.score(logits, ids[n])))
         if n < len(ids):
             return
-        check_finite(logits)
         choices = logits.masked_fill(self.no_space, -torch.inf) if text.heals else logits
         seen = torch.tensor([ids], device=logits.device)
         id = pick(choices, request.config, text.generator, seen, request.n_prompt).item()

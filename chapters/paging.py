@@ -21,10 +21,21 @@ import torch
 
 from model import torch_attention
 
+POOL_BYTES = 2**30  # of keys and values, unless more are asked for
+
 
 def block_key(ids, n):
     """What the block that ends after n ids is known by: a hash of all that it depends on."""
     return hashlib.sha256(array("q", ids[:n]).tobytes()).digest()
+
+
+def pool_size(model, n_texts, block_tokens):
+    """How many blocks so many texts of full length need; what POOL_BYTES hold is enough, if it is
+    one text at least."""
+    c, longest = model.config, -(-model.config.block_size // block_tokens)
+    block_bytes = (c.n_layer * block_tokens * 2 * c.n_kv_head * c.head_size
+                   * model.compute_dtype.itemsize)
+    return min(n_texts * longest, max(longest, POOL_BYTES // block_bytes))
 
 
 class Blocks:

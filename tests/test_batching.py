@@ -11,6 +11,7 @@ import torch
 from conftest import tiny
 
 import sample
+from chapters import paging
 from chapters.batching import Engine, Request, Token
 from chapters.paging import Blocks, block_key
 from model import TuneConfig, quantize, tune
@@ -366,12 +367,20 @@ def test_what_cannot_be_continued_is_refused_at_once(prompt, options, said, toke
     assert not engine.waiting and not engine.step()
 
 
-@pytest.mark.parametrize("architecture, options, said", [
-    ("modern", dict(n_classes=2), "judges texts"), ("transformer", {}, "reads a source"),
-    ("bert", {}, "fills gaps")])
-def test_a_model_that_continues_no_text_is_refused(architecture, options, said, tokenizer):
+@pytest.mark.parametrize("architecture, options", [
+    ("modern", dict(n_classes=2)), ("transformer", {}), ("bert", {})])
+def test_a_model_that_continues_no_text_is_refused(architecture, options, tokenizer):
     model = tiny(architecture, vocab_size=tokenizer.n_vocab, **options)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match="only a model that continues a text can be served"):
         Engine(model, tokenizer)
+
+
+def test_a_pool_holds_all_texts_or_what_memory_allows_but_one_at_least(tokenizer, monkeypatch):
+    model = sure(tokenizer)
+    kv = Engine(model, tokenizer, max_rows=3, block_tokens=4).blocks.kv
+    assert kv.size(1) == 1 + 3 * 16
+    for n_blocks, expected in (20.5, 20), (3, 16):
+        monkeypatch.setattr(paging, "POOL_BYTES", n_blocks * kv[:, 0].nbytes)
+        assert Engine(model, tokenizer, block_tokens=4).blocks.n_blocks == expected
     with pytest.raises(ValueError, match="take at least 16"):
-        Engine(sure(tokenizer), tokenizer, n_blocks=15, block_tokens=4)
+        Engine(model, tokenizer, n_blocks=15, block_tokens=4)
