@@ -85,7 +85,8 @@ class Served:
         self.block_size, self.chats = model.config.block_size, knows_chats(model, tokenizer)
         with torch.inference_mode():  # equal for equal weights and precision
             logits, _ = model(torch.arange(8, device=model.device)[None] % model.config.vocab_size)
-        self.fingerprint = "fp_" + hashlib.sha256(logits.float().cpu().numpy()).hexdigest()[:16]
+        digest = hashlib.sha256(logits.float().cpu().numpy().tobytes()).hexdigest()
+        self.fingerprint = f"fp_{digest[:16]}"
         self.thread = threading.Thread(target=self.engine.run, daemon=True)
         self.thread.start()
 
