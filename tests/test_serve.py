@@ -715,7 +715,7 @@ def test_whatever_is_sent_the_answer_is_well_formed_and_never_a_failure(port):
         else:
             value = json.loads(text)
             assert value["choices"] if reply.status == 200 else value["error"]["message"], data
-    assert counts[200] > 100 and counts[400] > 100
+    assert counts[200] > 50 and counts[400] > 100
 
 
 @pytest.mark.slow
