@@ -46,11 +46,16 @@ class TooMany(ValueError):
     """A client rates more often than PER_HOUR: the server replies 429."""
 
 
+def open_log(path):
+    """A descriptor to append to a file, which is made if need be; only its owner may read it."""
+    return os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+
+
 def append_line(path, row, max_bytes=LOG_BYTES):
     """Append a row to a .jsonl file in a single write, so that the lines of two processes cannot
-    mix; only its owner may read the file. ValueError if it would grow beyond max_bytes."""
+    mix. ValueError if the file would grow beyond max_bytes."""
     line = (json.dumps(row, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
-    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+    file = open_log(path)
     try:
         size = os.fstat(file).st_size
         if size + len(line) > max_bytes:
@@ -75,6 +80,7 @@ class FeedbackLog:
         self.path, self.max_bytes, self.per_hour, self.clock = path, max_bytes, per_hour, clock
         self.answers, self.lock = Recent(REMEMBERED), threading.Lock()
         self.salt, self.hour, self.counts = secrets.token_bytes(16), clock(), Counter()
+        os.close(open_log(path))  # an OSError now, and not when somebody rates
 
     def pseudonym(self, client):
         """A name for a client that tells two of them apart, but not who they are."""

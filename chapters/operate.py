@@ -30,6 +30,7 @@ from chapters.watch import Metrics, Recent, Stopwatch, is_determined, response_k
 from model import TINY, check_options, option
 from sample import warn
 
+FAILURES = (408, 429, 500)  # a run that is slow times out, or has its queue full
 LARGEST = 4096  # bytes of a change to the roll-out
 ENDS = {"promoted": "b", "rolled back": "a"}  # of a canary, and which arm stays
 PATHS = ("/", "/health", "/metrics", "/feedback", "/admin/rollout", "/v1/models", "/tokenize",
@@ -48,7 +49,10 @@ class OperateConfig:
     share: float = option(10.0, "per cent of them", TINY, 100)
     canary: bool = option(False, "raise the share step by step to 100, or back to 0 if it is worse")
 
-    __post_init__ = check_options
+    def __post_init__(self):
+        check_options(self)
+        if self.canary and not self.run_b:
+            raise ValueError("canary raises the share of a second run: name it, --run_b=RUN")
 
 
 class Change(Strict):
@@ -186,7 +190,7 @@ class Operation(Watch):
         path, status = path if path in PATHS else "other", status or 499  # the client has left
         self.metrics.requests.labels(path, arm, str(status)).inc()
         if seen and seen.split and seen.split is self.split:
-            self.split.note(arm, seen.has_failed or status == 500, seen.first)
+            self.split.note(arm, seen.has_failed or status in FAILURES, seen.first)
             if self.split.state in ENDS:
                 self.finish(ENDS[self.split.state])
         self.close_idle()
@@ -216,11 +220,7 @@ class Operation(Watch):
     async def show_rollout(self):
         """Who answers, and how that goes."""
         self.check_key()
-        if not self.split:
-            return dict(state="none", models=[*self.models])
-        return dict(state=self.split.state, share=self.split.share, ratings=self.split.ratings(),
-                    arms={arm: dict(model=own.name, requests=own.n, errors=own.errors, up=own.ups,
-                                    down=own.downs) for arm, own in self.split.arms.items()})
+        return self.split.report() if self.split else dict(state="none", models=[*self.models])
 
     async def change_rollout(self, request: Request):
         """Begin a split with a run, change its share, or end it with a share of 0 or 100."""

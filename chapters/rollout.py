@@ -136,6 +136,12 @@ class Split:
         a, b = self.arms.values()
         return significance(a.ups, a.ups + a.downs, b.ups, b.ups + b.downs, self.looks)
 
+    def report(self):
+        """How it goes, as plain values; that is one look more."""
+        arms = {arm: dict(model=own.name, requests=own.n, errors=own.errors, up=own.ups,
+                          down=own.downs) for arm, own in self.arms.items()}
+        return dict(state=self.state, share=self.share, ratings=self.ratings(), arms=arms)
+
 
 class Canary(Split):
     """A split whose share grows by STEPS, each after n_requests to the new run that show it no

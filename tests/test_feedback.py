@@ -50,7 +50,7 @@ def made(tmp_path, *rows, per_client=50):
 def test_nothing_is_written_before_an_answer_is_rated_and_then_all_that_is_needed(tmp_path):
     log = FeedbackLog(tmp_path / "log.jsonl")
     log.remember("x1", ask("Where?"), "There.", "run", "b")
-    assert not log.path.exists()
+    assert log.path.stat().st_size == 0
     log.rate("x1", "1.2.3.4", rating=-1, better="Here.")
     (vote,), wrong = read_votes(log.path)
     assert wrong == [] and vote[1:] == (json.dumps(ask("Where?")), "There.", "b", -1, "Here.")
@@ -81,7 +81,7 @@ def test_what_is_no_rating_is_refused_and_leaves_no_trace(words, problem, tmp_pa
     log.remember("x1", ask("Where?"), "There.", "run")
     with pytest.raises(ValueError, match=problem.replace("[", r"\[")):
         log.rate(**dict(id="x1", client="c") | words)
-    assert not log.path.exists()
+    assert log.path.stat().st_size == 0
 
 
 def test_one_client_rates_so_many_answers_an_hour_and_others_go_on(tmp_path):
@@ -105,6 +105,11 @@ def test_a_full_log_refuses_and_stays_as_it_is(tmp_path):
         for _ in range(10):
             log.rate("x1", "c", 1)
     assert 200 < log.path.stat().st_size <= 400 and read_votes(log.path)[1] == []
+
+
+def test_a_log_that_cannot_be_written_is_an_error_before_anybody_rates(tmp_path):
+    with pytest.raises(OSError):
+        FeedbackLog(tmp_path / "none/log.jsonl")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")

@@ -163,7 +163,7 @@ def test_a_rated_answer_is_logged_with_its_question_and_counted(runs, tmp_path):
     with serve({"old": runs("old")}, Operation(OperateConfig(feedback=str(path)))) as url:
         first, second = (ask(f"{url}/v1/chat/completions", chat(seed=seed))[1] for seed in (1, 2))
         streamed = [*events(f"{url}/v1/chat/completions", chat(seed=1))]  # out of the cache
-        assert not path.exists()
+        assert path.stat().st_size == 0
         for id, rating, better in ((first["id"], "up", None), (second["id"], "down", "a dog"),
                                    (streamed[0]["id"], "up", None)):
             asked = dict(id=id, rating=rating) | (dict(better=better) if better else {})
