@@ -8,6 +8,7 @@ makes them; the replies are in chapters/replies.py.
 """
 
 import json
+import re
 from itertools import chain
 from typing import Annotated, Literal
 
@@ -214,8 +215,11 @@ def read_options(body, tokenizer, block_size):
     if len(stop) > 4 or "" in stop:
         raise Refusal(400, f"stop={stop!r:.40} must be up to four texts, none empty", "stop")
     for id in biases:
-        if not (id.isdecimal() and len(id) < 10 and int(id) in tokenizer.tokens):
+        if not (re.fullmatch("[0-9]{1,9}", id) and int(id) in tokenizer.tokens):
             raise Refusal(400, f"logit_bias: {id!r:.40} is no token id of this model", "logit_bias")
+    for name, needed in ("stream_options", "stream"), ("top_logprobs", "logprobs"):
+        if name in body.model_fields_set and not getattr(body, needed):
+            raise Refusal(400, f"{name} takes {needed}=true beside it", name)
     n_new = body.max_tokens
     if n_new == 0 and not body.echo:
         raise Refusal(400, "max_tokens=0 writes nothing: it takes echo", "max_tokens")

@@ -298,7 +298,9 @@ WRONG = [  # body of a completion, the field that is named, words of the message
     (dict(logit_bias={"9" * 5000: 1}), "logit_bias", "no token id"),
     (dict(logit_bias={"1": 101}), "logit_bias", "100"), (dict(logit_bias=[]), "logit_bias", "dict"),
     (dict(stream="yes"), "stream", "boolean"), (dict(echo=1), "echo", "boolean"),
-    (dict(stream_options=dict(x=1)), "x", "not supported"), (dict(user=5), "user", "string"),
+    (dict(stream_options=dict(x=1)), "x", "not supported"),
+    (dict(stream_options=dict(include_usage=True)), "stream_options", "stream=true"),
+    (dict(logit_bias={"\u0663": 1}), "logit_bias", "no token id"), (dict(user=5), "user", "string"),
     (dict(suffix="."), "suffix", "not supported"), (dict(best_of=2), "best_of", "not supported"),
     (dict(temprature=1), "temprature", "did you mean temperature")]
 
@@ -325,6 +327,7 @@ def test_a_wrong_field_is_named_and_what_it_may_be(gate, body, field, words):
     (dict(messages=[dict(role="user", content="cat " * 99)]), "messages", "at most 63"),
     (dict(messages=HI, tools=[dict(type="function")]), "tools", "not supported"),
     (dict(messages=HI, logprobs=1), "logprobs", "boolean"),
+    (dict(messages=HI, top_logprobs=1), "top_logprobs", "logprobs=true"),
     (dict(messages=HI, max_tokens=1, max_completion_tokens=2), "max_tokens", "give one"),
     (dict(messages=HI, echo=True), "echo", "not supported")])
 def test_a_wrong_chat_is_refused_by_the_name_of_its_field(gate, fields, field, words):
