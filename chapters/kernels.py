@@ -24,27 +24,52 @@ from model import (GROUP, once_differentiable, plain_quant_linear, plain_rotary,
                    sum_dtype)
 
 # -----------------------------------------------------------------------------
-# A linear layer that writes a few tokens.
+# Linear layers that write a few tokens: a CPU spends its time on reading their weights.
 
-FEW_ROWS = range(8, 17)  # so few that a CPU spends its time reading weights, not multiplying
+FEW_ROWS = {torch.float32: range(8, 33),  # for which fused_linear is faster
+            torch.bfloat16: range(1, 33 if torch.cpu._is_amx_tile_supported() else 1)}
 
 
 def as_type(x, dtype):
-    """x, or None, in a dtype: asking costs a fifth of a .to() that changes nothing, and to write a
-    token takes a hundred of them."""
+    """x, or None, in a dtype: asking first costs a fifth of a .to() that changes nothing."""
     return x if x is None or x.dtype == dtype else x.to(dtype)
 
 
 def fused_linear(x, weight, bias=None):
-    """plain_linear; a few rows in float32 on a CPU are multiplied from the right, so that the
-    weights are read in order."""
-    weight, bias = as_type(weight, x.dtype), as_type(bias, x.dtype)
-    if (torch.is_grad_enabled() or x.dtype != torch.float32 or x.device.type != "cpu"
-            or x.numel() // x.size(-1) not in FEW_ROWS):
+    """plain_linear; a few rows are multiplied from the right: a CPU reads the weights in order."""
+    weight, bias, rows = as_type(weight, x.dtype), as_type(bias, x.dtype), x.numel() // x.size(-1)
+    if torch.is_grad_enabled() or x.device.type != "cpu" or rows not in FEW_ROWS.get(x.dtype, ()):
         return F.linear(x, weight, bias)
-    y = weight @ x.reshape(-1, x.size(-1)).T                             # (F, rows)
-    y = y if bias is None else y + bias[:, None]
-    return y.T.reshape(*x.shape[:-1], -1)
+    few, bias = x.reshape(rows, -1), weight.new_zeros(1) if bias is None else bias
+    y = (torch.addmv(bias, weight, few[0]) if rows == 1 else
+         torch.addmm(bias[:, None], weight, few.T).T.contiguous())       # (rows, F)
+    return y.view(*x.shape[:-1], -1)
+
+
+PACKED_ROWS = 32  # with more rows these kernels are slower than products with floats
+
+
+def pack_int4(layer):
+    """The integers and scales of a QuantLinear in the order that torch's kernel wants them."""
+    pad = (0, 0, 0, -layer.out_features % 16)  # for a multiple of 16 outputs
+    q = torch.stack((layer.weight & 15, layer.weight >> 4), dim=-1).flatten(1)
+    scale = F.pad(layer.scale.bfloat16(), pad).T[..., None]              # (C / GROUP, F, 1)
+    packed = torch._convert_weight_to_int4pack_for_cpu(F.pad(q, pad).int(), 1)
+    return packed, GROUP, F.pad(scale, (0, 1))  # beside each scale a zero
+
+
+def packed_quant_linear(layer, x):
+    """plain_quant_linear; a few rows in bfloat16 on a CPU by torch's kernels for integers."""
+    rows = x.flatten(0, -2).contiguous()
+    if (x.dtype != torch.bfloat16 or x.device.type != "cpu" or len(rows) > PACKED_ROWS
+            or torch.is_grad_enabled() and x.requires_grad):
+        return plain_quant_linear(layer, x)
+    if layer.weight.dtype == torch.int8:
+        y = torch._weight_int8pack_mm(rows, layer.weight, as_type(layer.scale, x.dtype))
+    else:
+        layer.packed = layer.packed or pack_int4(layer)
+        y = torch._weight_int4pack_mm_for_cpu(rows, *layer.packed)[:, :layer.out_features]
+    return y.view(*x.shape[:-1], -1)
 
 
 # -----------------------------------------------------------------------------
@@ -58,7 +83,6 @@ def inverse_rms(x, eps):
 
 
 class FusedRMSNorm(torch.autograd.Function):
-
     @staticmethod
     def forward(ctx, x, weight, eps):
         scale = inverse_rms(x, eps)
@@ -144,29 +168,6 @@ def fast_orthogonal(x, coefficients, steps=5):
     return total @ x
 
 
-PACKED_ROWS = 16  # with more rows these kernels are slower than products with floats
-
-
-def packed_quant_linear(layer, x):
-    """plain_quant_linear; a few rows in bfloat16 on a CPU are multiplied by torch's kernels that
-    read the integers."""
-    rows = x.flatten(0, -2).contiguous()
-    if (x.dtype != torch.bfloat16 or x.device.type != "cpu" or len(rows) > PACKED_ROWS
-            or torch.is_grad_enabled() and x.requires_grad):
-        return plain_quant_linear(layer, x)
-    if layer.weight.dtype == torch.int8:
-        y = torch._weight_int8pack_mm(rows, layer.weight, layer.scale.to(x.dtype))
-    else:
-        if layer.packed is None:  # for a multiple of 16 outputs, in an order of their own
-            pad = (0, 0, 0, -len(layer.weight) % 16)
-            q = torch.stack((layer.weight & 15, layer.weight >> 4), dim=-1).flatten(1)
-            scale = F.pad(layer.scale.to(x.dtype), pad).T                # (C / GROUP, F)
-            layer.packed = (torch._convert_weight_to_int4pack_for_cpu(F.pad(q, pad).int(), 1),
-                            torch.stack((scale, torch.zeros_like(scale)), dim=-1))
-        y = torch._weight_int4pack_mm_for_cpu(rows, layer.packed[0], GROUP, layer.packed[1])
-    return y[:, :layer.out_features].unflatten(0, x.shape[:-1])
-
-
 # -----------------------------------------------------------------------------
 # What can run where, a whole step at once, and the memory of a CPU.
 
@@ -177,8 +178,7 @@ FASTER = dict(linear=fused_linear, norm=fused_norm, rotary=fused_rotary,
 def rows(kernels, device, dtype):
     """model.KERNELS {name: functions} with the twins above, all but the plain row; and a row "cuda"
     where an NVIDIA GPU runs the kernels of chapters/cuda_kernels.py."""
-    found = {name: functions if name == "plain" else functions | FASTER
-             for name, functions in kernels.items()}
+    found = {name: row if name == "plain" else row | FASTER for name, row in kernels.items()}
     problem = cuda_kernels.problem(device, dtype)
     if not problem:
         found["cuda"] = found["torch"] | cuda_kernels.FASTER

@@ -39,14 +39,17 @@ def test_fused_rotary_equals_plain_rotary(shape):
           value_and_gradients(lambda x: plain_rotary(x, cos, sin), x), **exactly)
 
 
-@pytest.mark.parametrize("rows", [1, *FEW_ROWS, max(FEW_ROWS) + 1])
+@pytest.mark.parametrize("rows", [1, 2, 8, 32, 33])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fused_linear_equals_plain_linear(rows, bias, dtype):
+@pytest.mark.parametrize("dtype", FEW_ROWS)
+def test_fused_linear_equals_plain_linear(rows, bias, dtype, monkeypatch):
+    monkeypatch.setitem(FEW_ROWS, dtype, range(1, 33))  # whatever this machine is fast at
     x, weight = torch.randn(rows, 1, 24).to(dtype), torch.randn(40, 24)
     shift = torch.randn(40) if bias else None
     with torch.inference_mode():
-        close(fused_linear(x, weight, shift), plain_linear(x, weight, shift))
+        y = fused_linear(x, weight, shift)
+        close(y, plain_linear(x, weight, shift))
+        assert y.is_contiguous()  # what comes after would be slower
     inputs = [randn(rows, 24), randn(40, 24)]
     close(value_and_gradients(fused_linear, *inputs), value_and_gradients(plain_linear, *inputs))
 
