@@ -231,7 +231,7 @@ def main():
     if wrong:
         warn(f"{len(wrong)} of {len(rows) + len(wrong)} rows are left out: {wrong[0]}")
     n_undecided = sum(score == 0 for answers in scores.values() for score in answers.values())
-    print(f"{len(rows):,} rows, {len(votes):,} of them count: the last of each client on an answer, "
+    print(f"{len(rows):,} rows, {len(votes):,} of them count: the last of a client on an answer, "
           f"up to {config.per_client} answers a client ({n_left_out:,} left out)\n"
           f"{n_undecided:,} answers have as many ratings for as against them, and teach nothing")
     made = {"chats": chats_of(votes, scores), "pairs": pairs_of(votes, scores)}

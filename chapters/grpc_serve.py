@@ -79,7 +79,7 @@ class Generator:
 @contextmanager
 def serving(engine, config):
     """Serve an engine, which somebody else runs, as a ServeConfig says -> the port. Streams beyond
-    max_rows + max_queue are refused with RESOURCE_EXHAUSTED; at the end all have timeout seconds."""
+    max_rows + max_queue are refused, RESOURCE_EXHAUSTED; at the end all have timeout seconds."""
     held = config.max_rows + config.max_queue
     server = grpc.server(ThreadPoolExecutor(held), maximum_concurrent_rpcs=held, options=[
         ("grpc.max_receive_message_length", config.max_body), ("grpc.so_reuseport", 0)])
