@@ -482,7 +482,7 @@ def dequantize(weight, scale, dtype):
 
 
 class QuantProduct(torch.autograd.Function):
-    """x (..., C) times quantised weights. Backward makes their floats again: kept, they would take
+    """x (..., C) times quantized weights. Backward makes their floats again: kept, they would take
     the memory that integers save."""
 
     @staticmethod
@@ -873,7 +873,7 @@ class GPT(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# Quantisation: the weights of a finished model in int8 or int4, frozen.
+# Quantization: the weights of a finished model in int8 or int4, frozen.
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -932,7 +932,7 @@ def quantize(model, quant, round=round_weights):
     embedding, to the nearest; in place. -> the model"""
     check_known(quant, BITS, "quant")
     if isinstance(model.lm_head, QuantLinear):
-        raise ValueError("this model is quantised already: quantise the one it was made from")
+        raise ValueError("this model is quantized already: quantize the one it was made from")
     swap(model, (*LINEARS, "lm_head"), partial(QuantLinear, bits=BITS[quant], round=round))
     swap(model, ("wte",), partial(QuantEmbedding, bits=BITS[quant]))
     model.tie()
@@ -1097,7 +1097,7 @@ def merge(model):
     """Make a tuned model a plain one that gives the same, in place, and give it back; ValueError
     where no plain one does."""
     if isinstance(model.lm_head, QuantLinear):
-        raise ValueError("a quantised model is neither trained nor exported: take the run that it "
+        raise ValueError("a quantized model is neither trained nor exported: take the run that it "
                          "was made from")
     method = model.tuning.tune if model.tuning else "full"
     if method in ("adapter", "prefix", "prompt") or method == "bias" and not model.config.bias:

@@ -26,7 +26,7 @@ def linear(n_out=24, n_in=64, seed=0):
 
 
 def floats(model):
-    """A model of the floats that the integers of a quantised one stand for."""
+    """A model of the floats that the integers of a quantized one stand for."""
     weights = {name.removesuffix(".weight"): module for name, module in model.named_modules()
                if isinstance(module, QuantLinear)}
     plain = GPT(model.config).eval()
@@ -92,7 +92,7 @@ def test_gradients_are_those_of_the_floats_and_no_weight_has_one(quant):
 
 @each
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_quantised_model_computes_what_its_floats_would(architecture, quant):
+def test_a_quantized_model_computes_what_its_floats_would(architecture, quant):
     model = quantize(tiny(architecture, **shape), quant)
     plain, ids = floats(model), torch.randint(64, (2, 9))
     memory = model.encoder and model.encode(ids)
@@ -103,7 +103,7 @@ def test_a_quantised_model_computes_what_its_floats_would(architecture, quant):
 
 @each
 @pytest.mark.parametrize("architecture", ["gpt2", "modern"])
-def test_a_quantised_model_is_saved_and_loaded_as_it_is(architecture, quant, tmp_path):
+def test_a_quantized_model_is_saved_and_loaded_as_it_is(architecture, quant, tmp_path):
     model, ids = quantize(tiny(architecture, **shape), quant).bfloat16(), torch.randint(64, (1, 9))
     loaded, _ = load_model(keep(model, tmp_path))
     assert torch.equal(model(ids)[0], loaded(ids)[0])
@@ -121,7 +121,7 @@ def test_gpt2_is_half_of_fp16_in_int8_and_less_than_30_percent_in_int4():
 
 
 @each
-def test_a_quantised_model_writes_the_same_with_a_cache_and_without(quant):
+def test_a_quantized_model_writes_the_same_with_a_cache_and_without(quant):
     model, ids = quantize(tiny(**shape), quant), torch.randint(64, (2, 3))
     texts = [torch.stack([*sample.generate(model, ids, 10, cache=cache, temperature=0.0)])
              for cache in (True, False)]
@@ -176,9 +176,9 @@ def test_sample_takes_a_run_in_integers(words, model, tokenizer, tmp_path, call)
 
 @pytest.mark.parametrize("model, quant, said", [
     (lambda: tiny(n_embd=48), "int4", "int4 has a scale for each 32 inputs, and a layer here has 48"),
-    (lambda: quantize(tiny(), "int8"), "int8", "quantised already"),
+    (lambda: quantize(tiny(), "int8"), "int8", "quantized already"),
     (lambda: tiny(), "int3", "unknown quant 'int3': did you mean int")])
-def test_what_cannot_be_quantised_is_named(model, quant, said):
+def test_what_cannot_be_quantized_is_named(model, quant, said):
     with pytest.raises(ValueError, match=said):
         quantize(model(), quant)
 
@@ -201,7 +201,7 @@ def test_a_run_is_written_smaller_and_read_by_every_command(shards, tmp_path, ca
         assert f"{out} is there already" in said
     for module, words in ((train, ["--init=runs/int4", f"--data={shards}", "--tune=lora"]),
                           (leaf, ["runs/int4"])):
-        assert "a quantised model is neither trained nor exported" in call(module, *words)[1]
+        assert "a quantized model is neither trained nor exported" in call(module, *words)[1]
 
 
 @pytest.mark.parametrize("words, said", [

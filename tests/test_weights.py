@@ -467,7 +467,7 @@ def test_without_its_package_a_line_says_what_to_install(call, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("word", ["hf", "gguf", "onnx"])
-def test_a_quantised_run_is_refused_for_the_one_it_was_made_from(call, trained, tmp_path, word):
+def test_a_quantized_run_is_refused_for_the_one_it_was_made_from(call, trained, tmp_path, word):
     ours = quantize(random_model("qwen3", vocab_size=trained.n_vocab), "int8")
     run = write_run(ours, trained, tmp_path / "run")
     _, error = call(export, word, run)
