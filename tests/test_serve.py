@@ -27,7 +27,7 @@ pytest.importorskip("uvicorn", reason="uvicorn reads HTTP for the server: pip in
 
 from serving import Spy, connect, listening, new_model, opened, read_all, until
 
-from chapters import serve
+from chapters import client, serve
 from chapters.batching import Engine
 from chapters.protocol import Chat, Completion
 from chapters.replies import Piece, Watch
@@ -284,7 +284,8 @@ WRONG = [  # body of a completion, the field that is named, words of the message
     (dict(prompt=[]), "prompt", "empty"), (dict(prompt=[[]]), "prompt", "empty"),
     (dict(prompt=[[True]]), "prompt", "a list"), (dict(prompt=[320]), "prompt", "320"),
     (dict(prompt=[-1]), "prompt", "-1"), (dict(prompt=[10**30]), "prompt", ""),
-    (dict(prompt="cat " * 99), "prompt", "at most 63"), (dict(prompt="x" * 9999), "prompt", "64"),
+    (dict(prompt="cat " * 99), "prompt", "at most 63"),
+    (dict(prompt="x" * 9999), "prompt", "more than 64"),
     (dict(temperature="1"), "temperature", "'1' must be a valid number"),
     (dict(temperature=2.1), "temperature", "less than or equal to 2"),
     (b'{"prompt": "a", "temperature": 1e999}', "temperature", "finite"),
@@ -598,36 +599,36 @@ def port(models):
 @pytest.mark.slow
 def test_the_openai_client_completes_chats_streams_and_maps_errors(models, port, tokenizer):
     openai = pytest.importorskip("openai", reason="OpenAI's own client: pip install openai")
-    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-    assert [model.id for model in client.models.list()] == ["talks", "base"]
-    assert client.models.retrieve("base").id == "base"
+    api = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+    assert [model.id for model in api.models.list()] == ["talks", "base"]
+    assert api.models.retrieve("base").id == "base"
     expected = complete(new_model(tokenizer), tokenizer, "the cat", seed=3, max_new_tokens=9,
                         temperature=1.0)
     fields = dict(model="base", prompt="the cat", seed=3, max_tokens=9)
-    whole = client.completions.create(logprobs=2, **fields)
+    whole = api.completions.create(logprobs=2, **fields)
     assert whole.choices[0].text == expected and whole.usage.completion_tokens == 9
     assert len(whole.choices[0].logprobs.token_logprobs) == len(whole.choices[0].logprobs.tokens)
-    stream = client.completions.create(stream=True, **fields)
+    stream = api.completions.create(stream=True, **fields)
     assert "".join(chunk.choices[0].text for chunk in stream) == expected
 
     fields = dict(model="talks", messages=HI, seed=4, max_completion_tokens=9, logprobs=True)
-    said = client.chat.completions.create(top_logprobs=2, n=2, **fields)
+    said = api.chat.completions.create(top_logprobs=2, n=2, **fields)
     assert [len(choice.logprobs.content[0].top_logprobs) for choice in said.choices] == [2, 2]
     assert said.choices[0].message.role == "assistant" and said.id.startswith("chatcmpl-")
-    chunks = [*client.chat.completions.create(
+    chunks = [*api.chat.completions.create(
         stream=True, stream_options=dict(include_usage=True), **fields)]
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert text == said.choices[0].message.content
     assert chunks[-1].usage.prompt_tokens == said.usage.prompt_tokens
 
-    again = client.chat.completions.create(model="talks", seed=4, max_tokens=9, messages=[
+    again = api.chat.completions.create(model="talks", seed=4, max_tokens=9, messages=[
         HI[0], said.choices[0].message.model_dump(), dict(role="user", content="And?")])
     assert again.usage.prompt_tokens > said.usage.prompt_tokens
     with pytest.raises(openai.BadRequestError, match="context") as error:
-        client.completions.create(model="base", prompt="cat " * 99)
+        api.completions.create(model="base", prompt="cat " * 99)
     assert error.value.code == "context_length_exceeded" and error.value.param == "prompt"
     with pytest.raises(openai.NotFoundError):
-        client.completions.create(model="gpt-9", prompt="a")
+        api.completions.create(model="gpt-9", prompt="a")
     with listening(models, key="k" * 16) as (locked, _):
         url = f"http://127.0.0.1:{locked}/v1"
         with pytest.raises(openai.AuthenticationError):
@@ -636,19 +637,29 @@ def test_the_openai_client_completes_chats_streams_and_maps_errors(models, port,
 
 
 @pytest.mark.slow
+def test_our_own_client_talks_to_it(port, models, tokenizer):
+    model = client.Server(f"http://127.0.0.1:{port}/v1", temperature=0, max_tokens=9)
+    expected = complete(new_model(tokenizer), tokenizer, tokenizer.render_prompt(HI),
+                        temperature=0, max_new_tokens=9)
+    assert model.model == "talks" and model.answer(HI) == expected.strip()
+    with pytest.raises(ValueError, match="HTTP 400, .*at most 63"):
+        model.answer([dict(role="user", content="cat " * 99)])
+
+
+@pytest.mark.slow
 def test_the_openai_client_waits_for_room_and_is_told_of_failures(stepped):
     openai = pytest.importorskip("openai", reason="OpenAI's own client: pip install openai")
     engine = stepped["talks"].engine
     with listening(stepped, max_rows=1, max_queue=0, timeout=2.0) as (port, gate):
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none",
-                               max_retries=0)
-        ask = partial(client.completions.create, model="talks", prompt="a", max_tokens=1)
+        api = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none",
+                            max_retries=0)
+        ask = partial(api.completions.create, model="talks", prompt="a", max_tokens=1)
         with ThreadPoolExecutor() as pool:
             first = pool.submit(ask)
             until(lambda: engine.counts()["waiting"])
             with pytest.raises(openai.RateLimitError):
                 ask()
-            patient = pool.submit(client.with_options(max_retries=5).completions.create,
+            patient = pool.submit(api.with_options(max_retries=5).completions.create,
                                   model="talks", prompt="a", max_tokens=1)
             engine.step()
             assert first.result().usage.completion_tokens == 1
