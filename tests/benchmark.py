@@ -2,8 +2,9 @@
 The figures of this project, measured here and now: medians, and ratios against a peer in one run.
 
     python tests/benchmark.py                # training attention twins sampling saving bpe
-    python tests/benchmark.py twins bpe      # some of these parts, or of decoding export muon
-                                             # bpe100 curation pages chapters serving endurance
+    python tests/benchmark.py twins bpe      # some of these parts, or of decoding export speculative
+                                             # batching muon bpe100 curation pages chapters serving
+                                             # endurance
     python tests/benchmark.py --nanogpt=DIR  # training steps beside nanoGPT's, from a checkout
     python tests/benchmark.py learning --nanogpt=DIR [--text=FILE]  # time to a loss, beside its own
 """
@@ -24,7 +25,7 @@ import sysconfig
 import tempfile
 import time
 import tracemalloc
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -39,15 +40,19 @@ import torch.nn.functional as F
 
 import page_extractors
 from conftest import keep
+from chapters.batching import Engine, Request
 from chapters.checks import execute
 from chapters.curate import first_ones, near_duplicates, new_lines
 from chapters.choices import CurateConfig
 from chapters.onnx_files import to_onnx
+from chapters.speculative import NgramDraft, RunDraft
+from chapters.speculative import write as speculate_text
 from chapters.stages import new_record, text_stages
 from data import find_files, prepare, read_documents
 from model import (GPT, KERNELS, SIZES, GPTConfig, Linear, accelerator, fused_attention, option,
                    plain_attention, rotary_table, torch_attention)
-from sample import generate, new_cache, pick_device, pick_precision
+from sample import (SampleConfig, complete, complete_batch, end_ids, generate, load_run, new_cache,
+                    pick_device, pick_precision)
 from tokenizer import (GPT2_SPLIT, SPECIAL_TOKENS, Tokenizer, nearest, parse_options, refuse_idle,
                        run_command, train_fast)
 from train import (TrainConfig, gradients, matmul_rate, model_shape, new_run,
@@ -395,6 +400,79 @@ def export():
              f"{n / own:,.1f} and {n / other:,.1f} tokens/s, {own / other:.2f}x ours")
 
 
+def trained(shards, folder, shape, n_steps):
+    """-> (model, tokenizer) of a run of so many steps, without a word."""
+    config = TrainConfig(data=str(shards), out=str(folder), max_steps=n_steps, eval_every=10**6)
+    with contextlib.redirect_stdout(sys.stderr):
+        train(config, shape, say=lambda text: None)
+    return load_run(folder, "last", DEVICE)
+
+
+def speculative(n_steps=300):
+    """Speculative against plain decoding, in turns: a target and a draft of a tenth of its size, as
+    both were trained here, and a lookup, on a text of this Python's library and on a repetitive
+    one."""
+    with tempfile.TemporaryDirectory() as place:
+        shards = prepare(["stdlib"], Path(place, "shards"), say=lambda text: None)
+        sizes = {"target": model_shape("small", 4096), "draft": model_shape(
+            "tiny", 4096, dict(block_size=512, n_embd=96))}
+        runs = {name: trained(shards, Path(place, name), shape, n_steps)
+                for name, shape in sizes.items()}
+    model, tokenizer = runs["target"]
+    small = runs["draft"][0]
+    show("parameters of the target, and the draft's share",
+         f"{model.n_parameters():,}, {small.n_parameters() / model.n_parameters():.2f}")
+    code = Path(contextlib.__file__).read_text()[:1500]
+    prompts = {"code": code, "repetitive text": "".join(
+        f"    def get_{name}(self):\n        return self.{name}\n\n" for name in
+        "name size path mode line text data item next time".split())}
+    ends = [[id] for id in end_ids(tokenizer)]
+    for (name, prompt), temperature in itertools.product(prompts.items(), (0.0, 0.8)):
+        config = SampleConfig(temperature=temperature, seed=1, max_new_tokens=128, ban=ends)
+        for draft, n_draft in (RunDraft(small), 3), (NgramDraft(4096), 6):
+            counts = Counter()
+            plain, fast = medians(
+                lambda: complete(model, tokenizer, prompt, config),
+                lambda: [*speculate_text(model, tokenizer, prompt, draft, config, n_draft, counts)],
+                times=3)
+            show(f"speculative, {type(draft).__name__}, {name}, temperature {temperature}",
+                 f"{counts['accepted'] / counts['drafted']:.0%} of the guesses right, "
+                 f"{4 * 128 / counts['passes']:.2f} tokens a pass, {plain / fast:.2f}x of plain "
+                 f"decoding's {128 / plain:,.0f} tokens/s")
+
+
+def batching(n_tokens=32):
+    """Tokens a second of the engine with 1, 8 and 32 texts under way, beside sample.py's one after
+    another and all in one batch, in turns; and the first token of a prompt, read and found."""
+    texts = prose(1_000_000)
+    tokenizer, model = Tokenizer.train(texts, 4096), GPT(SHAPE).eval().to(DEVICE)
+    config = SampleConfig(max_new_tokens=n_tokens, ban=[[id] for id in end_ids(tokenizer)])
+    prompts = [text[:60] for text in texts]
+
+    def together(n, engine=None, prompts=prompts, config=config):
+        engine = engine or Engine(model, tokenizer)
+        for i in range(n):
+            engine.submit(Request(prompts[i], replace(config, seed=i), emit=lambda token: None))
+        while engine.step():
+            pass
+
+    one, batch, *seconds = medians(
+        lambda: complete(model, tokenizer, prompts[0], config, seed=0),
+        lambda: complete_batch(model, tokenizer, prompts[:32], config, seed=0),
+        *(partial(together, n) for n in (1, 8, 32)), times=3)
+    show(f"one text after another, {DEVICE} fp32", f"{n_tokens / one:,.0f} tokens/s")
+    for name, n, time in [("32 texts in one batch of sample.py", 32, batch), *(
+            (f"the engine, {n} texts", n, time) for n, time in zip((1, 8, 32), seconds))]:
+        show(f"{name}, {DEVICE} fp32",
+             f"{n * n_tokens / time:,.0f} tokens/s, {n * one / time:.2f}x of one after another")
+    long, first = [text[:1200] for text in texts], replace(config, max_new_tokens=1)
+    engine, numbers = Engine(model, tokenizer), iter(range(2, 99))
+    read, found = medians(lambda: together(1, engine, long[next(numbers):], first),
+                          lambda: together(1, engine, long, first))
+    show(f"first token after {len(tokenizer.encode(long[0]))} tokens, {DEVICE} fp32",
+         f"{1000 * read:,.0f} ms, {read / found:.1f}x as long as when the prefix cache has them")
+
+
 def saving():
     """How long a save holds up training, beside how long its writing takes."""
     for size, options in ("mini", {}), ("gpt2", dict(architecture="gpt2")):
@@ -599,6 +677,12 @@ def request(port, path, body=None):
     return connection.getresponse()
 
 
+def metric(port, name):
+    """What a server says of itself under a name, at /metrics."""
+    with request(port, "/metrics") as reply:
+        return float(re.search(rf"(?m)^{name} (\S+)", reply.read().decode())[1])
+
+
 def token_times(port, number, n_tokens=32):
     """The seconds from one event to the next of a stream, the first from the request on; each has
     a token, as the letter a is made to be picked always."""
@@ -625,12 +709,14 @@ def serving(n_rounds=4):
         token_times(port, 0)
         for n_clients in (1, 8, 32):
             with ThreadPoolExecutor(n_clients) as clients:
-                start = time.perf_counter()
+                start, used = time.perf_counter(), metric(port, "process_cpu_seconds_total")
                 found = [*clients.map(partial(token_times, port), range(n_rounds * n_clients))]
                 seconds = time.perf_counter() - start
-            n_whole, name = sum(len(own) == 32 for own in found), f"serving, {n_clients} clients"
-            show(name, f"{sum(map(len, found)) / seconds:,.0f} tokens/s, {n_whole} of {len(found)} "
-                       f"requests whole, {len(found) / seconds:.1f} a second")
+                used = metric(port, "process_cpu_seconds_total") - used
+            n_whole, n_tokens = sum(len(own) == 32 for own in found), sum(map(len, found))
+            name = f"serving, {n_clients} clients"
+            show(name, f"{n_tokens / seconds:,.0f} tokens/s, {n_whole} of {len(found)} requests "
+                       f"whole, {1000 * used / n_tokens:.1f} ms of the processor a token")
             show(f"{name}, first token", quantiles(own[0] for own in found))
             show(f"{name}, each token", quantiles(x for own in found for x in own[1:]))
 
@@ -649,16 +735,16 @@ def endurance(n_requests=10_000):
     """The memory of a server while it gets so many short requests."""
     with server("--cache_bytes=1000000") as port, ThreadPoolExecutor(8) as clients:
         for n in range(0, n_requests + 1, 1000):
-            with request(port, "/metrics") as reply:
-                memory = re.search(rb"(?m)^process_resident_memory_bytes (\S+)", reply.read())[1]
-            show(f"endurance, after {n:,} requests", f"{float(memory) / 2**20:,.1f} MiB")
+            memory = metric(port, "process_resident_memory_bytes")
+            show(f"endurance, after {n:,} requests", f"{memory / 2**20:,.1f} MiB")
             for _ in clients.map(partial(endure, port), range(n, n + 1000 * (n < n_requests))):
                 pass
 
 
 PARTS = {part.__name__: part for part in (training, attention, twins, sampling, saving, bpe,
-                                          decoding, export, muon, bpe100, curation, pages,
-                                          chapters, serving, endurance, learning, nanogpt)}
+                                          decoding, export, speculative, batching, muon, bpe100,
+                                          curation, pages, chapters, serving, endurance, learning,
+                                          nanogpt)}
 
 
 @dataclass
