@@ -199,7 +199,7 @@ async def stream(call, pieces):
             yield chunk(dict(index=index, delta=first, logprobs=None, finish_reason=None))
     async for index, text, tokens, finish, written in parts(call, pieces):
         n_written += written
-        if text or tokens:
+        if text:
             yield chunk(choice(call, index, text, tokens, None, True))
         if finish:
             yield chunk(choice(call, index, "", [], finish, True))

@@ -117,7 +117,8 @@ def completion(gate, **fields):
 @pytest.mark.parametrize("prompt, options", [
     ("the cat", dict(temperature=0)), ("the ", dict(seed=1)), ("", dict(seed=2, top_p=0.5)),
     ([97, 98], dict(seed=3, top_k=5, min_p=0.01)), ("a", dict(seed=-5, temperature=2)),
-    ("a", dict(seed=4, presence_penalty=1.5, frequency_penalty=-0.5))])
+    ([97] * 63, dict(seed=4)), ("a", dict(seed=2, top_k=2, frequency_penalty=-2)),
+    ("a", dict(seed=2, top_k=2, presence_penalty=-2))])
 def test_a_text_is_the_one_that_the_sampler_writes_with_the_same_options(gate, tokenizer, prompt,
                                                                          options):
     expected = complete(new_model(tokenizer), tokenizer, prompt, max_new_tokens=8,
@@ -178,9 +179,11 @@ def test_logprobs_of_prompt_and_text_are_those_of_the_model(gate, tokenizer):
 
 
 def test_each_token_begins_where_its_offset_says_and_a_stop_string_has_none(gate):
-    for stop in [], ["e"]:
-        choice = completion(gate, prompt=[226, 130, 172, 97], echo=True, logprobs=0, max_tokens=9,
-                            seed=3, stop=stop)["choices"][0]
+    ask_for = partial(completion, gate, prompt=[226, 130, 172, 97], echo=True, logprobs=0, seed=3)
+    end = ask_for(max_tokens=9)["choices"][0]["text"][5:8]
+    for stop in [], [end]:
+        choice = ask_for(max_tokens=9, stop=stop)["choices"][0]
+        assert choice["finish_reason"] == ("stop" if stop else "length")
         told, text = choice["logprobs"], choice["text"]
         assert len(told["tokens"]) == len(told["text_offset"]) == len(told["token_logprobs"])
         ends = [*told["text_offset"][1:], len(text)]
@@ -286,6 +289,7 @@ WRONG = [  # body of a completion, the field that is named, words of the message
     (dict(prompt=[-1]), "prompt", "-1"), (dict(prompt=[10**30]), "prompt", ""),
     (dict(prompt="cat " * 99), "prompt", "at most 63"),
     (dict(prompt="x" * 9999), "prompt", "more than 64"),
+    (dict(prompt=[97] * 64), "prompt", "64 tokens are too many"),
     (dict(temperature="1"), "temperature", "'1' must be a valid number"),
     (dict(temperature=2.1), "temperature", "less than or equal to 2"),
     (b'{"prompt": "a", "temperature": 1e999}', "temperature", "finite"),
