@@ -111,7 +111,7 @@ def test_the_steps_of_the_dockerfile_make_a_server_that_is_healthy_and_stops(tok
             time.sleep(0.2)
         assert healthy.returncode == 0, healthy.stderr
         status, reply = ask(f"http://127.0.0.1:{port}/v1/completions",
-                            dict(prompt="the cat", max_tokens=5), KEY)
+                            dict(prompt="the cat", max_tokens=5, seed=1), KEY)
         assert status == 200 and reply["usage"]["completion_tokens"] == 5
         assert ask(f"http://127.0.0.1:{port}/v1/completions", dict(prompt="x"))[0] == 401
         server.send_signal(signal.SIGTERM)

@@ -45,7 +45,7 @@ def engine(tokenizer):
 
 
 def prompt(text="the cat", **fields):
-    return compiled()[0].Prompt(text=text, **fields)
+    return compiled()[0].Prompt(text=text, **dict(seed=1) | fields)
 
 
 def code_of(call):
