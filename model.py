@@ -616,7 +616,7 @@ class Attention(nn.Module):
     def split_heads(self, x, norm=None, table=None):
         """(B, T, H * D) -> (B, H, T, D), normalised, and rotated by the table of its positions."""
         # -1, not n_head: under tensor parallelism each process holds only some of the heads
-        x = x.unflatten(-1, (-1, self.head_size))                        # (B, T, H, D)
+        x = x.view(*x.shape[:2], -1, self.head_size)                     # (B, T, H, D)
         x = x if norm is None else norm(x)
         x = x if table is None else self.rotary(x, *table)
         return x.transpose(1, 2)
@@ -673,7 +673,7 @@ class Block(nn.Module):
         self.attn_norm, self.attn = norm(), Attention(config)
         self.cross_norm, self.cross = (norm(), Attention(config)) if cross else (None, None)
         self.mlp_norm, self.mlp = norm(), MLP(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
     def forward(self, x, table=None, cache=None, memory=None, **mask_options):
         """x (B, T, C) -> (B, T, C); memory is (source, its mask), where there is an encoder."""
@@ -694,10 +694,10 @@ class Block(nn.Module):
 
 def check_ids(ids, size, lowest=0, what="token id", limit="vocab_size"):
     """ValueError unless ids are from lowest to size - 1. On a GPU, which must not wait, none."""
-    wrong = ids[(ids < lowest) | (ids >= size)] if ids.device.type == "cpu" else ()
-    if len(wrong):
-        raise ValueError(f"{what} {wrong[0].item()} is not from {lowest} to {size - 1}: "
-                         f"{limit}={size}")
+    for id in ids.aminmax() if ids.device.type == "cpu" and ids.numel() else ():
+        if not lowest <= id < size:
+            raise ValueError(f"{what} {id.item()} is not from {lowest} to {size - 1}: "
+                             f"{limit}={size}")
 
 
 class Transformer(nn.Module):
@@ -709,7 +709,7 @@ class Transformer(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         learned = config.position == "learned"
         self.wpe = nn.Embedding(config.block_size, config.n_embd) if learned else None
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.causal, cross = config.causal and not encoder, config.cross and not encoder
         n_layer = config.n_encoder_layer if encoder else config.n_layer
         self.blocks = nn.ModuleList(Block(config, cross) for _ in range(n_layer))
