@@ -175,6 +175,10 @@ def test_logprobs_of_prompt_and_text_are_those_of_the_model(gate, tokenizer):
         assert 3 <= len(told["top_logprobs"][position + 1]) <= 4
     only = completion(gate, prompt="the cat sees", echo=True, logprobs=3, max_tokens=0)
     assert only["choices"][0]["text"] == "the cat sees"
+    assert only["choices"][0]["finish_reason"] == "length"
+    assert only["usage"]["completion_tokens"] == 0
+    half = completion(gate, prompt=[97, 226, 130], echo=True, max_tokens=0)
+    assert half["choices"][0]["text"] == "a\ufffd"
     assert only["choices"][0]["logprobs"]["token_logprobs"] == told["token_logprobs"][:len(ids)]
 
 
