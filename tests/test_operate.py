@@ -14,6 +14,8 @@ pytest.importorskip("fastapi", reason="pip install fastapi uvicorn")
 prometheus = pytest.importorskip("prometheus_client.parser", reason="pip install prometheus_client")
 
 from chapters.operate import OperateConfig, Operation
+from chapters.protocol import Completion
+from chapters.replies import Call
 from chapters.serve import Served
 from sample import complete
 from asking import ask, events, serve
@@ -326,6 +328,39 @@ def test_a_canary_that_fails_is_rolled_back_by_itself_and_clients_go_on(runs, ca
     assert found["llm_requests_total"]["b", "/v1/completions", "500"] == 10
     said = capsys.readouterr().err
     assert "new is rolled back, old answers all: errors 10 of 10" in said
+
+
+@pytest.mark.slow
+def test_a_rating_goes_to_the_run_that_wrote_the_answer(runs, tmp_path):
+    watch = Operation(OperateConfig(feedback=str(tmp_path / "log.jsonl")))
+    with serve({"old": runs("old")}, watch) as url:
+        ids = [ask(f"{url}/v1/chat/completions", chat())[1]["id"]]  # before the split
+        watch.begin(runs("new", seed=1), 100, False)
+        ids += [ask(f"{url}/v1/chat/completions", chat())[1]["id"] for _ in range(2)]
+        for id, rating in zip(ids, ("down", "up", "up")):
+            assert ask(f"{url}/feedback", dict(id=id, rating=rating))[0] == 200
+    a, b = watch.split.arms.values()
+    assert (a.ups, a.downs, b.ups, b.downs) == (0, 1, 2, 0)
+
+
+@pytest.mark.slow
+def test_what_a_run_is_to_blame_for_counts_against_it_and_nothing_else(runs):
+    old, new = runs("old"), runs("new", seed=1)
+    watch, errors = Operation(OperateConfig(cache_bytes=0)), {}
+    with serve({"old": old}, watch) as url:
+        watch.begin(new, 100, False)
+        for status in 200, 400, None, 499, 408, 429, 500:
+            call = Call("x", Completion(prompt="a"), "1.2.3.4", 0.0, 0)
+            assert watch.choose(call, watch.models) == "new" and call.arm == "b"
+            before = watch.split.arms["b"].errors
+            watch.end("/v1/completions", status, 0.1, call)
+            errors[status] = watch.split.arms["b"].errors - before
+        assert [status for status, n in errors.items() if n] == [408, 429, 500]
+        with torch.no_grad():
+            new.engine.model.lm_head.weight.fill_(torch.nan)
+        *_, last = events(f"{url}/v1/completions", body())  # its status is 200
+        wait_until(lambda: not watch.calls)
+        assert "error" in last and watch.split.arms["b"].errors == 4
 
 
 @pytest.mark.slow
