@@ -135,7 +135,8 @@ class Engine:
                 self.end(request, Token(None, "", None, [], "cancelled"))
             self.admit()
         tokens = self.schedule()
-        for some in filter(None, (tokens[:self.max_rows], tokens[self.max_rows:])):
+        for start in range(0, len(tokens), self.max_rows):  # of texts that have not failed by now
+            some = [t for t in tokens[start:start + self.max_rows] if t[0] in self.rows]
             with self.ending(request for request, _ in some):
                 for (request, position), logits in zip(some, self.forward(some)):
                     with self.ending([request]):
@@ -217,9 +218,9 @@ class Engine:
         ids, positions, slots = (torch.tensor(x + padding, device=self.blocks.kv.device)
                                  for x in (ids, positions, slots))       # (B,)
         # as for texts that are padded on the left to the same length: each token in its place
-        longest = positions.max()
-        segments = torch.arange(longest + 1, device=ids.device) >= longest - positions[:, None]
-        cache = [PagedLayer(kv, slots, texts, longest.item()) for kv in self.blocks.kv]
+        last = positions.max().item()
+        segments = torch.arange(last + 1, device=ids.device) >= last - positions[:, None]
+        cache = [PagedLayer(kv, slots, texts, last) for kv in self.blocks.kv]
         logits, _ = self.model(ids[:, None], cache=cache, segments=segments.long())
         return logits[:len(tokens), -1].float().split(1)
 
@@ -243,8 +244,6 @@ class Engine:
         self.totals.update(tokens=1)
         if len(ids) == request.n_prompt + 1:
             self.totals.update(prompt_tokens=request.n_prompt, hit_tokens=request.hit_tokens)
-        if text.n_left:
-            request.emit(Token(id, piece.text, logprob, top, None))
-        else:
-            reason = "stop" if text.stopped else "length"
-            self.end(request, Token(id, piece.text, logprob, top, reason))
+        reason = None if text.n_left else "stop" if text.stopped else "length"
+        token = Token(id, piece.text, logprob, top, reason)
+        request.emit(token) if reason is None else self.end(request, token)

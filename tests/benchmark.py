@@ -2,9 +2,9 @@
 The figures of this project, measured here and now: medians, and ratios against a peer in one run.
 
     python tests/benchmark.py                # training attention twins sampling saving bpe
-    python tests/benchmark.py twins bpe      # some of these parts, or of decoding export speculative
-                                             # batching muon bpe100 curation pages chapters serving
-                                             # endurance
+    python tests/benchmark.py twins bpe      # some of these parts, or of decoding export muon
+                                             # speculative batching bpe100 curation pages chapters
+                                             # serving endurance
     python tests/benchmark.py --nanogpt=DIR  # training steps beside nanoGPT's, from a checkout
     python tests/benchmark.py learning --nanogpt=DIR [--text=FILE]  # time to a loss, beside its own
 """
@@ -446,31 +446,32 @@ def batching(n_tokens=32):
     another and all in one batch, in turns; and the first token of a prompt, read and found."""
     texts = prose(1_000_000)
     tokenizer, model = Tokenizer.train(texts, 4096), GPT(SHAPE).eval().to(DEVICE)
-    config = SampleConfig(max_new_tokens=n_tokens, ban=[[id] for id in end_ids(tokenizer)])
+    config = SampleConfig(max_new_tokens=n_tokens, temperature=0)  # untrained, it never ends a text
     prompts = [text[:60] for text in texts]
 
-    def together(n, engine=None, prompts=prompts, config=config):
+    def together(prompts, engine=None, config=config):
         engine = engine or Engine(model, tokenizer)
-        for i in range(n):
-            engine.submit(Request(prompts[i], replace(config, seed=i), emit=lambda token: None))
+        for prompt in prompts:
+            engine.submit(Request(prompt, config, emit=lambda token: None))
         while engine.step():
             pass
 
     one, batch, *seconds = medians(
-        lambda: complete(model, tokenizer, prompts[0], config, seed=0),
-        lambda: complete_batch(model, tokenizer, prompts[:32], config, seed=0),
-        *(partial(together, n) for n in (1, 8, 32)), times=3)
+        lambda: complete(model, tokenizer, prompts[0], config),
+        lambda: complete_batch(model, tokenizer, prompts[:32], config),
+        *(partial(together, prompts[:n]) for n in (1, 8, 32)), times=3)
     show(f"one text after another, {DEVICE} fp32", f"{n_tokens / one:,.0f} tokens/s")
     for name, n, time in [("32 texts in one batch of sample.py", 32, batch), *(
             (f"the engine, {n} texts", n, time) for n, time in zip((1, 8, 32), seconds))]:
         show(f"{name}, {DEVICE} fp32",
              f"{n * n_tokens / time:,.0f} tokens/s, {n * one / time:.2f}x of one after another")
-    long, first = [text[:1200] for text in texts], replace(config, max_new_tokens=1)
-    engine, numbers = Engine(model, tokenizer), iter(range(2, 99))
-    read, found = medians(lambda: together(1, engine, long[next(numbers):], first),
-                          lambda: together(1, engine, long, first))
-    show(f"first token after {len(tokenizer.encode(long[0]))} tokens, {DEVICE} fp32",
-         f"{1000 * read:,.0f} ms, {read / found:.1f}x as long as when the prefix cache has them")
+    engine, first = Engine(model, tokenizer), replace(config, max_new_tokens=1)
+    long = iter([tokenizer.encode(text)[:201] for text in texts])
+    known = next(long)
+    read, found = medians(lambda: together([next(long)], engine, first),
+                          lambda: together([known], engine, first))
+    show(f"first token after a prompt of {len(known)} tokens, {DEVICE} fp32",
+         f"{1000 * read:,.0f} ms, {read / found:.1f}x as long as where the prefix cache has it")
 
 
 def saving():

@@ -145,7 +145,7 @@ def changed(model, change):
 def test_a_text_is_that_of_sample_py(tokenizer):
     model = sure(tokenizer)
     engine = Engine(model, tokenizer, max_rows=4)
-    for seed in range(6):
+    for seed in range(4):
         prompt, config = made(seed)
         request = ask(engine, prompt, config)
         finish(engine)
@@ -209,17 +209,24 @@ def test_whatever_happens_each_block_is_free_idle_or_in_use(seed, tokenizer):
         assert reasons[-1] in ("stop", "length", "cancelled") and not any(reasons[:-1])
 
 
-def test_the_block_that_was_idle_for_longest_is_taken_and_the_end_of_a_text_before_its_beginning():
-    blocks = Blocks(tiny(), 4, 2)
-    for ids in [1, 1, 2, 2], [3, 3, 4, 4]:
+def test_the_text_unused_for_longest_loses_its_end_first():
+    blocks, texts = Blocks(tiny(), 4, 2), ([1, 1, 2, 2], [3, 3, 4, 4])
+    for ids in texts:
         table = [blocks.take(), blocks.take()]
         for i, block in enumerate(table):
             blocks.keep(block, block_key(ids, 2 * i + 2))
         blocks.release(table)
-    found = blocks.find([1, 1, 9])
-    assert len(found) == 1 and len(blocks.find([1, 1, 2, 2])) == 1  # the last id is always read
-    blocks.take()  # [1, 1, 2, 2] has lost its end
-    assert len(blocks.find([3, 3, 4, 4, 5])) == 2 and len(blocks.find([1, 1, 2, 2, 5])) == 1
+
+    def left():
+        """How many blocks of each text are known; the last id is never looked up."""
+        tables = [blocks.find(ids + [9]) for ids in texts]
+        for table in tables[::-1]:  # now the second has been unused for longer
+            blocks.release([*table])
+        return [len(table) for table in tables]
+
+    assert left() == [2, 2] and len(blocks.find(texts[0])) == 1
+    assert blocks.take() and left() == [2, 1]
+    assert blocks.take() and left() == [2, 0]
 
 
 def test_a_key_depends_on_every_id_before_its_end():
@@ -246,6 +253,15 @@ def test_a_long_prompt_holds_nobody_up_and_a_short_one_behind_it_is_not_last(tok
         assert len(first.got) == before + 1
     assert n_steps == -(-50 // 7)  # two passes of four tokens, of which the first text has one
     finish(engine)
+
+
+def test_a_step_reads_two_passes_at_most_and_of_each_text_one_token_at_least(tokenizer):
+    engine = Engine(sure(tokenizer), tokenizer, max_rows=4, block_tokens=4)
+    for i in range(4):
+        ask(engine, [9 + i] * 50, SampleConfig(max_new_tokens=1))
+    engine.admit()
+    counts = Counter(request.ids[0] for request, _ in engine.schedule())
+    assert counts == {9: 5, 10: 1, 11: 1, 12: 1}
 
 
 def test_the_youngest_gives_its_blocks_back_and_goes_on_later(tokenizer):
@@ -336,6 +352,36 @@ def test_logits_that_are_not_finite_end_a_text_with_an_error(tokenizer):
     assert good.got[-1].reason != "error"
 
 
+def test_a_pass_that_fails_ends_those_that_are_in_it_alone(tokenizer):
+    engine, passes = Engine(sure(tokenizer), tokenizer, max_rows=4), []
+
+    def forward(tokens):
+        passes.append(tokens)
+        if len(passes) == 1:
+            raise MemoryError("no memory left")
+        return Engine.forward(engine, tokens)
+
+    engine.forward = forward
+    bad = ask(engine, [9] * 6, SampleConfig())  # four tokens in the first pass, two in the second
+    good = ask(engine, *made(1))
+    finish(engine)
+    assert bad.got == [Token(None, "", None, [], "error")] and bad.error == "no memory left"
+    assert good.got == alone(sure(tokenizer), tokenizer, 1)
+
+
+def test_a_prompt_that_fails_in_the_middle_of_a_pass_is_over(tokenizer):
+    engine = Engine(sure(tokenizer), tokenizer, max_rows=8)
+    bad = ask(engine, [9] * 6, SampleConfig(max_new_tokens=3), echo=True)
+
+    def score(logits, id):
+        del bad.score  # only once
+        raise ArithmeticError
+
+    bad.score = score
+    finish(engine)
+    assert bad.got == [Token(None, "", None, [], "error")] and bad.error == "ArithmeticError"
+
+
 @pytest.mark.parametrize("cancel", [False, True])
 def test_an_engine_in_a_thread_serves_what_came_before_it_was_closed(cancel, tokenizer):
     engine = Engine(sure(tokenizer), tokenizer, max_rows=4, block_tokens=4)
@@ -380,7 +426,7 @@ def test_a_pool_holds_all_texts_or_what_memory_allows_but_one_at_least(tokenizer
     kv = Engine(model, tokenizer, max_rows=3, block_tokens=4).blocks.kv
     assert kv.size(1) == 1 + 3 * 16
     for n_blocks, expected in (20.5, 20), (3, 16):
-        monkeypatch.setattr(paging, "POOL_BYTES", n_blocks * kv[:, 0].nbytes)
+        monkeypatch.setattr(paging, "POOL_BYTES", int(n_blocks * kv[:, 0].nbytes))
         assert Engine(model, tokenizer, block_tokens=4).blocks.n_blocks == expected
     with pytest.raises(ValueError, match="take at least 16"):
         Engine(model, tokenizer, n_blocks=15, block_tokens=4)
