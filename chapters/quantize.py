@@ -25,7 +25,7 @@ import torch
 
 from chapters.merge import plain_config
 from chapters.weights import whole_folder
-from evaluate import held_out, interval, ratio, surprisal
+from evaluate import EvaluateConfig, held_out, interval, ratio, score_text
 from model import (BITS, GROUP, LINEARS, check_options, merge, option, quantize, read_progress,
                    round_weights, save_model)
 from sample import PRECISIONS, generate, load_run, newest_run, pick_checkpoint
@@ -90,9 +90,10 @@ def quantize_gptq(model, quant, batches):
     return quantize(model, quant, round)
 
 
-def text_batches(tokenizer, texts, block_size, n=32):
-    """The first n blocks of texts, as ids (8, T) at a time."""
-    ids = [i for text in texts for i in [tokenizer.eot, *tokenizer.encode(text)]]
+def text_batches(tokenizer, rows, block_size, n=32):
+    """The first n blocks of the texts or chats in rows, as ids (8, T) at a time."""
+    ids = [i for row in rows
+           for i in [tokenizer.eot, *tokenizer.encode(row["target"], special="chat" in row)]]
     n = min(n, len(ids) // block_size)
     if not n:
         raise ValueError(f"gptq needs a block of {block_size} tokens and the text has {len(ids)}: "
@@ -116,12 +117,11 @@ def n_bytes(model):
     return sum(p.nbytes for p in model.parameters())
 
 
-def sums_of(model, tokens, n=64):
-    """(N, 2): for pieces of n tokens of a text (tokens,) their surprisal in nats and their number,
-    in float32, so that only the weights differ."""
-    nats = surprisal(deepcopy(model).float(), tokens)
-    pieces = np.array_split(nats, max(2, len(nats) // n))
-    return np.array([(piece.sum(), len(piece)) for piece in pieces])
+def sums_of(model, tokenizer, rows):
+    """(N, 2): for pieces of held-out rows their surprisal in nats and their tokens, in float32, so
+    that only the weights differ. Of chats what the assistant says."""
+    pieces, _ = score_text(deepcopy(model).float(), tokenizer, rows, EvaluateConfig())
+    return np.array([piece["perplexity"] for piece in pieces])
 
 
 def perplexity_change(a, b):
@@ -142,14 +142,14 @@ def tokens_per_second(models, n_tokens=32, repeats=5):
     return {name: statistics.median(speeds) for name, speeds in found.items()}
 
 
-def compare(model, models, tokens):
+def compare(model, models, tokenizer, rows):
     """Yield the lines of a table: what each of {name: model} costs beside the model."""
-    base, speeds = sums_of(model, tokens), tokens_per_second({"fp32": model} | models)
+    base, speeds = sums_of(model, tokenizer, rows), tokens_per_second({"fp32": model} | models)
     half = n_bytes(model) / 2
     yield (f"{'':11}{'MB':>8}{'of fp16':>9}{'perplexity':>12}{'change (95% interval)':>28}"
            f"{'tokens/s':>10}")
     for name, other in ({"fp32": model} | models).items():
-        size, sums = n_bytes(other), sums_of(other, tokens)
+        size, sums = n_bytes(other), sums_of(other, tokenizer, rows)
         change, low, high = perplexity_change(base, sums)
         words = "" if other is model else f"{change:+.2%} ({low:+.2%} to {high:+.2%})"
         yield (f"{name:11}{size / 1e6:8.1f}{size / half:9.2f}"
@@ -189,16 +189,16 @@ def main():
     model = merge(model)
     block_size, train = model.config.block_size, None
     if config.method == "gptq" or not config.quant:
-        train = text_batches(tokenizer, held_out(folder, config.data, "train"), block_size)
+        rows = held_out(folder, config.data, "train", rows=True)
+        train = text_batches(tokenizer, rows, block_size)
     if config.quant:
         gptq = config.method == "gptq"
         models = {config.quant: smaller(model, config.quant, train if gptq else None)}
     else:
         models = {kind: smaller(model, kind) for kind in ("bf16", *BITS)}
         models["int4, gptq"] = smaller(model, "int4", train)
-    text = held_out(folder, config.data, max_tokens=config.max_tokens)
-    tokens = np.array([i for part in text for i in [tokenizer.eot, *tokenizer.encode(part)]])
-    for line in compare(model, models, tokens):
+    rows = held_out(folder, config.data, max_tokens=config.max_tokens, rows=True)
+    for line in compare(model, models, tokenizer, rows):
         print(line)
     if config.quant:
         out = config.out or f"{Path(folder)}-{config.quant}"
