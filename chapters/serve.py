@@ -85,8 +85,7 @@ class Served:
         self.block_size, self.chats = model.config.block_size, knows_chats(model, tokenizer)
         with torch.inference_mode():  # equal for equal weights and precision
             logits, _ = model(torch.arange(8, device=model.device)[None] % model.config.vocab_size)
-        digest = hashlib.sha256(logits.float().cpu().numpy().tobytes()).hexdigest()
-        self.fingerprint = f"fp_{digest[:16]}"
+        self.fingerprint = f"fp_{hashlib.sha256(str(logits.tolist()).encode()).hexdigest()[:16]}"
         self.thread = threading.Thread(target=self.engine.run, daemon=True)
         self.thread.start()
 
@@ -280,7 +279,8 @@ async def chat(request: Request):
 
 async def tokenize(request: Request):
     body, served = await read(request, Text), find(request.app.state.models)
-    tokens = await asyncio.to_thread(served.tokenizer.encode, body.prompt)
+    is_special = body.prompt in served.tokenizer.special  # as lm-evaluation-harness asks for ids
+    tokens = await asyncio.to_thread(served.tokenizer.encode, body.prompt, is_special)
     return dict(tokens=tokens, count=len(tokens), max_model_len=served.block_size)
 
 
@@ -294,8 +294,7 @@ async def detokenize(request: Request):
 
 async def tokenizer_info(request: Request):
     tokenizer = find(request.app.state.models).tokenizer
-    end = tokenizer.decode([tokenizer.eot])
-    return dict(eos_token=end, bos_token=end, pad_token=end)
+    return dict.fromkeys(("eos_token", "bos_token", "pad_token"), tokenizer.decode([tokenizer.eot]))
 
 
 async def feedback(request: Request):

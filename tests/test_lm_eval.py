@@ -37,8 +37,9 @@ def rows(shards):
     texts = [*read_documents(shards.parent / "words.txt")]
     sentences = [line for text in texts for line in text.splitlines()]
     rows = continuation_rows(["\n".join(sentences[i:i + 6]) for i in range(0, 600, 6)], 20)
-    return [row | dict(context=row["context"][-150:].lstrip(),
+    rows = [row | dict(context=row["context"][-150:].lstrip(),
                        choices=[choice.strip() for choice in row["choices"]]) for row in rows]
+    return [rows[0] | dict(context=""), *rows]  # a document begins
 
 
 @pytest.mark.slow
