@@ -589,6 +589,8 @@ def test_texts_and_ids_can_be_asked_for_as_remote_tokenizers_are(gate, tokenizer
     ids = tokenizer.encode("the cat <|end|>")
     reply = get(gate, "/tokenize", dict(prompt="the cat <|end|>", add_special_tokens=True)).json()
     assert reply == dict(tokens=ids, count=len(ids), max_model_len=64)
+    assert get(gate, "/tokenize", dict(prompt="<|end|>")).json()["tokens"] == [
+        tokenizer.special["<|end|>"]]
     assert get(gate, "/detokenize", dict(tokens=ids)).json() == dict(prompt="the cat <|end|>")
     assert get(gate, "/detokenize", dict(tokens=[10**9])).status == 400
     assert get(gate, "/tokenizer_info").json()["eos_token"] == "<|endoftext|>"
