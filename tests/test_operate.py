@@ -4,7 +4,9 @@ clients stream."""
 import json
 import threading
 import time
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -279,10 +281,10 @@ def test_runs_are_switched_while_clients_stream_and_every_answer_is_whole_and_of
         runs, stays):
     old, new = runs("old"), runs("new", seed=1)
     texts = {"old": greedy(old, 40), "new": greedy(new, 40)}
-    watch, found, go_on = Operation(OperateConfig(cache_bytes=0), KEY), [], threading.Event()
+    watch, found, enough = Operation(OperateConfig(cache_bytes=0), KEY), [], threading.Event()
 
     def client(user):
-        while not go_on.is_set():
+        while not enough.is_set():
             chunks = [*events(f"{url}/v1/completions", body(
                 temperature=0, max_tokens=40, user=f"{user} {len(found)}"), KEY)]
             names = {chunk["model"] for chunk in chunks}
@@ -290,20 +292,19 @@ def test_runs_are_switched_while_clients_stream_and_every_answer_is_whole_and_of
                                          for choice in chunk["choices"]), chunks[-1]))
 
     with serve({"old": old}, watch, key=KEY) as url, slowly(old.engine, 0.003), slowly(
-            new.engine, 0.003):
+            new.engine, 0.003), ThreadPoolExecutor(6) as pool, closing(SimpleNamespace(
+                close=enough.set)):  # also when a line below fails
         watch.begin(new, 50, False)
-        threads = [threading.Thread(target=client, args=(user,)) for user in range(6)]
-        for thread in threads:
-            thread.start()
+        clients = [pool.submit(client, user) for user in range(6)]
         wait_until(lambda: len(watch.calls) == 6 and len(found) > 6)
         gone, kept = (new, old) if stays == "a" else (old, new)
         share = 0 if stays == "a" else 100
         assert ask(f"{url}/admin/rollout", dict(share=share), KEY)[0] == 200
         n_before = len(found)
         wait_until(lambda: not gone.thread.is_alive() and len(found) > n_before + 12)
-        go_on.set()
-        for thread in threads:
-            thread.join()
+        enough.set()
+        for done in clients:
+            done.result()  # raises what the client ran into
         assert read_metrics(url, KEY)["llm_requests_total"].keys() <= {
             (arm, path, "200") for arm in "ab" for path in ("/v1/completions", "/admin/rollout")}
     for names, text, last in found:
