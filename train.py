@@ -563,6 +563,8 @@ def load_run(folder, config, device):
     """The Run in a folder as its newest whole checkpoint left it; ValueError if it does not fit."""
     path = pick_checkpoint(folder, "last")
     model, state = load_model(path, device)
+    if not model.tuning:
+        merge(model)  # ValueError if it is quantized
     tensors = state.pop("tensors")
     progress, run = check_fields(Progress, state, path), new_run(folder, model, config, device)
     run.__dict__.update(progress.__dict__)

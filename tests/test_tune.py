@@ -18,8 +18,8 @@ import train as train_file
 from chapters.clauses import guess
 from data import ChatLoader, TokenLoader, prepare
 from model import (GPT, LINEARS, TUNINGS, Adapter, KVCache, LoRALinear, QuantLinear, TuneConfig,
-                   load_model, merge, plain_rotary, read_header, read_safetensors, rotary_table,
-                   save_model, swap, tune, write_safetensors)
+                   load_model, merge, plain_rotary, quantize, read_header, read_safetensors,
+                   rotary_table, save_model, swap, tune, write_safetensors)
 from sample import checkpoints, complete, load_run
 from tokenizer import Tokenizer, read_json
 from train import (TrainConfig, build_optimizer, complete_options, gradients, main, new_run,
@@ -897,6 +897,18 @@ def test_a_run_that_alignment_wrote_is_no_run_to_resume(tmp_path, monkeypatch, c
     code, lines = mistake(main, monkeypatch, capsys, "--resume", f"--out={tmp_path / 'run'}")
     assert code == 1 and len(lines) == 1 and lines[0].endswith(
         "it lacks train, so this run cannot go on: begin another with --init=RUN")
+
+
+def test_a_quantized_run_is_neither_resumed_nor_tuned(chats, tmp_path, base_of):
+    model, tokenizer = load_run(base_of("modern"))
+    keep(quantize(model, "int8"), tmp_path / "run")
+    for name in "tokenizer.json", "config.json":
+        (tmp_path / "run" / name).write_bytes((base_of("modern") / name).read_bytes())
+    resumed = complete_options(dict(resume=True, out=str(tmp_path / "run")), {})
+    for start in (lambda: train(*resumed, **QUIET),
+                  lambda: train_on(tmp_path / "run", chats, tmp_path / "new")):
+        with pytest.raises(ValueError, match="quantized model is neither trained nor exported"):
+            start()
 
 
 @pytest.fixture(scope="module")
