@@ -49,10 +49,11 @@ from chapters.speculative import NgramDraft, RunDraft
 from chapters.speculative import write as speculate_text
 from chapters.stages import new_record, text_stages
 from data import find_files, prepare, read_documents
-from model import (GPT, KERNELS, SIZES, GPTConfig, Linear, accelerator, fused_attention, option,
-                   plain_attention, rotary_table, torch_attention)
-from sample import (SampleConfig, complete, complete_batch, end_ids, generate, load_run, new_cache,
-                    pick_device, pick_precision)
+from model import (BITS, GPT, KERNELS, SIZES, GPTConfig, Linear, QuantEmbedding, QuantLinear,
+                   accelerator, fused_attention, option, plain_attention, quantize, rotary_table,
+                   torch_attention)
+from sample import (PRECISIONS, SampleConfig, complete, complete_batch, end_ids, generate, load_run,
+                    new_cache, pick_device, pick_precision)
 from tokenizer import (GPT2_SPLIT, SPECIAL_TOKENS, Tokenizer, nearest, parse_options, refuse_idle,
                        run_command, train_fast)
 from train import (TrainConfig, gradients, matmul_rate, model_shape, new_run,
@@ -333,38 +334,63 @@ def sampling():
         show(f"sampling, {DEVICE}, cache={cache}", f"{200 / seconds:,.0f} tokens/s")
 
 
+def gpt2_in(name):
+    """GPT-2's shape in fp32, bf16, int8 or int4, where all else is bf16, and its layers, each with
+    a vector to multiply."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(architecture="gpt2", **SIZES["gpt2"])).eval().to(DEVICE)
+    model = quantize(model, name).bfloat16() if name in BITS else model.to(PRECISIONS[name])
+    model.use("torch")  # as sample.py does
+    return model, [(m, torch.ones(1, m.in_features, dtype=model.compute_dtype, device=DEVICE))
+                   for m in model.modules() if isinstance(m, (Linear, QuantLinear))
+                   and not isinstance(m, QuantEmbedding)]
+
+
+@torch.inference_mode()
+def products(layers, linear):
+    """linear(layer, x) for each layer and its x."""
+    for layer, x in layers:
+        y = linear(layer, x)
+    y[0, 0].item()  # a GPU has then finished
+
+
 def decoding():
-    """Tokens per second of GPT-2's shape, beside the rate at which this machine streams its weights
-    through products with a vector, both in turns; where transformers is installed, beside it."""
-    for precision in "fp32", "bf16":
-        dtype, base = pick_precision(precision, DEVICE)[1], None
-        torch.manual_seed(0)
-        model = GPT(GPTConfig(architecture="gpt2", **SIZES["gpt2"])).eval().to(DEVICE, dtype)
-        model.use("auto")
-        weights = [m.weight.detach() for m in model.modules() if isinstance(m, Linear)]
-
-        def stream():
-            return sum(F.linear(w.new_ones(1, w.size(1)), w)[0, 0] for w in weights).item()
-
-        for B, T in (1, 1), (1, 512), (8, 1):
+    """Tokens per second of GPT-2's shape in each format of its weights, beside the rate at which
+    its products alone can be had: by its layers, and by F.linear, which streams the weights as most
+    programs do. All in turns."""
+    models, one = {name: gpt2_in(name) for name in ("fp32", "bf16", *BITS)}, {}
+    for B, T in (1, 1), (1, 512), (8, 1):
+        calls = {}
+        for name, (model, layers) in models.items():
             ids = torch.zeros(B, T, dtype=torch.long, device=DEVICE)
             steps = generate(model, ids, 42, temperature=0)
-            rate, limit = (1 / s for s in medians(lambda: next(steps)[0].item(), stream, times=40))
-            base = base or rate
-            more = f", {B * rate / base:.1f}x of one sequence" if B > 1 else ""
-            show(f"decoding, GPT-2, {DEVICE} {precision}, {B} x {T} tokens of context",
-                 f"{B * rate:,.1f} tokens/s; its weights stream at {limit:,.1f} a second, "
-                 f"{rate / limit:.0%}{more}")
-        if importlib.util.find_spec("transformers"):
-            from transformers import GPT2Config, GPT2LMHeadModel
-            theirs = GPT2LMHeadModel(GPT2Config()).eval().to(DEVICE, dtype)
-            for T in 1, 512:
-                ids = torch.zeros(1, T, dtype=torch.long, device=DEVICE)
-                few, many = medians(*(partial(theirs.generate, ids, max_new_tokens=n,
-                                              min_new_tokens=n, do_sample=False, pad_token_id=0)
-                                      for n in (2, 26)), times=3)
-                show(f"the same by transformers, {T} tokens of context",
-                     f"{24 / (many - few):,.1f} tokens/s")
+            calls[name] = [lambda steps=steps: next(steps)[0].item(),
+                           partial(products, layers, lambda layer, x: layer(x))]
+            if name not in BITS:
+                calls[name].append(partial(products, layers, lambda m, x: F.linear(x, m.weight)))
+        seconds = iter(medians(*itertools.chain(*calls.values()), times=40))
+        rates = {name: [1 / next(seconds) for _ in own] for name, own in calls.items()}
+        one = one or {name: rate for name, (rate, *_) in rates.items()}
+        for name, (rate, *limits) in rates.items():
+            show(f"decoding, GPT-2, {DEVICE} {name}, {B} x {T} tokens of context",
+                 f"{B * rate:,.1f} tokens/s, {B * rate / one[name]:.1f}x of 1 x 1, "
+                 f"{rate / rates['bf16'][0]:.2f}x of bf16; products alone " + ", ".join(
+                     f"{limit:,.1f} a second {how} ({rate / limit:.0%})"
+                     for limit, how in zip(limits, ("by its layers", "by F.linear"))))
+    if importlib.util.find_spec("transformers"):
+        transformers_decoding()
+
+
+def transformers_decoding():
+    """The same by Hugging Face's transformers."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    for precision, T in itertools.product(("fp32", "bf16"), (1, 512)):
+        model = GPT2LMHeadModel(GPT2Config()).eval().to(DEVICE, PRECISIONS[precision])
+        ids = torch.zeros(1, T, dtype=torch.long, device=DEVICE)
+        few, many = medians(*(partial(model.generate, ids, max_new_tokens=n, min_new_tokens=n,
+                                      do_sample=False, pad_token_id=0) for n in (2, 26)), times=3)
+        show(f"the same by transformers, {precision}, {T} tokens of context",
+             f"{24 / (many - few):,.1f} tokens/s")
 
 
 def export():
@@ -400,45 +426,44 @@ def export():
              f"{n / own:,.1f} and {n / other:,.1f} tokens/s, {own / other:.2f}x ours")
 
 
-def trained(shards, folder, shape, n_steps):
-    """-> (model, tokenizer) of a run of so many steps, without a word."""
-    config = TrainConfig(data=str(shards), out=str(folder), max_steps=n_steps, eval_every=10**6)
+def trained(shards, folder, shape, minutes):
+    """-> (model, tokenizer) of a run of so many minutes, without a word."""
+    config = TrainConfig(data=str(shards), out=str(folder), minutes=minutes, eval_every=10**6)
     with contextlib.redirect_stdout(sys.stderr):
         train(config, shape, say=lambda text: None)
     return load_run(folder, "last", DEVICE)
 
 
-def speculative(n_steps=300):
-    """Speculative against plain decoding, in turns: a target and a draft of a tenth of its size, as
-    both were trained here, and a lookup, on a text of this Python's library and on a repetitive
-    one."""
+def speculative(n_tokens=100, minutes=1.0):
+    """Speculative beside plain decoding, in turns: a target and a draft of about a tenth of its
+    size, both trained here for a minute, and a lookup; on code and on a repetitive text."""
     with tempfile.TemporaryDirectory() as place:
         shards = prepare(["stdlib"], Path(place, "shards"), say=lambda text: None)
-        sizes = {"target": model_shape("small", 4096), "draft": model_shape(
-            "tiny", 4096, dict(block_size=512, n_embd=96))}
-        runs = {name: trained(shards, Path(place, name), shape, n_steps)
-                for name, shape in sizes.items()}
-    model, tokenizer = runs["target"]
-    small = runs["draft"][0]
-    show("parameters of the target, and the draft's share",
-         f"{model.n_parameters():,}, {small.n_parameters() / model.n_parameters():.2f}")
-    code = Path(contextlib.__file__).read_text()[:1500]
-    prompts = {"code": code, "repetitive text": "".join(
-        f"    def get_{name}(self):\n        return self.{name}\n\n" for name in
-        "name size path mode line text data item next time".split())}
+        shapes = SHAPE, replace(SHAPE, n_layer=1, n_embd=64, n_head=1, n_kv_head=1)
+        (model, tokenizer), (small, _) = (
+            trained(shards, Path(place, f"run{i}"), shape, minutes)
+            for i, shape in enumerate(shapes))
+    share = small.n_parameters() / model.n_parameters()
+    drafts = {f"a draft of {share:.2f} of the size": (RunDraft(small), 3),
+              "n-gram lookup": (NgramDraft(model.config.vocab_size), 6)}
+    prompts = {"code": Path(contextlib.__file__).read_text()[:300], "repetitive text": "".join(
+        f"    def get_{name}(self):\n        return self.{name}\n\n"
+        for name in "name size path mode line".split())}
     ends = [[id] for id in end_ids(tokenizer)]
-    for (name, prompt), temperature in itertools.product(prompts.items(), (0.0, 0.8)):
-        config = SampleConfig(temperature=temperature, seed=1, max_new_tokens=128, ban=ends)
-        for draft, n_draft in (RunDraft(small), 3), (NgramDraft(4096), 6):
-            counts = Counter()
-            plain, fast = medians(
-                lambda: complete(model, tokenizer, prompt, config),
-                lambda: [*speculate_text(model, tokenizer, prompt, draft, config, n_draft, counts)],
-                times=3)
-            show(f"speculative, {type(draft).__name__}, {name}, temperature {temperature}",
-                 f"{counts['accepted'] / counts['drafted']:.0%} of the guesses right, "
-                 f"{4 * 128 / counts['passes']:.2f} tokens a pass, {plain / fast:.2f}x of plain "
-                 f"decoding's {128 / plain:,.0f} tokens/s")
+    for (text, prompt), temperature, (name, (draft, n_draft)) in itertools.product(
+            prompts.items(), (0.0, 0.8), drafts.items()):
+        config, counts = SampleConfig(temperature=temperature, seed=1, max_new_tokens=n_tokens,
+                                      ban=ends), Counter()
+
+        def fast():
+            counts.clear()
+            deque(speculate_text(model, tokenizer, prompt, draft, config, n_draft, counts), 0)
+
+        plain, own = medians(lambda: complete(model, tokenizer, prompt, config), fast, times=5)
+        show(f"speculative, {name}, {text}, temperature {temperature}",
+             f"{counts['accepted'] / max(1, counts['drafted']):.0%} of {counts['drafted']} guesses "
+             f"right, {n_tokens / counts['passes']:.2f} tokens a pass, {n_tokens / own:,.0f} "
+             f"tokens/s, {plain / own:.2f}x of plain decoding")
 
 
 def batching(n_tokens=32):
