@@ -194,6 +194,7 @@ def test_a_healthy_run_is_healthy_whatever_its_options(prose, tmp_path, options)
     assert fall_ill(*configure(prose, tmp_path / "run", **options)) == []
 
 
+@pytest.mark.slow
 def test_a_healthy_run_is_not_suspected_while_it_runs(prose, tmp_path):
     train(*configure(prose, tmp_path / "run", max_steps=60), **QUIET)
     rows, config = read_run(tmp_path / "run")
@@ -267,6 +268,7 @@ def test_the_newest_run_is_examined_by_default(shards, tmp_path, call, monkeypat
     assert "new: 2 steps, 100% of the run" in call(doctor)[0]
 
 
+@pytest.mark.slow
 def test_the_doctor_can_be_called_as_a_file_from_another_folder(tmp_path):
     write_run(tmp_path / "run", FALLING)
     assert "healthy" in run("chapters/doctor.py", "run", cwd=tmp_path).stdout

@@ -473,6 +473,7 @@ def test_all_that_lies_beside_runs_may_be_named(command, folder, second):
     assert str(second) in shown and (folder.parent / "leaderboard.png").exists()
 
 
+@pytest.mark.slow
 def test_scores_of_other_tasks_stay_while_weights_and_settings_do(command, folder, tokenizer):
     def tasks(*words):
         command(*words)

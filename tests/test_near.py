@@ -194,6 +194,7 @@ def test_clusters_are_what_pairs_connect():
         assert clusters(pairs, 30) == [*map(list, expected)]
 
 
+@pytest.mark.slow
 def test_none_below_the_threshold_is_dropped_and_none_is_missed_beyond_the_s_curve():
     texts = corpus()
     home = {i: cluster[0] for cluster in near_clusters(texts, **OPTIONS) for i in cluster}

@@ -316,6 +316,7 @@ def test_the_best_and_the_last_checkpoint_are_kept(shards, tmp_path):
     assert set(checkpoints(config.out)) == {12, min(losses, key=losses.get)}
 
 
+@pytest.mark.slow
 def test_minutes_end_a_run_with_its_rate_decayed(shards, tmp_path):
     build_optimizer(tiny(), TrainConfig())  # the first one of a process imports for seconds
     summary = train(*configure(shards, tmp_path / "run", max_steps=0, minutes=0.05,
