@@ -152,7 +152,7 @@ class RunConfig:
     run: str | None = option(None, "run folder; else the newest under runs/", positional=True)
     checkpoint: str = option("best", "best | last | a step")
     device: str = option("auto", "auto | cuda | mps | cpu")
-    precision: str | None = option(None, "auto | fp32 | bf16 | fp16; else fp32, of integers bf16",
+    precision: str | None = option(None, "of the weights; else fp32, of integers bf16",
                                    known=lambda: ("auto", *PRECISIONS))
     quant: str | None = option(None, "its weights in int8 or int4", known=lambda: BITS)
 

@@ -23,8 +23,9 @@ if __name__ == "__main__":  # `python chapters/drift.py` works as well, from any
 
 from evaluate import held_out, score_ends
 from model import option
-from sample import RunConfig, newest_run, open_run, warn
+from sample import RunConfig, SampleConfig, n_new_tokens, newest_run, open_run, warn
 from tokenizer import parse_options, read_json, reading, run_command, write_json
+
 MOST_WAITING = 8  # prompts whose surprisal is to be computed
 
 # -----------------------------------------------------------------------------
@@ -152,6 +153,7 @@ def main():
     config = DriftConfig(**parse_options(__doc__, DriftConfig)[0])
     folder = config.run or newest_run()
     model, tokenizer, _ = open_run(config)
+    n_new_tokens(model, 1, SampleConfig())  # refuses one that writes no text
     prompts = training_prompts(folder, tokenizer, model.config.block_size)
     found = profile(model, islice(prompts, config.n_prompts))
     path = Path(folder, "prompts.json")

@@ -24,12 +24,13 @@ import numpy as np
 import torch
 
 from chapters.merge import plain_config
-from chapters.weights import whole_folder
+from chapters.weights import new_folder, whole_folder
 from evaluate import EvaluateConfig, held_out, interval, ratio, score_text
 from model import (BITS, GROUP, LINEARS, check_options, merge, option, quantize, read_progress,
                    round_weights, save_model)
-from sample import PRECISIONS, generate, load_run, newest_run, pick_checkpoint
-from tokenizer import parse_options, replacing, run_command, write_json
+from sample import (PRECISIONS, SampleConfig, generate, load_run, n_new_tokens, newest_run,
+                    pick_checkpoint)
+from tokenizer import parse_options, refuse_idle, replacing, run_command, write_json
 
 KINDS = ("bf16", "fp16", *BITS)
 METHODS = ("nearest", "gptq")
@@ -183,10 +184,14 @@ def write_smaller(folder, path, model, tokenizer, out):
 def main():
     typed, = parse_options(__doc__, QuantizeConfig)
     config = QuantizeConfig(**typed)
+    refuse_idle(typed, ["method", "out"] * (not config.quant), "without --quant=KIND")
+    refuse_idle(typed, ["method"] * (config.quant not in BITS), f"with --quant={config.quant}")
     folder = config.run or newest_run()
+    out = new_folder(config.out or f"{Path(folder)}-{config.quant}") if config.quant else None
     path = pick_checkpoint(folder, config.checkpoint)
     model, tokenizer = load_run(folder, path)
     model = merge(model)
+    n_new_tokens(model, 1, SampleConfig())  # refuses one that writes no text
     block_size, train = model.config.block_size, None
     if config.method == "gptq" or not config.quant:
         rows = held_out(folder, config.data, "train", rows=True)
@@ -201,7 +206,6 @@ def main():
     for line in compare(model, models, tokenizer, rows):
         print(line)
     if config.quant:
-        out = config.out or f"{Path(folder)}-{config.quant}"
         write_smaller(folder, path, models[config.quant], tokenizer, out)
         print(f"next: python sample.py {out}")
 

@@ -9,6 +9,7 @@ from conftest import keep, mistake, tiny
 import evaluate
 import sample
 import train
+from chapters import drift
 from chapters import quantize as leaf
 from chapters.kernels import PACKED_ROWS, packed_quant_linear
 from model import (ARCHITECTURES, BITS, GPT, GROUP, SIZES, GPTConfig, Linear, QuantLinear,
@@ -205,7 +206,20 @@ def test_a_run_is_written_smaller_and_read_by_every_command(shards, tmp_path, ca
 
 
 @pytest.mark.parametrize("words, said", [
-    (["--quant=int5"], "did you mean int"), (["--method=best"], "choose from nearest, gptq")])
+    (["--quant=int5"], "did you mean int"), (["--method=best"], "choose from nearest, gptq"),
+    (["--method=gptq"], "without --quant=KIND: leave it out, or add --quant=KIND"),
+    (["--out=small"], "--out would not act without --quant=KIND"),
+    (["--quant=fp16", "--method=gptq"], "--method would not act with --quant=fp16"),
+    (["runs/a", "--quant=int8", "--out=/"], "/ is there already")])
 def test_wrong_words_are_one_line(words, said, monkeypatch, capsys):
     code, lines = mistake(leaf.main, monkeypatch, capsys, *words)
     assert code == 1 and len(lines) == 1 and said in lines[0]
+
+
+def test_a_classifier_is_refused_before_anything_is_measured(tokenizer, tmp_path, monkeypatch,
+                                                             capsys):
+    keep(tiny(n_classes=2, vocab_size=tokenizer.n_vocab), tmp_path)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    for module in leaf, drift:
+        code, (line,) = mistake(module.main, monkeypatch, capsys, str(tmp_path))
+        assert code == 1 and "judges texts and writes none" in line
