@@ -358,25 +358,22 @@ def decoding():
     """Tokens per second of GPT-2's shape in each format of its weights, beside the rate at which
     its products alone can be had: by its layers, and by F.linear, which streams the weights as most
     programs do. All in turns."""
-    models, one = {name: gpt2_in(name) for name in ("fp32", "bf16", *BITS)}, {}
-    for B, T in (1, 1), (1, 512), (8, 1):
-        calls = {}
-        for name, (model, layers) in models.items():
-            ids = torch.zeros(B, T, dtype=torch.long, device=DEVICE)
-            steps = generate(model, ids, 42, temperature=0)
-            calls[name] = [lambda steps=steps: next(steps)[0].item(),
-                           partial(products, layers, lambda layer, x: layer(x))]
-            if name not in BITS:
-                calls[name].append(partial(products, layers, lambda m, x: F.linear(x, m.weight)))
-        seconds = iter(medians(*itertools.chain(*calls.values()), times=40))
-        rates = {name: [1 / next(seconds) for _ in own] for name, own in calls.items()}
-        one = one or {name: rate for name, (rate, *_) in rates.items()}
-        for name, (rate, *limits) in rates.items():
-            show(f"decoding, GPT-2, {DEVICE} {name}, {B} x {T} tokens of context",
-                 f"{B * rate:,.1f} tokens/s, {B * rate / one[name]:.1f}x of 1 x 1, "
-                 f"{rate / rates['bf16'][0]:.2f}x of bf16; products alone " + ", ".join(
-                     f"{limit:,.1f} a second {how} ({rate / limit:.0%})"
-                     for limit, how in zip(limits, ("by its layers", "by F.linear"))))
+    models, calls = {name: gpt2_in(name) for name in ("fp32", "bf16", *BITS)}, {}
+    for (B, T), name in itertools.product([(1, 1), (1, 512), (8, 1)], models):
+        (model, layers), ids = models[name], torch.zeros(B, T, dtype=torch.long, device=DEVICE)
+        steps = generate(model, ids, 42, temperature=0)
+        calls[name, B, T] = [lambda steps=steps: next(steps)[0].item(),
+                             partial(products, layers, lambda layer, x: layer(x))]
+        if name not in BITS:
+            calls[name, B, T].append(partial(products, layers, lambda m, x: F.linear(x, m.weight)))
+    seconds = iter(medians(*itertools.chain(*calls.values()), times=40))
+    rates = {key: [1 / next(seconds) for _ in own] for key, own in calls.items()}
+    for (name, B, T), (rate, *limits) in rates.items():
+        show(f"decoding, GPT-2, {DEVICE} {name}, {B} x {T} tokens of context",
+             f"{B * rate:,.1f} tokens/s, {B * rate / rates[name, 1, 1][0]:.1f}x of 1 x 1, "
+             f"{rate / rates['bf16', B, T][0]:.2f}x of bf16; products alone " + ", ".join(
+                 f"{limit:,.1f} a second {how} ({rate / limit:.0%})"
+                 for limit, how in zip(limits, ("by its layers", "by F.linear"))))
     if importlib.util.find_spec("transformers"):
         transformers_decoding()
 
