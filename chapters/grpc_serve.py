@@ -20,6 +20,7 @@ from pathlib import Path
 
 if __name__ == "__main__":  # `python chapters/grpc_serve.py` works as well, from any folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # else its threads may write at Ctrl-C
 
 import grpc
 
