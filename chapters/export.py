@@ -34,7 +34,7 @@ from chapters.token_files import (from_huggingface, from_rank_file, read_hugging
 from chapters.weights import (load_plain, load_pretrained, new_folder, read_shape, shape_values,
                               to_names, whole_folder, write_run)
 from model import check_options, option, write_safetensors
-from sample import end_ids, warn
+from sample import checkpoints, end_ids, warn
 from tokenizer import (SPLITS, Tokenizer, parse_options, read_files, read_json, reading,
                        refuse_idle, replacing, run_command, write_json)
 
@@ -79,6 +79,8 @@ def read_vocabulary(folder):
 
 def import_run(folder, out=""):
     """Write a run, a tokenizer and one checkpoint, of a model's folder -> its Path."""
+    if checkpoints(folder):
+        raise ValueError(f"{folder} is a run already: python sample.py {folder}")
     out = new_folder(out or Path("runs", Path(folder).resolve().name))
     tokenizer, ids = read_vocabulary(Path(folder))
     return write_run(load_pretrained(folder, ids), tokenizer, out)

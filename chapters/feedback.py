@@ -230,13 +230,13 @@ def main():
     scores = tally(votes)
     if wrong:
         warn(f"{len(wrong)} of {len(rows) + len(wrong)} rows are left out: {wrong[0]}")
+    made = {"chats": chats_of(votes, scores), "pairs": pairs_of(votes, scores)}
+    if not any(made.values()):
+        raise ValueError(f"{config.log}: nobody liked an answer or wrote a better one")
     n_undecided = sum(score == 0 for answers in scores.values() for score in answers.values())
     print(f"{len(rows):,} rows, {len(votes):,} of them count: the last of a client on an answer, "
           f"up to {config.per_client} answers a client ({n_left_out:,} left out)\n"
           f"{n_undecided:,} answers have as many ratings for as against them, and teach nothing")
-    made = {"chats": chats_of(votes, scores), "pairs": pairs_of(votes, scores)}
-    if not any(made.values()):
-        raise ValueError(f"{config.log}: nobody liked an answer or wrote a better one")
     for name, rows in made.items():
         path = Path(config.out, f"{name}.jsonl")
         path.unlink(missing_ok=True)  # rows of an earlier log would look like this one's

@@ -9,6 +9,7 @@ chapters/serve.py has the application and the options.
 
 import asyncio
 import re
+import socket
 import time
 from contextlib import ExitStack
 from hmac import compare_digest
@@ -162,6 +163,16 @@ class Protocol(H11Protocol):
     def close_silent(self):
         if self.cycle is None:
             self.transport.abort()
+
+
+def listen(host, port):
+    """A socket that listens at a port of a host; ValueError if it cannot."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise ValueError(f"{host}:{port} cannot be used ({error.strerror}): give another --port or "
+                         "--host") from None
 
 
 class Server(uvicorn.Server):

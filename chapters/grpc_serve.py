@@ -14,18 +14,19 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from hmac import compare_digest
 from pathlib import Path
 
 if __name__ == "__main__":  # `python chapters/grpc_serve.py` works as well, from any folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # else its threads may write at Ctrl-C
 
 import grpc
 
 from chapters.batching import Request
 from chapters.serve import ServeConfig, open_served
+from model import TINY, option
 from sample import SampleConfig
 from tokenizer import parse_options, run_command
 from train import stop_signals
@@ -97,9 +98,16 @@ def serving(engine, config):
         server.stop(config.timeout).wait()
 
 
+@dataclass(frozen=True)
+class GrpcConfig(ServeConfig):
+    """Who may ask, and for how much."""
+    port: int = option(50051, "0 takes a free one", below=2**16)
+    timeout: float = option(120.0, "seconds that streams have to end when the server stops", TINY)
+
+
 def main():
-    typed, = parse_options(__doc__, ServeConfig)
-    config = ServeConfig(**dict(port=50051, key=os.environ.get("SERVE_KEY", "")) | typed)
+    typed, = parse_options(__doc__, GrpcConfig)
+    config = GrpcConfig(**dict(key=os.environ.get("SERVE_KEY", "")) | typed)
     served, where = open_served(config)
     try:
         with stop_signals() as asked, serving(served.engine, config) as port:

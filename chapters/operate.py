@@ -51,8 +51,8 @@ class OperateConfig:
 
     def __post_init__(self):
         check_options(self)
-        if self.canary and not self.run_b:
-            raise ValueError("canary raises the share of a second run: name it, --run_b=RUN")
+        if (self.canary or self.share != 10) and not self.run_b:
+            raise ValueError("canary and share are of a second run: name it, --run_b=RUN")
 
 
 class Change(Strict):

@@ -206,10 +206,15 @@ def main():
     config = RolloutConfig(**parse_options(__doc__, RolloutConfig)[0])
     if config.log is None:
         raise ValueError("name the log of a server: python -m chapters.rollout feedback.jsonl")
-    votes, _ = last_votes(read_votes(config.log)[0], MOST)
+    votes, n_left_out = last_votes(read_votes(config.log)[0], MOST)
+    if not votes:
+        raise ValueError(f"{config.log} holds no ratings")
     counts = Counter((vote.arm, vote.rating) for vote in votes)
     figures = [(counts[arm, 1], counts[arm, 1] + counts[arm, -1]) for arm in "ab"]
     print(significance(*figures[0], *figures[1], config.looks))
+    if n_left_out:
+        print(f"{n_left_out:,} ratings are left out: the last of a client on an answer counts, up "
+              f"to {MOST} answers a client")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import hashlib
 import ipaddress
 import os
 import re
-import socket
 import sys
 import threading
 import time
@@ -32,7 +31,7 @@ from starlette.exceptions import HTTPException
 
 from chapters.batching import Engine
 from chapters.batching import Request as Job
-from chapters.gate import FAILED, Gate, Server, read_body, refused, too_slow, unless_gone
+from chapters.gate import FAILED, Gate, Server, listen, read_body, refused, too_slow, unless_gone
 from chapters.operate import OperateConfig, Operation
 from chapters.protocol import (Chat, Completion, Rating, Refusal, Text, Tokens, listed, parse,
                                read_options, read_prompts)
@@ -332,8 +331,7 @@ def build_app(config, models, watch=Watch()):
 def main():
     typed, operation = parse_options(__doc__, ServeConfig, OperateConfig)
     config = ServeConfig(**dict(key=os.environ.get("SERVE_KEY", "")) | typed)
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    with socket.create_server((config.host, config.port), family=family) as listener:
+    with listen(config.host, config.port) as listener:
         served, where = open_served(config)
         models, watch = {served.name: served}, Operation(OperateConfig(**operation), config.key)
         server = Server(build_app(config, models, watch))

@@ -29,7 +29,7 @@ import sample
 from model import option
 from sample import (Continuation, RunConfig, SampleConfig, check_finite, distribution, n_new_tokens,
                     new_cache, no_space, open_run, read_text, sample_from, sampling_config,
-                    with_ids)
+                    to_ids, with_ids)
 from tokenizer import parse_options, refuse_idle, run_command
 
 # -----------------------------------------------------------------------------
@@ -183,6 +183,7 @@ def main():
     prompt = command.prompt if command.file is None else read_text(command.file)
     model, tokenizer, where = open_run(command)
     draft, counts = open_draft(command, tokenizer, model.config.vocab_size), Counter()
+    n_new_tokens(model, len(to_ids(tokenizer, prompt)), config)  # else it is too long
     print(prompt, end="")
     n, seconds = timed(write(model, tokenizer, prompt, draft, config, command.n_draft, counts),
                        partial(print, end="", flush=True))

@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a tiny model is slower with more
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # it writes to the stderr of programs that tests start
 
 
 def pytest_addoption(parser):
