@@ -400,6 +400,8 @@ def export():
     model.use("torch")
     options, value = onnxruntime.SessionOptions(), onnxruntime.OrtValue.ortvalue_from_numpy
     options.intra_op_num_threads = torch.get_num_threads()
+    # else its threads wait busily after each call, and take the processor from ours
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     with tempfile.TemporaryDirectory() as folder:
         onnx.save_model(to_onnx(model), f"{folder}/model.onnx", save_as_external_data=True)
         session = onnxruntime.InferenceSession(f"{folder}/model.onnx", options)
