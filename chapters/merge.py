@@ -14,8 +14,9 @@ from pathlib import Path
 if __name__ == "__main__":  # `python chapters/merge.py` works as well, from any folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from chapters.weights import whole_folder
 from model import TuneConfig, check_options, merge, option, read_progress, save_model
-from sample import checkpoints, load_run, newest_run, pick_checkpoint
+from sample import load_run, newest_run, pick_checkpoint
 from tokenizer import parse_options, read_json, reading, replacing, run_command, write_json
 
 
@@ -39,20 +40,22 @@ def plain_config(path, model):
                 for name, value in saved.items()} | dict(model=asdict(model.config))
 
 
+def write_changed(folder, path, model, tokenizer, out, **progress):
+    """Write a model that was made of a run's checkpoint as the only one of a new run folder."""
+    with whole_folder(out) as part:
+        tokenizer.save(part / "tokenizer.json")
+        write_json(part / "config.json", plain_config(Path(folder, "config.json"), model))
+        with replacing(part / path.name) as file:
+            save_model(model, file, step=read_progress(path)["step"], **progress)
+
+
 def merge_run(folder, out, which="best"):
     """Write the model of a run as the only checkpoint of a new run folder -> the plain model.
-    ValueError where none gives the same, or the folder holds a run."""
-    path, out = pick_checkpoint(folder, which), Path(out)
-    if checkpoints(out):
-        raise ValueError(f"{out} already holds a run: choose another --out")
+    ValueError where none gives the same, or the folder is not empty."""
+    path = pick_checkpoint(folder, which)
     model, tokenizer = load_run(folder, path)
-    merge(model)
-    config, progress = plain_config(Path(folder, "config.json"), model), read_progress(path)
-    out.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(out / "tokenizer.json")
-    write_json(out / "config.json", config)
-    with replacing(out / path.name) as file:
-        save_model(model, file, step=progress["step"], val_loss=progress.get("val_loss"))
+    val_loss = read_progress(path).get("val_loss")
+    write_changed(folder, path, merge(model), tokenizer, out, val_loss=val_loss)
     return model
 
 

@@ -23,14 +23,13 @@ if __name__ == "__main__":  # `python chapters/quantize.py` works as well, from 
 import numpy as np
 import torch
 
-from chapters.merge import plain_config
-from chapters.weights import new_folder, whole_folder
+from chapters.merge import write_changed
+from chapters.weights import new_folder
 from evaluate import EvaluateConfig, held_out, interval, ratio, score_text
-from model import (BITS, GROUP, LINEARS, check_options, merge, option, quantize, read_progress,
-                   round_weights, save_model)
+from model import BITS, GROUP, LINEARS, check_options, merge, option, quantize, round_weights
 from sample import (PRECISIONS, SampleConfig, generate, load_run, n_new_tokens, newest_run,
                     pick_checkpoint)
-from tokenizer import parse_options, refuse_idle, replacing, run_command, write_json
+from tokenizer import parse_options, refuse_idle, run_command
 
 KINDS = ("bf16", "fp16", *BITS)
 METHODS = ("nearest", "gptq")
@@ -171,16 +170,6 @@ class QuantizeConfig:
     __post_init__ = check_options
 
 
-def write_smaller(folder, path, model, tokenizer, out):
-    """Write a smaller model of a run's checkpoint as a run of its own -> its Path."""
-    with whole_folder(out) as part:
-        tokenizer.save(part / "tokenizer.json")
-        write_json(part / "config.json", plain_config(Path(folder, "config.json"), model))
-        with replacing(part / path.name) as file:
-            save_model(model, file, step=read_progress(path)["step"])
-    return Path(out)
-
-
 def main():
     typed, = parse_options(__doc__, QuantizeConfig)
     config = QuantizeConfig(**typed)
@@ -206,7 +195,7 @@ def main():
     for line in compare(model, models, tokenizer, rows):
         print(line)
     if config.quant:
-        write_smaller(folder, path, models[config.quant], tokenizer, out)
+        write_changed(folder, path, models[config.quant], tokenizer, out)
         print(f"next: python sample.py {out}")
 
 

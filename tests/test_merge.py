@@ -58,7 +58,7 @@ def test_what_has_no_place_in_a_plain_model_is_refused_and_nothing_is_written(
 def test_a_folder_that_holds_a_run_is_left_alone(tuned, monkeypatch, capsys):
     folder, _ = tuned("lora")
     code, lines = mistake(merge.main, monkeypatch, capsys, folder, f"--out={folder}")
-    assert code == 1 and "already holds a run" in lines[0]
+    assert code == 1 and f"{folder} is there already: give another --out" in lines[0]
 
 
 def test_what_the_config_says_of_an_aligned_run_stays(tuned, call):
