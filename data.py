@@ -39,7 +39,7 @@ import time
 import unicodedata
 import zipfile
 from bisect import bisect_left, insort
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -62,6 +62,7 @@ LARGE = 1 << 25  # characters or bytes: of a JSON value or a row, and to find ou
 GROUP_BYTES = 1 << 23  # text tokenized at a time: the ids of a large corpus must not fill memory
 LEARN_BYTES = 200_000_000  # a tokenizer learns from a sample of this size: more changes little
 TIMEOUT, WAITS = 30, (1, 4, 16)  # seconds: without a byte; before a download is tried again
+HASHES = ".hashes.json"  # in a folder of shards; without it the next start hashes all files again
 PACKED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma", ".zst": "compression.zstd"}  # and modules
 PROGRAMS = ".py .c .h .cpp .cs .go .java .js .jl .kt .lua .php .pl .r .rb .rs .sh .sql .swift .ts"
 PAGES = ".html .htm .xhtml .xht .shtml".split()
@@ -342,10 +343,24 @@ def folder_name(source):
     return re.sub(r"[^\w-]+", "-", Path(path).name.split(".")[0]).strip("-")[:80] or "text"
 
 
-def file_hash(path):
-    """The sha256 of a file's content, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def known_hashes(*folders):
+    """What folders of shards remember of hashed files, {stamp: sha256}; maps[0] takes new ones."""
+    known = ChainMap()
+    for folder in folders:
+        with contextlib.suppress(OSError, ValueError, TypeError):  # then they are hashed again
+            known.maps.append(dict(read_json(Path(folder, HASHES))))
+    return known
+
+
+def file_hash(path, known=None):
+    """The sha256 of a file's content, in hex. A file whose inode, size and time of change are
+    `known`, {stamp: sha256}, is not read: as rsync does, we take it to be unchanged."""
+    known, stat = {} if known is None else known, os.stat(path)
+    stamp = f"{stat.st_ino} {stat.st_size} {stat.st_mtime_ns}"
+    if stamp not in known:
+        with open(path, "rb") as file:
+            known[stamp] = hashlib.file_digest(file, "sha256").hexdigest()
+    return known[stamp]
 
 
 def fetch(url, part, is_page):
@@ -538,13 +553,17 @@ def read_card(folder):
     return check_fields(Card, read_json(path), path)
 
 
-def check_shards(folder, splits=("train", "val")):
-    """The Card of a folder of shards; ValueError unless these splits are as they were written."""
+def check_shards(folder, splits=("train", "val"), known=None):
+    """The Card of a folder of shards; ValueError unless these splits are as they were written. All
+    tokens are read, unless they are `known`, of known_hashes(), which the folder then remembers."""
     card = read_card(folder)
     names = {path.name for path in Path(folder).glob("*.bin")} | card.checksums.keys()
     for path in [Path(folder, name) for name in sorted(names) if name.startswith(splits)]:
-        if file_hash(path) != card.checksums.get(path.name):
+        if file_hash(path, known) != card.checksums.get(path.name):
             raise ValueError(f"{path} is damaged (wrong checksum): run data.py again")
+    if known and known.maps[0]:
+        with contextlib.suppress(OSError):  # of a folder that may not be written to
+            write_json(Path(folder, HASHES), {**known_hashes(folder), **known.maps[0]})
     return card
 
 
@@ -736,7 +755,7 @@ def new_shards(folder, fingerprint):
             path.replace(real / path.name)
 
 
-def build(folder, fingerprint, found, tokenizer, options, chats, license, say):
+def build(folder, fingerprint, found, tokenizer, options, chats, license, known, say):
     """All stages: read, clean, split, train a tokenizer, write the shards and, last, the card."""
     with new_shards(folder, fingerprint) as out, tempfile.TemporaryFile(dir=out.parent) as file:
         [(first, paths), *_], labels = found.items(), []
@@ -778,7 +797,8 @@ def build(folder, fingerprint, found, tokenizer, options, chats, license, say):
             counted = card[name] = count_tokens(read_split(out, name), tokenizer)
             say(f"{name}: {counted['tokens']:,} tokens for {counted['bytes']:,} bytes")
         tokenizer.save(out / "tokenizer.json")
-        checksums = {path.name: file_hash(path) for path in sorted(out.glob("[!.]*"))}
+        checksums = {path.name: file_hash(path, known) for path in sorted(out.glob("[!.]*"))}
+        write_json(out / HASHES, known.maps[0])
         write_json(out / "card.json", card | dict(
             tokenizer=tokenizer.hash(), vocab_size=tokenizer.n_vocab, checksums=checksums))
 
@@ -804,26 +824,25 @@ def prepare(sources, out=None, vocab_size=4096, tokenizer=None, val_ratio=None, 
         room_for_merges(vocab_size, SPECIAL_TOKENS)  # a ValueError before anything is read
     folder = Path("shards", folder_name(sources[0])) if out is None else Path(out)
     found = {name: find_files(name, folder.parent / "downloads", n_shards) for name in sources}
-    options = dict(vocab_size=vocab_size, tokenizer=tokenizer and tokenizer.hash(),
-                   val_ratio=val_ratio, field=field or "text", encoding=encoding,
-                   version=3)  # raised when the same gives other shards
     readable = [path for paths in found.values() for path in paths
                 if are_ready or ending(path) in READERS and is_readable(path)]
     chats = set() if are_ready or field else chat_kinds(readable, encoding)
-    if chats:
-        options["chats"] = True
-        if tokenizer:
-            tokenizer = for_chats(tokenizer)
-            options["tokenizer"] = tokenizer.hash()
-    contents = [[ending(path), file_hash(path)] for path in readable]
+    tokenizer = for_chats(tokenizer) if chats and tokenizer else tokenizer
+    options = dict(vocab_size=vocab_size, tokenizer=tokenizer and tokenizer.hash(),
+                   val_ratio=val_ratio, field=field or "text", encoding=encoding,
+                   version=3)  # raised when the same gives other shards
+    options |= dict(chats=True) if chats else {}
+    known = known_hashes(folder, *folder.parent.glob(f"{folder.name}-????????"))
+    contents = [[ending(path), file_hash(path, known)] for path in readable]
     fingerprint = text_hash(json.dumps([options, contents])).hex()
     if out is None and not is_free(folder, fingerprint):
         folder = Path(f"{folder}-{fingerprint[:8]}")
     with contextlib.suppress(OSError, ValueError):  # of a folder that is not there or not whole
-        if check_shards(folder, ("train", "val", "token")).fingerprint == fingerprint:
+        if read_card(folder).fingerprint == fingerprint:
+            check_shards(folder, ("train", "val", "token"), known)
             say(f"{folder}: used again, the content and the options are the same")
             return folder
-    build(folder, fingerprint, found, tokenizer, options, chats, license, say)
+    build(folder, fingerprint, found, tokenizer, options, chats, license, known, say)
     return folder
 
 

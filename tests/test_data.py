@@ -19,7 +19,8 @@ import pytest
 from conftest import run
 
 import data
-from data import TokenLoader, clean, prepare, read_documents, read_shard, read_split, write_shards
+from data import (TokenLoader, clean, known_hashes, prepare, read_documents, read_shard, read_split,
+                  write_shards)
 from tokenizer import Tokenizer
 
 STORIES = [f"Story {i}.\n\nFox number {i * i} ran over {i + 7} hills,\nthen it slept.\n"
@@ -422,16 +423,26 @@ def test_a_card_can_be_edited_and_says_which_field_is_wrong(tmp_path, prepared):
             data.read_card(tmp_path)
 
 
-def test_a_shard_that_changed_or_is_gone_is_named(tmp_path, prepared):
+@pytest.mark.parametrize("remembers", [False, True])
+def test_a_shard_that_changed_or_is_gone_is_named(tmp_path, prepared, remembers):
+    def check(*splits):
+        return data.check_shards(out, *splits, known=known_hashes(out) if remembers else None)
     out = Path(shutil.copytree(prepared, tmp_path / "copy"))
-    path = out / "val_000000.bin"
-    path.write_bytes(path.read_bytes()[:-1] + b"\7")
-    assert data.check_shards(out, ("train",)) == data.read_card(prepared)
-    with pytest.raises(ValueError, match="val_000000.bin is damaged"):
-        data.check_shards(out)
-    path.unlink()
+    path, extra = out / "val_000000.bin", out / "val_000001.bin"
+    whole = path.read_bytes()
+    for wrong in whole[:-1] + b"\7", whole[:-2], whole + b"\0\0":  # of the same size, shorter, longer
+        check()
+        path.write_bytes(wrong)
+        assert check(("train",)) == data.read_card(prepared)
+        with pytest.raises(ValueError, match="val_000000.bin is damaged"):
+            check()
+        path.write_bytes(whole)
+    path.rename(extra)
     with pytest.raises(OSError, match="val_000000.bin"):
-        data.check_shards(out)
+        check()
+    shutil.copy(extra, path)
+    with pytest.raises(ValueError, match="val_000001.bin is damaged"):
+        check()
 
 
 def written(folder):
@@ -461,6 +472,74 @@ def test_the_same_content_is_used_again_wherever_it_lies_and_another_byte_is_not
     with pytest.raises(ValueError, match="out holds other shards or files: choose another --out"):
         prepare(folder, out, 300, **quiet)
     assert written(out) == before
+
+
+@pytest.fixture
+def hashed(monkeypatch):
+    """The names of the files that are hashed, as a list that grows."""
+    names, digest = [], hashlib.file_digest
+
+    def named(file, kind):
+        names.append(Path(file.name).name)
+        return digest(file, kind)
+    monkeypatch.setattr(hashlib, "file_digest", named)
+    return names
+
+
+def test_a_second_start_hashes_nothing_but_what_was_written_since(tmp_path, hashed):
+    folder, out = folder_of(tmp_path, STORIES), tmp_path / "out"
+
+    def start():
+        hashed.clear()
+        data.check_shards(prepare(folder, out, 300, **quiet), known=known_hashes(out))
+        return sorted(hashed)
+    made = ["tokenizer.json", "train_000000.bin", "val_000000.bin"]
+    assert start() == sorted([*os.listdir(folder), *made]) and start() == []
+    (folder / "007.txt").write_text(STORIES[7])  # the same content at another time
+    (folder / "008.txt").rename(folder / "008.md").rename(folder / "008.txt")
+    shutil.copy(out / "val_000000.bin", tmp_path)
+    os.replace(tmp_path / "val_000000.bin", out / "val_000000.bin")
+    assert start() == ["007.txt", "val_000000.bin"] and start() == []
+    (folder / "007.txt").write_text(STORIES[7].replace("ran", "sat"))  # of the same size
+    with pytest.raises(ValueError, match="out holds other shards or files"):
+        start()
+    assert hashed == ["007.txt"]
+
+
+def test_sources_of_equal_names_sizes_and_times_are_told_apart(home, hashed):
+    def start(name):
+        hashed.clear()
+        return prepare(f"{name}/input.txt", vocab_size=300, **quiet)
+    for name, text in ("a", "one two\n"), ("b", "two one\n"):
+        Path(name, "input.txt").write_text(text * 99)
+        os.utime(Path(name, "input.txt"), (10**9, 10**9))
+    out = start("a"), start("b")
+    assert out[0] != out[1] and texts_of(out[0]) != texts_of(out[1])
+    assert (start("a"), hashed) == (out[0], []) and (start("b"), hashed) == (out[1], [])
+
+
+def test_a_copy_is_hashed_once_and_a_check_of_all_always(tmp_path, prepared, hashed):
+    copy = shutil.copytree(prepared, tmp_path / "copy")
+    for known, n_hashed in (known_hashes, 2), (known_hashes, 0), (lambda path: None, 2):
+        hashed.clear()
+        data.check_shards(copy, known=known(copy))
+        assert len(hashed) == n_hashed
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"7", b'"x"', b"[[[], 7]]", b'{"a": 7}', b"\xff"])
+def test_a_memory_of_hashes_that_is_damaged_or_cannot_be_kept_is_none(tmp_path, prepared, hashed,
+                                                                      content):
+    out = Path(shutil.copytree(prepared, tmp_path / "copy"))
+    part = out / ".hashes.json.part"
+    (out / ".hashes.json").write_bytes(content)
+    part.mkdir()  # so that nothing can be written there
+    for n_hashed in 2, 4:
+        assert data.check_shards(out, known=known_hashes(out)) == data.read_card(prepared)
+        assert len(hashed) == n_hashed
+    part.rmdir()
+    for n_hashed in 6, 6:
+        data.check_shards(out, known=known_hashes(out))
+        assert len(hashed) == n_hashed
 
 
 def test_sources_of_one_name_have_folders_of_their_own(home):
@@ -728,6 +807,56 @@ def test_any_number_of_ranks_reads_the_same_global_batches(tmp_path, world_size)
     for _ in range(20):
         both = [np.concatenate(parts) for parts in zip(*map(next, ranks))]
         assert np.array_equal(both, next(alone))
+
+
+class Watched:
+    """Tokens, of which `read` lists (the first, the one behind the last) that were asked for."""
+
+    def __init__(self, ids, first, read):
+        self.ids, self.first, self.read = ids, first, read
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, span):
+        self.read.append(tuple(self.first + np.array(span.indices(len(self))[:2])))
+        return self.ids[span]
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_rank_reads_its_own_blocks_and_nothing_before(tmp_path, monkeypatch, shuffle):
+    folder, reads, split = shards_of(tmp_path, 10_000), [], read_split
+
+    def watched(*words):
+        shards, reads[len(reads):] = split(*words), [[]]
+        starts = np.cumsum([0, *map(len, shards)])
+        return [Watched(ids, first, reads[-1]) for ids, first in zip(shards, starts)]
+    monkeypatch.setattr(data, "read_split", watched)
+    ranks = [TokenLoader(folder, 4, 100, rank, 2, shuffle=shuffle) for rank in range(2)]
+    assert len(ranks[0].shards) == 10 and reads == [[], []]
+    for step in range(12):
+        before = [len(read) for read in reads]
+        blocks = [next(loader)[0][:, 0].tolist() for loader in ranks]
+        now = [read[n:] for read, n in zip(reads, before)]
+        assert [sum(stop - start for start, stop in read) for read in now] == [4 * 101] * 2
+        assert all({*firsts} <= {start for start, _ in read} for firsts, read in zip(blocks, now))
+        if not shuffle:  # of ten shards in files, no more than two are needed at a time
+            assert len({start // 1000 for read in now for start, _ in read}) <= 2
+    assert len({*reads[0]} | {*reads[1]}) == len(reads[0]) + len(reads[1])
+
+
+def test_opening_shards_reads_their_headers_alone(tmp_path):
+    counters = Path("/proc/self/io")
+    if not counters.exists():
+        pytest.skip("only Linux counts what a process reads")
+
+    def n_read():
+        return int(counters.read_text().split()[1])
+    folder = tmp_path / "counted"
+    write_shards(np.split(np.arange(5_000_000) % 300, 5), folder, "train", 300, 10**6)
+    before = n_read()
+    assert TokenLoader(folder, 8, 64).n_tokens == 5_000_000
+    assert n_read() - before < 100_000
 
 
 def test_resumed_anywhere_the_stream_is_the_one_that_never_stopped(tmp_path):
