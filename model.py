@@ -721,7 +721,8 @@ class Transformer(nn.Module):
         """-> (the stream (B, T, C) as it begins, the rotary table if positions enter there)"""
         return POSITIONS[self.config.position](self, self.wte(ids), positions)
 
-    def forward(self, ids, cache=None, dtype=None, memory=None, segments=None):
+    def forward(self, ids, cache=None, dtype=None, memory=None, segments=None, x=None):
+        """x (B, T, C): the stream, where an earlier stage of a pipeline has embedded the ids."""
         c, T, start = self.config, ids.size(1), cache[0].length if cache else 0
         if start + T > c.block_size:
             raise ValueError(f"{start + T} tokens exceed block_size={c.block_size}")
@@ -733,12 +734,17 @@ class Transformer(nn.Module):
                              f"{(len(ids), start + T)}: a number for each token, cached ones too")
         else:
             positions = position_ids(segments)[:, start:]
-        x, table = self.embed(ids, positions)
-        x = self.dropout(x if dtype is None else x.to(dtype))            # (B, T, C)
+        if x is None:
+            x, table = self.embed(ids, positions)
+            x = self.dropout(x if dtype is None else x.to(dtype))        # (B, T, C)
+        else:
+            table = rotary_table(c, positions) if c.position == "rope" else None
         mask_options = dict(causal=self.causal, window=c.window, segments=segments)
         prefixes = self.prefix and self.prefix(self, x.dtype)
         for i, block in enumerate(self.blocks):
             options = mask_options | dict(prefix=prefixes and prefixes[i])
+            if block is None:  # another stage of a pipeline has it
+                continue
             if self.recompute and self.training:
                 x = checkpoint(block, x, table, None, memory, use_reentrant=False, **options)
             else:
@@ -809,7 +815,7 @@ class GPT(nn.Module):
 
     @property
     def device(self):
-        return self.lm_head.weight.device
+        return next(self.parameters()).device
 
     @property
     def compute_dtype(self):
@@ -837,10 +843,15 @@ class GPT(nn.Module):
         if c.n_classes:
             return self.classify(x, targets, segments)
         if targets is not None:
-            check_ids(targets, c.vocab_size, lowest=-1)
-            extras = dict(smoothing=c.label_smoothing, z_loss=c.z_loss) if self.training else {}
-            return None, self.lm_head(x, targets, softcap=c.softcap, **extras)
+            return None, self.mean_loss(x, targets)
         return cap_logits(self.lm_head(x[:, -1:] if last_only else x), c.softcap), None
+
+    def mean_loss(self, x, targets):
+        """Mean cross-entropy in nats of what the transformer gives (B, T, C); as forward's."""
+        c = self.config
+        check_ids(targets, c.vocab_size, lowest=-1)
+        extras = dict(smoothing=c.label_smoothing, z_loss=c.z_loss) if self.training else {}
+        return self.lm_head(x, targets, softcap=c.softcap, **extras)
 
     def classify(self, x, targets, segments):
         """A class or a number from the mean over a text's tokens."""

@@ -6,6 +6,7 @@ Train a model: text or token shards in, a run folder with checkpoints out.
     python train.py --resume                              # continue the newest run
     python train.py --init=runs/base --data=chats.jsonl --tune=lora        # fine-tune a run
     torchrun --nproc_per_node=2 train.py --max_steps=500  # the same losses, on two processes
+    torchrun --nproc_per_node=8 train.py --parallel=fsdp --tp=2 --pp=2     # and on 2 x 2 x 2
 
 --init begins with the weights of a run, for other data: texts, chats (of which what the assistant
 says is learned), or with --n_classes texts and their labels; --tune says what of it is trained.
@@ -26,11 +27,14 @@ import math
 import os
 import shutil
 import sys
+import threading
 import time
 import timeit
 from collections import deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from statistics import mean, median
@@ -42,11 +46,11 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (ChatLoader, ClassLoader, TokenLoader, check_shards, for_chats, load_tokenizer,
-                  prepare, read_card, read_split)
+from data import (ChatLoader, ClassLoader, TokenLoader, check_shards, for_chats, known_hashes,
+                  load_tokenizer, prepare, read_card, read_split)
 from model import (GPT, KERNELS, SIZES, GPTConfig, TuneConfig, accelerator, check_ids,
-                   has_bf16_units, load_model, merge, option, read_header, read_progress,
-                   read_safetensors, save_model, tune)
+                   from_weights, has_bf16_units, load_model, merge, option, plain_linear,
+                   plain_norm, read_header, read_progress, read_safetensors, save_model, tune)
 from sample import (PRECISIONS, checkpoints, complete, first_whole, load_run as load_finished,
                     knows_chats, newest_run, pick_checkpoint, pick_device, pick_precision)
 from tokenizer import (QUIET, Tokenizer, check_fields, parse_options, read_json, reading,
@@ -102,6 +106,13 @@ class TrainConfig(TuneConfig):
     eval_sequences: int = option(64, "sequences in the fixed validation set", low=1)
     sample_tokens: int = option(48, "tokens shown at a validation", low=1)
     keep_last: int = option(2, "how many of the last checkpoints stay, beside the best", low=1)
+    parallel: str = option("ddp", "over processes: ddp copies the model, fsdp shards it (ZeRO-3)",
+                           known=lambda: ("ddp", "fsdp"))
+    reshard: bool = option(True, "false: fsdp keeps the weights until backward (ZeRO-2)")
+    tp: int = option(1, "processes that share each matrix: tensor parallelism", low=1)
+    pp: int = option(1, "processes that share the blocks: pipeline stages", low=1)
+    pp_schedule: str = option("1f1b", "of the stages", known=lambda: ("1f1b", "gpipe"))
+    timeout: int = option(1800, "seconds until a process that does not answer is named", low=1)
     device: str = option("auto", "auto | cpu | cuda | mps")
     precision: str = option("auto", "weights stay float32", known=lambda: ("auto", *PRECISIONS))
     kernels: str = option("auto", "auto: the fastest", known=lambda: ("auto", "cuda", *KERNELS))
@@ -159,7 +170,8 @@ def complete_options(typed, typed_model):
         typed = typed | dict(out=str(folder), config=str(folder / "config.json"))
     if typed.get("config"):
         saved, shape, data = read_config(typed["config"])
-        options = asdict(saved) | dict(out="", resume=False, rewarm=False, force=False)
+        options = asdict(saved) | dict(out="", resume=False, rewarm=False, force=False,
+                                       parallel="ddp", tp=1, pp=1)  # a run goes on on any others
         if typed.get("resume") and is_shards(data["path"]):
             options["data"] = data["path"]  # not made again from what may have changed
         if typed.keys() & set(LENGTHS):  # a new length takes the place of all former ones
@@ -186,6 +198,8 @@ def complete_options(typed, typed_model):
             (config.schedule == "wsd", ["decay_ratio"], "without --schedule=wsd"),
             (config.schedule != "constant", ["min_lr"], "beside --schedule=constant"),
             (config.resume, ["rewarm"], "without --resume"),
+            (config.parallel == "fsdp", ["reshard"], "without --parallel=fsdp"),
+            (config.pp > 1, ["pp_schedule"], "without --pp=N"),
             (config.resume or not is_shards(config.data), ["vocab_size"], "on shards, as they are"),
             (shape.position == "rope", ["rope_theta"], "without --position=rope")):
         if not act:
@@ -197,17 +211,91 @@ def complete_options(typed, typed_model):
 # The machine: processes, memory, speed, the wish to stop.
 
 
+MESH = "pp", "dp", "tp"  # the dimensions of the processes; tp's, which speak most, are neighbours
+
+
+def part(mesh, name):
+    """(the number of this process, how many there are) along a dimension of the mesh, or (0, 1)."""
+    return (mesh.get_local_rank(name), mesh[name].size()) if mesh else (0, 1)
+
+
 def start_processes(config):
-    """-> (rank, world_size, device), as torchrun says: each process with a GPU of its own."""
-    rank, world_size, local = (int(os.environ.get(name, default)) for name, default in
-                               (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = pick_device(config.device)
+    """-> (rank, mesh, device), as torchrun says: each process with a GPU of its own, or a share of
+    the cores. The mesh, None for one process, has a group of processes for each of MESH."""
+    env = {name: os.environ.get(name, default) for name, default in (
+        ("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))}
+    with reading("the environment"):
+        rank, world_size, local, n_local = map(int, env.values())
+    n, n_split, device = world_size, config.tp * config.pp, pick_device(config.device)
+    if world_size % n_split:
+        raise ValueError(f"tp={config.tp} times pp={config.pp} needs a multiple of {n_split} "
+                         f"processes, not {n}: torchrun --nproc_per_node={n_split} train.py ...")
+    if config.parallel == "ddp" and n_split > 1 and n > n_split:
+        raise ValueError(f"--parallel=ddp copies whole models: on {n} processes --tp and --pp go "
+                         "with --parallel=fsdp")
+    if world_size == 1:
+        if config.parallel == "fsdp":
+            raise ValueError("--parallel=fsdp shards over processes, and there is one: torchrun "
+                             "--nproc_per_node=N train.py ... starts N")
+        return 0, None, device
     if device == "cuda":
+        if local >= torch.cuda.device_count():
+            raise ValueError(f"process {local} finds {torch.cuda.device_count()} GPUs: torchrun "
+                             "--nproc_per_node=N takes at most as many")
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
-    if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    return rank, world_size, device
+    elif device == "mps":
+        raise ValueError("processes cannot share this GPU: add --device=cpu")
+    elif os.environ.get("OMP_NUM_THREADS") == "1":  # which torchrun sets; the cores would idle
+        torch.set_num_threads(max(1, os.cpu_count() // n_local))
+    if not dist.is_initialized():
+        where = ":".join(os.environ.get(f"MASTER_{name}", "") for name in ("ADDR", "PORT"))
+        try:  # to wait a day for each other: rank 0 may be making the data
+            store, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=config.timeout)))
+            dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", store=store,
+                                    rank=rank, world_size=n, timeout=timedelta(days=1))
+        except (RuntimeError, ValueError, OverflowError) as error:
+            why = str(error).partition("\n")[0]
+            raise ValueError(f"rank {rank} does not find the {n} processes at {where or 'no'} "
+                             f"address: start them with torchrun ({why:.200})") from None
+    from torch.distributed.device_mesh import init_device_mesh
+    return rank, init_device_mesh(device.partition(":")[0], (config.pp, n // n_split, config.tp),
+                                  mesh_dim_names=MESH), device
+
+
+def watch(run, timeout):
+    """Let a thread tell the others, through torch's store, that this process lives and at which
+    step, and end it when no step ends for `timeout` seconds: with a line that names the process
+    which no longer answers, or is behind. -> the event that ends the thread"""
+    rank, n, end = dist.get_rank(), dist.get_world_size(), threading.Event()
+    store = dist.PrefixStore("watch", dist.distributed_c10d._get_default_store())
+
+    def heard():
+        return [store.get(str(other)).split() for other in range(n)]  # of bytes: beat and step
+
+    def work():
+        step, since, beat = run.step, time.monotonic(), 0
+        while not end.wait(min(1.0, timeout / 4)):
+            store.set(str(rank), f"{(beat := beat + 1)} {run.step}")
+            if run.step != step:
+                step, since = run.step, time.monotonic()
+            elif time.monotonic() - since > timeout:
+                before = heard()
+                end.wait(3)
+                store.set(str(rank), f"{beat + 1} {run.step}")
+                end.wait(rank / 100)  # all have said so
+                after = heard()
+                dead = [i for i in range(n) if after[i] == before[i] and i != rank]
+                behind = [i for i in range(n) if int(after[i][1]) < max(int(x[1]) for x in after)]
+                names = " and ".join(f"rank {i}" for i in dead or behind) or "no single rank"
+                if rank == min({*range(n)} - {*dead}):
+                    print(f"error: step {step + 1} has not ended for {timeout} s, as {names} does "
+                          f"not answer: the run ends; --resume goes on", file=sys.stderr, flush=True)
+                time.sleep(1)
+                os._exit(1)
+
+    threading.Thread(target=work, daemon=True).start()
+    return end
 
 
 def average(values, device):
@@ -217,6 +305,131 @@ def average(values, device):
     values = torch.tensor(values, device=device, dtype=torch.float64)
     dist.all_reduce(values)
     return (values / dist.get_world_size()).tolist()
+
+
+def check_layout(config, shape):
+    """ValueError if a model of this shape cannot be split over processes as the options say."""
+    hidden = shape.n_hidden or 64  # else of a width that 64 divides
+    sizes = dict(n_kv_head=shape.n_kv_head, block_size=shape.block_size, n_hidden=hidden)
+    for name, size in sizes.items():
+        if size % config.tp:
+            raise ValueError(f"tp={config.tp}: {name}={size} is no multiple of it: take another")
+    if config.pp > shape.n_layer:
+        raise ValueError(f"pp={config.pp}: there are {shape.n_layer} blocks: take at most as many")
+    split = [f"--{name}" for name in ("tp", "pp") if getattr(config, name) > 1]
+    for name, value in dict(curriculum=config.curriculum, n_classes=shape.n_classes).items():
+        if value and split:
+            raise ValueError(f"{name}={value} does not go with {' '.join(split)}: take "
+                             "--parallel=fsdp alone")
+    if config.tune != "full" and (split or config.parallel == "fsdp"):
+        raise ValueError(f"--tune={config.tune} goes with --parallel=ddp alone, without --tp, --pp")
+
+
+class Stage(torch.nn.Module):
+    """One stage of a pipeline: its blocks of a model, of which the others are taken away; the first
+    has the embeddings, too, the last the final norm and the head."""
+
+    def __init__(self, model, number, n_stages):
+        super().__init__()
+        self.model, body = model, model.transformer
+        for i in range(len(body.blocks)):
+            if i * n_stages // len(body.blocks) != number:
+                body.blocks[i] = None
+        if number > 0:
+            body.wte = body.wpe = None
+        if number < n_stages - 1:
+            body.final_norm = model.lm_head = None
+
+    def forward(self, x, ids, segments=None):
+        """The stream (B, T, C) as the stage before left it, or None in the first -> as it leaves."""
+        body, dtype = self.model.transformer, self.model.dtype
+        return body(ids, None, dtype, segments=segments, x=None if body.wte else x)
+
+
+def split_tensors(model, mesh):
+    """Tensor parallelism (arXiv:1909.08053) in place: each process has some heads and some hidden
+    channels of every block, and between them, where norms are, some tokens of each sequence
+    (arXiv:2205.05198), of which the head makes the loss."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module
+    from torch.distributed.tensor.parallel import (ColwiseParallel, PrepareModuleInput,
+                                                   RowwiseParallel, SequenceParallel,
+                                                   parallelize_module)
+    norm, heads = SequenceParallel(use_local_output=True), SequenceParallel(
+        sequence_dim=2, use_local_output=True)  # of q and k (B, T, H, D), of which H is split
+    whole = PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate())
+    rows = RowwiseParallel(output_layouts=Shard(1))
+    plan = {"attn_norm": norm, "mlp_norm": norm, "attn": whole, "mlp": whole,
+            "attn.q_norm": heads, "attn.k_norm": heads, "attn.o_proj": rows, "mlp.down_proj": rows,
+            **dict.fromkeys(("attn.q_proj", "attn.k_proj", "attn.v_proj", "mlp.gate_proj",
+                             "mlp.up_proj"), ColwiseParallel())}
+    model.set_functions(dict(linear=plain_linear, norm=plain_norm))  # these meet DTensors
+    body, head = model.transformer, model.lm_head
+    for block in filter(None, body.blocks):
+        parts = dict(block.named_modules())
+        parallelize_module(block, mesh, {name: style for name, style in plan.items()
+                                         if name in parts}, src_data_rank=None)
+    if body.final_norm is not None:
+        parallelize_module(body.final_norm, mesh, norm, src_data_rank=None)
+
+    def whole_ids(module, inputs, mesh):
+        return (DTensor.from_local(inputs[0], mesh, [Replicate()], run_check=False),)
+
+    def own_tokens(module, output, mesh):
+        return output.redistribute(placements=[Shard(output.dim() - 2)]).to_local()
+
+    for table in filter(None, (body.wte, body.wpe)):
+        distribute_module(table, mesh, None, whole_ids, own_tokens)
+    if head is None:
+        return
+
+    def own_targets(module, inputs, mesh):
+        return inputs[0], inputs[1].chunk(mesh.size(), dim=1)[mesh.get_local_rank()]
+
+    def loss_of_all(x, weight, targets, loss=head.loss, **options):
+        counted = (targets != -1).sum()
+        dist.all_reduce(total := counted.clone(), group=mesh.get_group())
+        mine = loss(x, weight.to_local(grad_placements=[Partial()]), targets, **options)
+        mine = mine * (counted / total.clamp(min=1))
+        return DTensor.from_local(mine, mesh, [Partial()], run_check=False).full_tensor()
+
+    distribute_module(head, mesh, None, own_targets)
+    head.loss = loss_of_all
+    if body.wte is not None:
+        model.tie()
+
+
+def parallelize(model, config, mesh):
+    """Split a model over a mesh, in place, as the options say -> what is called in its place."""
+    (stage, n_stages), (_, n_copies), (_, n_tensor) = (part(mesh, name) for name in MESH)
+    called = Stage(model, stage, n_stages) if n_stages > 1 else model
+    if n_tensor > 1:
+        split_tensors(model, mesh["tp"])
+    if n_copies == 1:
+        return called
+    if config.parallel == "ddp":
+        return DistributedDataParallel(  # averages gradients
+            called, [model.device] if model.device.type == "cuda" else None)
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    options = dict(mesh=mesh["dp"], reshard_after_forward=config.reshard)
+    low = MixedPrecisionPolicy(model.dtype, torch.float32, cast_forward_inputs=False)
+    for block in filter(None, model.transformer.blocks):
+        fully_shard(block, **options, mp_policy=low)
+    if n_stages > 1 and model.lm_head is not None:  # the loss calls it
+        fully_shard(model.lm_head, **options)
+    return fully_shard(called, **options)  # the rest, whose products need float32
+
+
+def whole(tensor):
+    """A tensor of which each process has a part, put together on all of them."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def shared(tensor, like):
+    """A tensor that all processes have, split as another one is."""
+    if not hasattr(like, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def peak_memory(device="cpu"):
@@ -328,11 +541,12 @@ def plain_orthogonal(x, steps=5):
     return x
 
 
-def orthogonal(x):
-    """plain_orthogonal of x (n, rows, columns), in bfloat16 and by its fast twin where possible."""
+def orthogonal(x, low=True):
+    """plain_orthogonal of x (n, rows, columns) by its fast twin where possible, if low in bfloat16
+    where that is faster."""
     if x.size(-2) > x.size(-1):
-        return orthogonal(x.mT).mT  # x x^T is smaller
-    x = x.bfloat16() if has_bf16_units(x.device) else x
+        return orthogonal(x.mT, low).mT  # x x^T is smaller
+    x = x.bfloat16() if low and has_bf16_units(x.device) else x
     return accelerator().fast_orthogonal(x, NEWTON_SCHULZ) if accelerator() else plain_orthogonal(x)
 
 
@@ -356,19 +570,21 @@ class Muon(torch.optim.AdamW):
             params = [p for p in group["params"] if group["muon"] and p.grad is not None]
             for shape in {p.shape for p in params}:
                 alike = [p for p in params if p.shape == shape]
-                self.update_matrices(alike, group["lr"], group["weight_decay"])
+                self.update_matrices(alike, group["lr"], group["weight_decay"],
+                                     group.get("low", True))
         super().step()  # which passes over the matrices, as they have no gradient any more
 
-    def update_matrices(self, params, lr, weight_decay):
+    def update_matrices(self, params, lr, weight_decay, low):
         """Muon's step for matrices of one shape, all at once."""
         gradients = [p.grad for p in params]
         momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
         torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
-        ahead = torch.stack(torch._foreach_lerp(gradients, momenta, self.momentum))  # Nesterov's
+        ahead = torch.stack([*map(whole, torch._foreach_lerp(  # Nesterov's; of all its parts
+            gradients, momenta, self.momentum))])
         rows, columns = params[0].shape
-        updates = orthogonal(ahead) * (lr * max(1, rows / columns) ** 0.5)
+        updates = orthogonal(ahead, low) * (lr * max(1, rows / columns) ** 0.5)
         for p, update in zip(params, updates):
-            p.mul_(1 - lr * weight_decay).sub_(update)
+            p.mul_(1 - lr * weight_decay).sub_(shared(update, p))
             p.grad = None
 
 
@@ -384,17 +600,20 @@ def build_optimizer(model, config):
     """AdamW (arXiv:1711.05101) for what is trained, its weight decay for matrices alone. Or Muon
     for the matrices of the blocks, and AdamW at half its rate for the rest."""
     muon = config.optimizer == "muon"
-    groups = [dict(params=[], muon=muon, share=1.0, weight_decay=config.weight_decay),
+    groups = [dict(params=[], muon=muon, share=1.0, weight_decay=config.weight_decay,
+                   low=config.precision != "fp32"),
               dict(params=[], muon=False, share=0.5 if muon else 1.0, weight_decay=0.0)]
     for name, p in model.named_parameters():
         is_matrix = p.dim() == 2 and ("blocks." in name or not muon)
         if p.requires_grad:
             groups[0 if is_matrix else 1]["params"].append(p)
-    groups, rate = [group for group in groups if group["params"]], config.learning_rate
-    if config.cuda_graph:  # a graph repeats what it saw: only what is in a tensor can change
-        rate = torch.tensor(rate, device=model.device)
-    return OPTIMIZERS[config.optimizer].build(groups, lr=rate, betas=(config.beta1, config.beta2),
-                                              fused=True, capturable=config.cuda_graph)
+    groups = [group for group in groups if group["params"]]
+    for group in groups if config.cuda_graph else ():
+        # a graph repeats what it saw: only what is in a tensor can change; each group has a rate
+        group["lr"] = torch.tensor(config.learning_rate, device=model.device)
+    return OPTIMIZERS[config.optimizer].build(
+        groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True,
+        capturable=config.cuda_graph)
 
 
 def set_rate(optimizer, rate):
@@ -411,9 +630,18 @@ def tuning_rate(config, n_embd):
     return 3 * rate if config.optimizer == "muon" else rate * min(1.0, 128 / n_embd)
 
 
-def clip_gradients(model, grad_clip):
-    """Shorten the gradient of all weights to at most grad_clip; -> its length before."""
-    return torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+def clip_gradients(model, grad_clip, mesh=None):
+    """Shorten the gradient of all weights to at most grad_clip; -> its length before. A pipeline's
+    stages each have some of the weights, and the last a tied head, which the first counts."""
+    stage, n_stages = part(mesh, "pp")
+    norm = whole(torch.nn.utils.get_total_norm([
+        p.grad for name, p in model.named_parameters() if p.grad is not None
+        and not (stage and model.config.tied and name == "lm_head.weight")]))
+    if n_stages > 1:
+        dist.all_reduce(norm := norm.square(), group=mesh.get_group("pp"))
+        norm = norm.sqrt()
+    torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip or math.inf, norm)
+    return norm
 
 
 def to_device(batch, model):
@@ -439,27 +667,73 @@ def batch_loss(model, x, y, segments=None):
     return loss, (y != -1).float().mean()
 
 
-def gradients(run, model, pairs, n, grad_clip):
-    """Gradients on n batches, (x, y) or (x, y, segments), clipped -> (mean loss in nats, length of
-    the gradient), tensors. Processes exchange gradients once, at the last batch."""
+def add_gradients(run, model, pairs, n):
+    """Add up the gradients of n batches; processes exchange them once, at the last."""
     total = counted = 0.0
     for i, batch in enumerate(pairs, 1):
-        waits = hasattr(model, "no_sync") and i < n
+        if hasattr(model, "set_requires_gradient_sync"):  # FSDP's
+            model.set_requires_gradient_sync(i == n)
+        waits = hasattr(model, "no_sync") and i < n  # DDP's
         with model.no_sync() if waits else contextlib.nullcontext():
             loss, share = batch_loss(model, *batch)
             # gradients add up over the passes of a step; we want their mean over what counts
             run.scaler.scale(loss * share / n).backward()
         total, counted = total + loss.detach() * share / n, counted + share / n
-    grads = {name: p.grad for name, p in run.model.named_parameters() if p.requires_grad}
-    unused = [name for name, grad in grads.items() if grad is None]
+    return total, counted, len(batch) == 3
+
+
+def add_gradients_in_stages(run, model, pairs, n):
+    """add_gradients() where the model is a stage of a pipeline, through which the n batches flow."""
+    x, y, *segments = [torch.cat(part) for part in zip(*pairs)]
+    group, losses = run.mesh.get_group("pp"), []
+    stage, n_stages = part(run.mesh, "pp")
+    last = dict(target=y, losses=losses) if stage == n_stages - 1 else {}
+    run.schedule.step(*[x] * (stage == 0), ids=x, **dict(zip(["segments"], segments)), **last)
+    total = sum(losses, torch.zeros((), device=x.device)).detach() / run.scaler.get_scale()
+    dist.all_reduce(total, group=group)
+    if run.model.config.tied and stage in (0, n_stages - 1):  # each end has the table's gradient
+        p = run.model.lm_head.weight if stage else run.model.transformer.wte.weight
+        mine = p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad
+        ends = dict(group=group, group_peer=0 if stage else n_stages - 1)
+        other = torch.empty_like(mine)
+        for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, mine, **ends),
+                                            dist.P2POp(dist.irecv, other, **ends)]):
+            work.wait()
+        mine += other
+    return total, (y != -1).float().mean(), bool(segments)
+
+
+def build_schedule(run, stage, n):
+    """torch's schedule for n micro-batches through the stages of a pipeline. arXiv:1811.06965 and,
+    in which fewer of them wait for backward, 2104.04473."""
+    from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+    kind = ScheduleGPipe if run.config.pp_schedule == "gpipe" else Schedule1F1B
+
+    def loss(x, y):
+        return run.scaler.scale(run.model.mean_loss(x, y) * (y != -1).float().mean() / n)
+
+    return kind(PipelineStage(stage, *part(run.mesh, "pp"), run.model.device,
+                              group=run.mesh.get_group("pp")), n, loss, scale_grads=False)
+
+
+def gradients(run, model, pairs, n, grad_clip):
+    """Gradients on n batches, (x, y) or (x, y, segments), clipped -> (mean loss in nats, length of
+    the gradient), tensors."""
+    add_up = add_gradients_in_stages if run.schedule else add_gradients
+    total, counted, differs = add_up(run, model, pairs, n)
+    trained = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
+    unused = [name for name, p in trained.items() if p.grad is None]
     if unused and dist.is_initialized():  # which would wait for them in vain
         raise ValueError(f"{unused[0]} got no gradient: forward must use it, or leave it out")
+    for p in trained.values():  # under tensor parallelism each process has a part of the sum
+        if getattr(p.grad, "placements", None) != getattr(p, "placements", None):
+            p.grad = p.grad.redistribute(placements=p.placements)
     run.scaler.unscale_(run.optimizer)
-    if len(batch) == 3:  # how much counts differs from batch to batch
+    if differs:  # from batch to batch in how much counts
         counted, = average([max(float(counted), 1e-9)], run.model.device)
         total = total / counted
-        torch._foreach_div_([grad for grad in grads.values() if grad is not None], counted)
-    return total, clip_gradients(run.model, grad_clip)
+        torch._foreach_div_([p.grad for p in trained.values() if p.grad is not None], counted)
+    return total, clip_gradients(run.model, grad_clip, run.mesh)
 
 
 def update(run):
@@ -476,21 +750,36 @@ def take_step(run, model, xs, ys, grad_clip):
     return results
 
 
-def validation_loss(model, shards, config, rank=0, world_size=1):
+def validation_loss(model, shards, config, rank=0, world_size=1, loss_of=batch_loss):
     """Mean loss in nats over the first eval_sequences sequences of the validation split, or all."""
     loader = find_loader(shards, model.config)(shards, 1, model.config.block_size, split="val")
-    own = range(rank, min(config.eval_sequences, loader.n_blocks), world_size)
+    n, step = min(config.eval_sequences, loader.n_blocks), world_size * config.micro_batch_size
     total = counted = 0.0
     model.eval()
-    with torch.inference_mode():
-        for first in range(0, len(own), config.micro_batch_size):
-            blocks = [loader.block(i) for i in own[first:first + config.micro_batch_size]]
-            loss, share = batch_loss(model, *to_device(loader.batch(blocks), model))
-            total += len(blocks) * (loss * share).item()
-            counted += len(blocks) * share.item()
+    with torch.no_grad():
+        for first in range(0, n, step):  # as many passes on each process, if with nothing to count
+            own = range(first + rank, min(first + step, n), world_size)
+            batch = to_device(loader.batch([loader.block(i) for i in own or [0]]), model)
+            loss, share = loss_of(model, *batch)
+            total += len(own) * (loss * share).item()
+            counted += len(own) * share.item()
     model.train()
     total, counted = average([total, counted], model.device)
     return total / counted
+
+
+def loss_in_stages(run, stage, model, x, y, segments=None):
+    """batch_loss(), forward alone, from stage to stage of a pipeline: the last one counts."""
+    (number, n_stages), (_, n_tensor) = part(run.mesh, "pp"), part(run.mesh, "tp")
+    group, shape = run.mesh.get_group("pp"), (len(x), x.size(1) // n_tensor, model.config.n_embd)
+    stream = torch.empty(shape, dtype=model.compute_dtype, device=x.device)      # (B, T, C)
+    if number > 0:
+        dist.recv(stream, group=group, group_src=number - 1)
+    stream = stage(stream, x, segments)
+    if number < n_stages - 1:
+        dist.send(stream.contiguous(), group=group, group_dst=number + 1)
+        return torch.zeros(()), torch.zeros(())
+    return model.mean_loss(stream, y), (y != -1).float().mean()
 
 
 # -----------------------------------------------------------------------------
@@ -525,6 +814,11 @@ class Run(Progress):
     shards: Path = None
     batches: TokenLoader = None
     prompt: list = ()               # ids that a sample goes on with
+    n_parameters: int = 0           # of the whole model, which processes may share
+    flops_per_token: float = 0.0
+    mesh: object = None             # the processes, where there are several
+    called: torch.nn.Module = None  # what of them is called in the model's place
+    schedule: object = None         # of a pipeline's stages
 
 
 def new_run(folder, model, config, device):
@@ -534,16 +828,59 @@ def new_run(folder, model, config, device):
                scaler=scaler, config=config)
 
 
+def is_split(run):
+    """Whether this process has only a part of the model."""
+    return run.mesh is not None and (run.config.parallel == "fsdp" or run.config.tp > 1
+                                     or run.config.pp > 1)
+
+
+def gather(run):
+    """{name: tensor} of weights and optimizer that processes share, whole, in the main memory of
+    rank 0; {} elsewhere."""
+    is_tied, (stage, n_stages) = run.model.config.tied, part(run.mesh, "pp")
+    keeps, found = part(run.mesh, "dp")[0] == part(run.mesh, "tp")[0] == 0, {}
+    for name, p in run.model.named_parameters():
+        state = {f"optimizer.{name}.{what}": w for what, w in run.optimizer.state[p].items()}
+        for key, w in {name: p.detach(), **state}.items():
+            w = whole(w)  # by all processes together, one after another
+            if keeps and not (stage and is_tied and name == "lm_head.weight"):
+                found[key] = w.to(run.model.device if stage else "cpu", copy=True)
+    if not keeps or n_stages == 1:
+        return found
+    group, rows = run.mesh.get_group("pp"), [None] * n_stages
+    dist.all_gather_object(rows, [(key, w.shape, w.dtype) for key, w in found.items()], group)
+    for sender in range(1, n_stages):
+        for key, shape, dtype in rows[sender]:
+            if stage == sender:
+                dist.send(found[key], group=group, group_dst=0)
+            elif stage == 0:
+                w = torch.empty(shape, dtype=dtype, device=run.model.device)
+                dist.recv(w, group=group, group_src=sender)
+                found[key] = w.cpu()
+    return {} if stage else found
+
+
 def snapshot(run):
-    """What a checkpoint holds, copied to main memory: (model, optimizer's tensors, progress)."""
-    copies = {id(p): torch.nn.Parameter(p.detach().to("cpu", copy=True)) if p.requires_grad else p
-              for p in run.model.parameters()}  # those that are frozen never change
-    names = {p: name for name, p in run.model.named_parameters()}
-    tensors = {f"optimizer.{names[p]}.{what}": tensor.to("cpu", copy=True)
-               for p, state in run.optimizer.state.items() for what, tensor in state.items()}
+    """What a checkpoint holds, copied to main memory: (model, optimizer's tensors, progress). To
+    be asked on all ranks; those that gave their parts to rank 0 have no model."""
+    if is_split(run):
+        found = gather(run)
+        weights = {key: found.pop(key) for key in [*found] if not key.startswith("optimizer.")}
+        model, tensors = weights and from_weights(run.model.config, weights, "the run"), found
+        if model:
+            model.use("torch")
+    elif dist.is_initialized() and dist.get_rank() > 0:
+        model, tensors = None, {}
+    else:
+        copies = {id(p): torch.nn.Parameter(p.detach().to("cpu", copy=True)) if p.requires_grad
+                  else p for p in run.model.parameters()}  # those that are frozen never change
+        names = {p: name for name, p in run.model.named_parameters()}
+        tensors = {f"optimizer.{names[p]}.{what}": tensor.to("cpu", copy=True)
+                   for p, state in run.optimizer.state.items() for what, tensor in state.items()}
+        model = copy.deepcopy(run.model, copies)
     progress = {f.name: getattr(run, f.name) for f in fields(Progress)} | dict(
         loss_scale=run.scaler.state_dict())
-    return copy.deepcopy(run.model, copies), tensors, progress
+    return model, tensors, progress
 
 
 def save_run(folder, state, keep=2):
@@ -559,22 +896,28 @@ def save_run(folder, state, keep=2):
         old.unlink()
 
 
-def load_run(folder, config, device):
-    """The Run in a folder as its newest whole checkpoint left it; ValueError if it does not fit."""
+def load_run(folder, config, device, ready=lambda model: None):
+    """The Run in a folder as its newest whole checkpoint left it, on any number of processes, over
+    which ready(model) splits it; ValueError if it does not fit."""
     path = pick_checkpoint(folder, "last")
     model, state = load_model(path, device)
     if not model.tuning:
         merge(model)  # ValueError if it is quantized
-    tensors = state.pop("tensors")
+    tensors, shapes = state.pop("tensors"), {n: p.shape for n, p in model.named_parameters()}
+    ready(model)
     progress, run = check_fields(Progress, state, path), new_run(folder, model, config, device)
     run.__dict__.update(progress.__dict__)
     run.scaler.load_state_dict(run.scaler.state_dict() | progress.loss_scale)
     params, state = dict(model.named_parameters()), run.optimizer.state
+    if model.config.tied and "lm_head.weight" in params:  # of the last stage of a pipeline
+        params["transformer.wte.weight"] = params["lm_head.weight"]
     for key, tensor in tensors.items():
         name, _, kind = key.removeprefix("optimizer.").rpartition(".")
-        if name not in params or tensor.shape not in ((), params[name].shape):
+        if name not in shapes or tensor.shape not in ((), shapes[name]):
             raise ValueError(f"{path}: {key} of shape {tuple(tensor.shape)} fits no parameter")
-        state[params[name]][kind] = tensor.float()
+        if name in params:
+            tensor = tensor.float()
+            state[params[name]][kind] = shared(tensor, params[name]) if tensor.dim() else tensor
     for group in run.optimizer.param_groups:  # those of a group are treated alike
         if tensors and len({frozenset(state[p]) for p in group["params"]}) > 1:
             raise ValueError(f"{path} lacks a part of the state of optimizer={config.optimizer}: "
@@ -661,8 +1004,8 @@ class Recorder(contextlib.AbstractContextManager):
                 raise OSError("no room is left")
         self.rows = b""
 
-    def save(self, run):
-        self.waiting.append(snapshot(run))
+    def save(self, state):
+        self.waiting.append(state)
         self.worker.submit(self.write_waiting)
 
     def write_waiting(self):
@@ -700,6 +1043,18 @@ def find_shards(config, rank, say, tokenizer=None):
     return folder[0]
 
 
+def check_copies(shards, mesh):
+    """ValueError if shards are damaged or, on nodes that share no disk, not the same on all."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        check_shards(shards, known=known_hashes(shards))
+    if mesh:
+        dist.all_gather_object(found := [""] * dist.get_world_size(), read_card(shards).fingerprint)
+        for rank, fingerprint in enumerate(found):
+            if fingerprint != found[0]:
+                raise ValueError(f"{shards} holds another corpus for rank {rank} than for rank 0: "
+                                 "copy the folder to all nodes")
+
+
 def find_loader(shards, shape):
     """The class of the loader that reads a folder of shards for a model of this shape."""
     if shape.n_classes:
@@ -707,13 +1062,17 @@ def find_loader(shards, shape):
     return ChatLoader if read_card(shards).options.get("chats") else TokenLoader
 
 
-def split_batch(config, world_size):
-    """-> (sequences in a forward pass on one process, forward passes in a step)."""
-    micro = max(1, min(config.micro_batch_size, config.batch_size // world_size))
-    if config.batch_size % (micro * world_size):
-        raise ValueError(f"batch_size={config.batch_size} is no multiple of {micro * world_size}: "
-                         f"micro_batch_size={micro} on {world_size} process(es)")
-    return micro, config.batch_size // (micro * world_size)
+def split_batch(config, n_copies):
+    """-> (sequences in a forward pass of one copy of the model, forward passes in a step)."""
+    micro = max(1, min(config.micro_batch_size, config.batch_size // (n_copies * config.pp)))
+    if config.batch_size % (micro * n_copies):
+        raise ValueError(f"batch_size={config.batch_size} is no multiple of {micro * n_copies}: "
+                         f"micro_batch_size={micro} on {n_copies} process(es)")
+    n_passes = config.batch_size // (micro * n_copies)
+    if n_passes < config.pp:
+        raise ValueError(f"batch_size={config.batch_size} gives {n_passes} micro-batches to "
+                         f"pp={config.pp} stages, which need one each: take a larger one")
+    return micro, n_passes
 
 
 def last_step(config, n_tokens, tokens_per_step):
@@ -811,8 +1170,9 @@ def check_data(shards, shape, config, known, tokenizer):
 
 def prepare_run(config, model_config, say, stack):
     """Data and model, new or resumed, that fit -> Run; the ExitStack lets go of it at the end."""
-    rank, world_size, device = start_processes(config)
-    micro, _ = split_batch(config, world_size)
+    rank, mesh, device = start_processes(config)
+    copy_rank, n_copies = part(mesh, "dp")
+    micro, n_passes = split_batch(config, n_copies)
     base = known = None
     if config.init and config.resume:
         known = Tokenizer.load(run_folder(config) / "tokenizer.json")
@@ -823,11 +1183,13 @@ def prepare_run(config, model_config, say, stack):
         read_config(run_folder(config) / "config.json")[1] if config.resume else
         base.config if base else model_shape(config.size, config.vocab_size))
     check_model(shape, config)
+    check_layout(config, shape)
     if base and shape.position == "learned" and shape.block_size > base.config.block_size:
         raise ValueError(f"block_size={shape.block_size} is above {base.config.block_size}, for "
                          "which --init has learned positions: leave it out")
     check_memory(shape, config, micro, device)  # before the data is made
     shards = find_shards(config, rank, say, known)
+    check_copies(shards, mesh)
     tokenizer = load_tokenizer(shards / "tokenizer.json")
     shape = replace(shape, vocab_size=tokenizer.n_vocab)
     loader = check_data(shards, shape, config, known, tokenizer)
@@ -837,26 +1199,34 @@ def prepare_run(config, model_config, say, stack):
         config.learning_rate or tuning_rate(config, shape.n_embd)))
     torch.manual_seed(config.seed)
     folder = claim_folder(config, shards, stack) if rank == 0 else run_folder(config, shards)
+    made = {}  # what is known before the model is split
+
+    def ready(model):
+        names = [model.use(config.kernels, dtype, config.recompute, batch_size=micro)]
+        if mesh:
+            dist.broadcast_object_list(names, src=0)  # what was the fastest there
+            model.use(names[0], dtype, config.recompute)
+        made.update(n_parameters=model.n_parameters(), flops_per_token=model.flops_per_token(),
+                    kernels=names[0], called=parallelize(model, config, mesh))
+
     if config.resume:
-        run = load_run(folder, config, device)
+        run = load_run(folder, config, device, ready)
     else:
         model = (start_model(base, config, shape, tokenizer, loader, rank == 0 and folder, say)
                  if base else GPT(shape).to(device))
+        ready(model)
         run = new_run(folder, model, config, device)
-    names = [run.model.use(config.kernels, dtype, config.recompute, batch_size=micro)]
-    if world_size > 1:
-        dist.broadcast_object_list(names, src=0)  # what was the fastest there
-        run.model.use(names[0], dtype, config.recompute)
-    fits = names[0] in ("torch", "cuda") and precision != "fp16" and not config.skip_spikes
-    if config.cuda_graph and not (fits and "cuda" in device and world_size == 1 and accelerator()):
+    fits = made["kernels"] in ("torch", "cuda") and precision != "fp16" and not config.skip_spikes
+    if config.cuda_graph and not (fits and "cuda" in device and not mesh and accelerator()):
         raise ValueError("--cuda_graph needs chapters/kernels.py, one GPU, fp32 or bf16, torch or "
                          "cuda kernels, and no --skip_spikes: leave it out")
     if config.rewarm:
         run.start_step, run.start_elapsed = run.step, run.elapsed
-    run.config = replace(config, kernels=names[0])  # a resumed run takes the same
-    run.tokenizer, run.shards = tokenizer, shards
-    run.batches = loader(shards, micro, shape.block_size, rank, world_size, config.seed,
-                         run.sequences // (micro * world_size), shuffle=config.shuffle)
+    run.config = replace(config, kernels=made.pop("kernels"))  # a resumed run takes the same
+    vars(run).update(made, tokenizer=tokenizer, shards=shards, mesh=mesh)
+    run.schedule = build_schedule(run, run.called, n_passes) if config.pp > 1 else None
+    run.batches = loader(shards, micro, shape.block_size, copy_rank, n_copies, config.seed,
+                         run.sequences // (micro * n_copies), shuffle=config.shuffle)
     if loader is ChatLoader:  # of the first chat to validate on, up to where the assistant begins
         x, y, _ = loader(shards, 1, shape.block_size, split="val").block(0)
         run.prompt = x[:(y != -1).argmax() + 1].tolist()
@@ -904,7 +1274,7 @@ def claim_folder(config, shards, stack):
 
 def begin_folder(run, shape, say):
     """Check a run that is resumed, and write the first files of its folder."""
-    config, card = run.config, check_shards(run.shards)
+    config, card = run.config, read_card(run.shards)
     n_bytes = 8 * sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     if n_bytes > (n_free := shutil.disk_usage(run.folder).free):
         raise ValueError(f"{run.folder}: a checkpoint takes {n_bytes / 1e9:.1f} GB or more, and "
@@ -959,10 +1329,10 @@ def why_skip(run, loss, norm, deviations):
 def give_up(run, rate, recorder):
     """ValueError after too many bad steps in a row, with the run saved as it was before them."""
     bad, run.bad, saved = run.bad, 0, "no checkpoint is newer, as the weights are bad, too"
-    if run.model.is_finite():
+    state = snapshot(run)
+    if recorder and state[0].is_finite():
         saved = "the weights from before them are saved"
-        if recorder:
-            recorder.save(run)
+        recorder.save(state)
     raise ValueError(f"the loss or its gradient is not finite at step {run.step}, {bad} in a row; "
                      f"{saved}: go on with --resume and a --learning_rate below {rate:.1e}; python "
                      f"-m chapters.doctor {run.folder} says more")
@@ -1003,7 +1373,7 @@ def announce(run, n_steps, row):
               if config.warmup_steps >= n_steps else
               "; a smaller --size or more --minutes would see more of them" if epochs < 0.5 else
               "; more than 8 teach little: give more text, or --dropout" if epochs > 8 else "")
-    return (f"{model.n_parameters():,} parameters, in about {n_steps:,.0f} steps of {seconds:.2f} s"
+    return (f"{run.n_parameters:,} parameters, in about {n_steps:,.0f} steps of {seconds:.2f} s"
             f" ({duration(n_steps * seconds)}) and {(row['memory'] or 0) / 1e9:.1f} GB\n"
             f"on {model.device}, {config.precision}, {config.kernels} kernels{tried}\n"
             f"it will see its {n_tokens:,} tokens {epochs:,.1f} times{advice}")
@@ -1043,15 +1413,16 @@ def train(config, model_config=None, say=tqdm.write):
     with contextlib.ExitStack() as stack:
         run = prepare_run(config, model_config, say, stack)
         config, batches, device = run.config, run.batches, str(run.model.device)
-        rank, world_size, T = batches.rank, batches.world_size, batches.block_size
-        model = run.model if world_size == 1 else DistributedDataParallel(  # averages gradients
-            run.model, [device] if device.startswith("cuda") else None)
-        _, n_passes = split_batch(config, world_size)
+        rank, n_copies, T = batches.rank, batches.world_size, batches.block_size
+        world_size = dist.get_world_size() if run.mesh else 1
+        model, (_, n_passes) = run.called, split_batch(config, n_copies)
+        loss_of = partial(loss_in_stages, run, model) if run.schedule else batch_loss
+        validate = partial(validation_loss, run.model, run.shards, config, rank, n_copies, loss_of)
         whole_step = config.cuda_graph and accelerator().GraphedStep(
             lambda xs, ys: take_step(run, model, xs, ys, config.grad_clip))
         n_steps = last_step(config, batches.n_tokens, config.batch_size * T)
         peak_speed = (matmul_rate(run.model.device, run.model.dtype) * world_size
-                      / run.model.flops_per_token())  # tokens per second
+                      / run.flops_per_token)  # tokens per second
         before, first, said = run.elapsed, run.step, began
 
         progress, stopping = share_done(config, n_steps, run.step, run.elapsed), False
@@ -1061,9 +1432,12 @@ def train(config, model_config=None, say=tqdm.write):
             bar_format="{percentage:3.0f}% {bar:5} {desc}"))
         asked = stack.enter_context(stop_signals())
         recorder = is_main and stack.enter_context(Recorder(run.folder, config.keep_last, say))
+        if run.mesh:
+            stack.callback(watch(run, config.timeout).set)
         while progress < 1 and not stopping:
             start = time.perf_counter()
-            torch.manual_seed(1_000_003 * run.step + config.seed + rank)  # dropout: of this step
+            torch.manual_seed(1_000_003 * run.step + config.seed
+                              + int(os.environ.get("RANK", 0)))  # dropout: of this step
             rate = rate_now(run, n_steps, progress)
             set_rate(run.optimizer, rate)
             pairs = micro_batches(batches, n_passes, run.model, progress, config.curriculum)
@@ -1078,7 +1452,7 @@ def train(config, model_config=None, say=tqdm.write):
             if why := why_skip(run, loss, norm, config.skip_spikes):
                 row |= dict(skipped=why, sequences=[run.sequences - config.batch_size,
                                                     run.sequences - 1])
-                run.scaler.update()
+                run.scaler.update(None if math.isfinite(norm) else run.scaler.get_scale() / 2)
                 run.optimizer.zero_grad()
             elif not whole_step:  # which includes it
                 update(run)
@@ -1089,12 +1463,13 @@ def train(config, model_config=None, say=tqdm.write):
 
             is_check, run.val_loss = run.step % config.eval_every == 0 or progress == 1, None
             if is_check:
-                row["val_loss"] = validation_loss(run.model, run.shards, config, rank, world_size)
+                row["val_loss"] = validate()
                 if math.isfinite(row["val_loss"]):
                     run.val_loss = row["val_loss"]
                     run.best_loss, run.best_step = min((run.best_loss, run.best_step),
                                                        (run.val_loss, run.step))
-                high = min(1.03 * run.best_loss, math.log(len(run.model.lm_head.weight)) + 0.1)
+                n_kinds = run.model.config.n_classes or run.model.config.vocab_size
+                high = min(1.03 * run.best_loss, math.log(n_kinds) + 0.1)
                 if row["val_loss"] > high:  # the best, or what guessing costs, and a little more
                     say(f"that is worse than {high:.2f}: python -m chapters.doctor {run.folder}")
                 if 0 < config.patience <= (run.step - run.best_step) / config.eval_every:
@@ -1104,6 +1479,7 @@ def train(config, model_config=None, say=tqdm.write):
                 recorder.log(row)
             if run.bad and (run.bad >= config.bad_steps or whole_step):
                 give_up(run, rate, recorder)
+            state = snapshot(run) if is_check or stopping else None
             if not is_main:
                 continue
             if run.step == first + 2:  # the first step warms up
@@ -1114,13 +1490,13 @@ def train(config, model_config=None, say=tqdm.write):
             if is_check or stopping or why or (bar.disable and time.perf_counter() - said > 10):
                 say(line)
                 said = time.perf_counter()
-            if (is_check or stopping) and run.model.is_finite():
-                recorder.save(run)
+            if state and state[0].is_finite():
+                recorder.save(state)
                 if is_check and progress < 1 and not (why or run.model.config.n_classes):
-                    say(sample_lines(run.model, run.tokenizer, config.sample_tokens, config.seed,
+                    say(sample_lines(state[0] if is_split(run) else run.model, run.tokenizer, config.sample_tokens, config.seed,
                                      run.prompt))
         if run.step == first and run.val_loss is None:  # it ended between two validations
-            run.val_loss = validation_loss(run.model, run.shards, config, rank, world_size)
+            run.val_loss = validate()
     stopped = int(asked[0]) if asked else int(signal.SIGTERM) * bool(stopping)
     return summarize(run, time.perf_counter() - began, stopped) if is_main else None
 
@@ -1143,8 +1519,38 @@ def summarize(run, seconds, stopped):
                 words=" ".join(words[1:3] if kind is TokenLoader else words[:8])[:50])
 
 
+def restarted(typed, typed_model):
+    """The options typed, two dicts; after a crash, when torchrun starts all processes again, with
+    --resume if there is a checkpoint to go on with."""
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    if restarts and not (typed.get("out") or typed.get("resume")):
+        raise ValueError("--max-restarts needs --out=FOLDER, so that a restart finds the run")
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and checkpoints(typed["out"]):
+        typed = {name: typed[name] for name in typed if name != "config"} | dict(resume=True)
+    return typed, typed_model
+
+
+@contextlib.contextmanager
+def one_voice():
+    """Of several processes that end with the same error one says it; the loss of a process is a
+    ValueError to the others."""
+    try:
+        yield
+    except (ValueError, OSError):
+        if int(os.environ.get("RANK", 0)) > 0:
+            time.sleep(2)  # rank 0, if it found the same, has said so, and torchrun ends this one
+        raise
+    except RuntimeError as error:
+        if not (dist.is_initialized() and regex.search("peer|onnect|NCCL|imed out", str(error))):
+            raise
+        raise ValueError("another process has ended, so this one does, too; --resume goes on from "
+                         "the last checkpoint") from error
+
+
 def main():
-    summary = train(*complete_options(*parse_options(__doc__, TrainConfig, GPTConfig)))
+    with one_voice():
+        summary = train(*complete_options(*restarted(
+            *parse_options(__doc__, TrainConfig, GPTConfig))))
     if dist.is_initialized():
         dist.barrier()  # all leave together: who goes first takes the others' connections along
         dist.destroy_process_group()

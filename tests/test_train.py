@@ -286,10 +286,10 @@ def stop_after(steps, config, shape):
     import train as module
     inner = module.clip_gradients
 
-    def press(model, grad_clip):
+    def press(*arguments):
         if len(read_log(config.out)) == steps - 1:
             signal.raise_signal(signal.SIGINT)
-        return inner(model, grad_clip)
+        return inner(*arguments)
 
     module.clip_gradients = press
     try:
