@@ -38,8 +38,8 @@ KERNEL_NAMES = ("norm_forward", "norm_backward", "rotate", "loss")
 
 
 @lru_cache(maxsize=None)
-def compiled(device, dtype):
-    """SOURCE compiled for a device and a dtype
+def compiled(device, dtype, width):
+    """SOURCE compiled for a device, a dtype and a number of them that a thread reads at once
     -> run(name, grid, block, n_bytes, values, types), which launches one of its kernels."""
     from cuda.bindings import driver, nvrtc  # torch's CUDA builds bring it along
 
@@ -49,7 +49,7 @@ def compiled(device, dtype):
             raise RuntimeError(f"cuda.bindings says {status.name}")
         return values[0] if values else None
 
-    source = f"{NUMBERS[dtype]}\n{SOURCE}".encode()
+    source = f"#define WIDTH {width}{NUMBERS[dtype]}\n{SOURCE}".encode()
     program = get(nvrtc.nvrtcCreateProgram(source, b"model.cu", 0, [], []))
     options = ["-arch=sm_{}{}".format(*torch.cuda.get_device_capability(device)), "-std=c++17"]
     status, = nvrtc.nvrtcCompileProgram(program, 2, [option.encode() for option in options])
@@ -74,14 +74,14 @@ def compiled(device, dtype):
     return run
 
 
-def launch(name, grid, block, *args, shared=0):
+def launch(name, width, grid, block, *args, shared=0):
     """Run a kernel on args, of which the first is a tensor: `grid` blocks of `block` threads, with
     `shared` floats for each block. None becomes a null pointer."""
-    kinds = {bool: ctypes.c_longlong, int: ctypes.c_longlong, float: ctypes.c_float}
+    kinds = {bool: ctypes.c_int, int: ctypes.c_int, float: ctypes.c_float}
     values = [x.data_ptr() if isinstance(x, torch.Tensor) else x or 0 for x in args]
     types = [kinds.get(type(x), ctypes.c_void_p) for x in args]
     if grid:
-        run = compiled(args[0].device, args[0].dtype)
+        run = compiled(args[0].device, args[0].dtype, width)
         run(name, grid, block, 4 * (32 + shared), tuple(values), tuple(types))
 
 
@@ -93,7 +93,7 @@ def problem(device, dtype):
     if capability < (8, 0) if dtype == torch.bfloat16 else capability < (7, 0):
         return "the GPU's compute capability {}.{} is too low".format(*capability)
     try:
-        compiled(device, dtype if dtype in NUMBERS else torch.float32)
+        compiled(device, dtype if dtype in NUMBERS else torch.float32, 8)
     except Exception as error:  # NVRTC, driver or binding missing, too old: errors of many kinds
         return " ".join(f"{error}".split())[:200] or repr(error)
     return ""
@@ -109,19 +109,23 @@ def covered(x):
     return x.dtype in NUMBERS and x.is_contiguous() and x.size(-1) <= 4096
 
 
-def n_threads(n):
-    """How many threads share a row of n numbers: a power of two from 32 to 512."""
-    return min(512, max(32, 1 << (n // 4).bit_length()))
+def share(n, *tensors):
+    """How n numbers of a row are shared out: -> (how many a thread reads at once, 8 where all rows
+    begin at multiples of 32 bytes; how many threads take part, a power of two up to 32)."""
+    width = 1 if n % 8 or any(x.data_ptr() % 32 for x in tensors) else 8
+    return width, min(32, 1 << (n // width - 1).bit_length())
 
 
 class CudaNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, center, eps):
-        C, rows = x.size(-1), x.numel() // x.size(-1)
+        C, rows, scale = x.size(-1), x.numel() // x.size(-1), weight.float()
         y, stats = torch.empty_like(x), x.new_empty(rows, 2, dtype=torch.float32)
-        launch("norm_forward", rows, n_threads(C), x, weight.float(),
-               None if bias is None else bias.float(), y, stats, C, center, eps)
+        shift = scale if bias is None else bias.float()
+        width, lanes = share(C, x, scale, shift)
+        launch("norm_forward", width, -(-rows * lanes // 128), 128, x, scale,
+               None if bias is None else shift, y, stats, rows, C, lanes, center, eps)
         ctx.save_for_backward(x, weight, stats)
         ctx.center, ctx.biased = center, bias is not None
         return y
@@ -129,11 +133,13 @@ class CudaNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d_y):
-        x, weight, stats = ctx.saved_tensors
-        C, rows = x.size(-1), len(stats)
-        d_x, d_params = torch.empty_like(x), stats.new_empty(min(rows, 2**20 // C), 2, C)
-        launch("norm_backward", len(d_params), n_threads(C), d_y.contiguous(), x, weight.float(),
-               stats, d_x, d_params, rows, C, ctx.center, shared=2 * C)
+        (x, weight, stats), d_y = ctx.saved_tensors, d_y.contiguous()
+        C, rows, scale = x.size(-1), len(stats), weight.float()
+        width, lanes = share(C, x, d_y, scale)
+        blocks = min(-(-rows * lanes // 32), 4096, 2**21 // C)
+        d_x, d_params = torch.empty_like(x), stats.new_empty(blocks, 2, C)
+        launch("norm_backward", width, blocks, 32, d_y, x, scale, stats, d_x, d_params, rows, C,
+               lanes, ctx.center, shared=2 * C * 32 // lanes)
         d_weight, d_bias = d_params.sum(dim=0).to(weight.dtype)
         return d_x, d_weight, d_bias if ctx.biased else None, None, None
 
@@ -148,9 +154,10 @@ class CudaRotary(torch.autograd.Function):
 
     @staticmethod
     def rotate(x, cos, sin, way):
-        y, D = torch.empty_like(x), x.size(-1)
-        launch("rotate", x.numel() // D, n_threads(2 * D), x, y, cos, sin, D, x.size(-2),
-               cos.numel() // cos.size(-1), way)
+        y, D, rows = torch.empty_like(x), x.size(-1), x.numel() // x.size(-1)
+        width, _ = share(D // 2, x, cos, sin)
+        launch("rotate", width, -(-x.numel() // (2 * width * 128)), 128, x, y, cos, sin, rows, D,
+               x.size(-2), cos.numel() // cos.size(-1), way)
         return y
 
     @staticmethod
@@ -177,7 +184,7 @@ def cuda_loss_tile(x, weight, targets, softcap, smoothing, z_loss, with_gradient
     logits = x.new_empty(N, stride)[:, :V]  # products are slow where rows start at odd addresses
     torch.mm(x, weight.T, out=logits)
     losses = x.new_empty(N, dtype=torch.float32)
-    launch("loss", N, 512, logits, targets.contiguous(), losses, V, stride, with_gradient,
+    launch("loss", 8, N, 1024, logits, targets.contiguous(), losses, V, stride, with_gradient,
            float(softcap), float(smoothing), float(z_loss))
     return losses.sum(), logits
 

@@ -1,107 +1,161 @@
 // The kernels of cuda_kernels.py. Number is float, bfloat16 or float16; widen and narrow turn it
-// into a float and back.
+// into a float and back. A thread reads and writes WIDTH numbers at once: 8, which memory is fast
+// with, or 1 where rows have another length.
 
 typedef long long Int;  // offsets can exceed 2^31
+struct alignas(WIDTH * sizeof(Number)) Pack { Number at[WIDTH]; };
+struct alignas(WIDTH * sizeof(float)) Floats { float at[WIDTH]; };
 extern __shared__ float shared[];  // the first 32 belong to over_block()
-#define MINE(n) for (Int i = threadIdx.x; i < (n); i += blockDim.x)  // this thread's part of a row
+#define MINE(n, lanes) for (int i = threadIdx.x % (lanes); i < (n); i += (lanes))  // part of a row
+#define EACH for (int k = 0; k < WIDTH; k++)                                       // of a pack
 
-// The sum of x over the threads of the block, or the largest; all get it.
-__device__ float over_block(float x, bool largest = false) {
-    const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
-    for (int again = 1; again >= 0; again--) {
-        for (int step = 16; step; step /= 2) {
-            const float other = __shfl_xor_sync(~0u, x, step);
-            x = largest ? fmaxf(x, other) : x + other;
-        }
-        if (!again) break;
-        __syncthreads();  // all have read what the last call left
-        if (lane == 0) shared[threadIdx.x / 32] = x;
-        __syncthreads();
-        x = lane < warps ? shared[lane] : largest ? -3e38f : 0;
+// The sum of x, or the largest, over each group of so many threads, a power of 2 up to 32.
+__device__ float over_lanes(float x, int lanes, bool largest = false) {
+    for (int step = lanes / 2; step; step /= 2) {
+        const float other = __shfl_xor_sync(~0u, x, step);
+        x = largest ? fmaxf(x, other) : x + other;
     }
     return x;
 }
 
-// A block for each row n: y is the norm of x; stats: the row's mean and scale.
-extern "C" __global__ void norm_forward(const Number* x, const float* weight, const float* bias,
-        Number* y, float* stats, Int C, Int center, float eps) {
-    const Int n = blockIdx.x;
-    x += n * C, y += n * C;
+// The same over the threads of the block; all get it.
+__device__ float over_block(float x, bool largest = false) {
+    const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
+    x = over_lanes(x, 32, largest);
+    __syncthreads();  // all have read what the last call left
+    if (lane == 0) shared[threadIdx.x / 32] = x;
+    __syncthreads();
+    return over_lanes(lane < warps ? shared[lane] : largest ? -3e38f : 0, 32, largest);
+}
+
+// A group of lanes for each row n: y is the norm of x; stats: the row's mean and scale.
+extern "C" __global__ void norm_forward(const Pack* x, const Floats* weight, const Floats* bias,
+        Pack* y, float* stats, int rows, int C, int lanes, int center, float eps) {
+    const int group = (blockIdx.x * blockDim.x + threadIdx.x) / lanes, size = C / WIDTH;
+    const Int n = group < rows ? group : rows - 1;  // shuffles need all threads: some do it again
+    x += n * size, y += n * size;
     float total = 0, mean = 0;
     if (center) {  // not E[x^2] - E[x]^2: few digits would be left
-        MINE(C) total += widen(x[i]);
-        mean = over_block(total) / C;
-        total = 0;
+        MINE(size, lanes) {
+            const Pack a = x[i];
+            EACH total += widen(a.at[k]);
+        }
+        mean = over_lanes(total, lanes) / C, total = 0;
     }
-    MINE(C) total += (widen(x[i]) - mean) * (widen(x[i]) - mean);
-    const float scale = rsqrtf(over_block(total) / C + eps);
-    if (threadIdx.x == 0) stats[2 * n] = mean, stats[2 * n + 1] = scale;
-    MINE(C) narrow((widen(x[i]) - mean) * scale * weight[i] + (bias ? bias[i] : 0), y[i]);
+    MINE(size, lanes) {
+        const Pack a = x[i];
+        EACH total += (widen(a.at[k]) - mean) * (widen(a.at[k]) - mean);
+    }
+    const float scale = rsqrtf(over_lanes(total, lanes) / C + eps);
+    if (threadIdx.x % lanes == 0) stats[2 * n] = mean, stats[2 * n + 1] = scale;
+    MINE(size, lanes) {
+        const Pack a = x[i];
+        const Floats w = weight[i], b = bias ? bias[i] : Floats{};
+        Pack out;
+        EACH narrow((widen(a.at[k]) - mean) * scale * w.at[k] + b.at[k], out.at[k]);
+        y[i] = out;
+    }
 }
 
-// Each block goes through some rows, and sums d_weight and d_bias of them: d_params (blocks, 2, C).
-extern "C" __global__ void norm_backward(const Number* d_y, const Number* x, const float* weight,
-        const float* stats, Number* d_x, float* d_params, Int rows, Int C, Int center) {
-    float *d_w = shared + 32, *d_b = d_w + C;
-    MINE(C) d_w[i] = d_b[i] = 0;
-    for (Int n = blockIdx.x; n < rows; n += gridDim.x) {
-        const Int row = n * C;
+// The groups of a block go through some rows, and the block sums d_weight and d_bias of these:
+// d_params (blocks, 2, C). Until then each group has its own sums, side by side in shared memory.
+extern "C" __global__ void norm_backward(const Pack* d_y, const Pack* x, const Floats* weight,
+        const float* stats, Pack* d_x, float* d_params, int rows, int C, int lanes, int center) {
+    const int groups = blockDim.x / lanes, group = threadIdx.x / lanes, size = C / WIDTH;
+    float *d_w = shared + 32 + group, *d_b = d_w + C * groups;
+    MINE(2 * C * groups, blockDim.x) shared[32 + i] = 0;
+    __syncthreads();
+    for (int first = blockIdx.x * groups; first < rows; first += gridDim.x * groups) {
+        const bool real = first + group < rows;
+        const Int n = real ? first + group : rows - 1, row = n * size;
         const float mean = stats[2 * n], scale = stats[2 * n + 1];
         float along = 0, total = 0;
-        MINE(C) {
-            const float unit = (widen(x[row + i]) - mean) * scale, d = widen(d_y[row + i]);
-            d_w[i] += d * unit, d_b[i] += d;
-            along += d * weight[i] * unit, total += d * weight[i];
+        MINE(size, lanes) {
+            const Pack a = x[row + i], d_a = d_y[row + i];
+            const Floats w = weight[i];
+            EACH {
+                const float unit = (widen(a.at[k]) - mean) * scale, d = real ? widen(d_a.at[k]) : 0;
+                d_w[(k * size + i) * groups] += d * unit, d_b[(k * size + i) * groups] += d;
+                along += d * w.at[k] * unit, total += d * w.at[k];
+            }
         }
-        along = over_block(along) / C;  // what would only lengthen or shift x changes nothing
-        total = center ? over_block(total) / C : 0;
-        MINE(C) {
-            const float unit = (widen(x[row + i]) - mean) * scale;
-            narrow((widen(d_y[row + i]) * weight[i] - total - unit * along) * scale, d_x[row + i]);
+        // what would only lengthen or shift x changes nothing
+        along = over_lanes(along, lanes) / C;
+        total = center ? over_lanes(total, lanes) / C : 0;
+        if (real) MINE(size, lanes) {
+            const Pack a = x[row + i], d_a = d_y[row + i];
+            const Floats w = weight[i];
+            Pack out;
+            EACH {
+                const float unit = (widen(a.at[k]) - mean) * scale;
+                narrow((widen(d_a.at[k]) * w.at[k] - total - unit * along) * scale, out.at[k]);
+            }
+            d_x[row + i] = out;
         }
     }
-    MINE(C) {
-        d_params[blockIdx.x * 2 * C + i] = d_w[i];
-        d_params[blockIdx.x * 2 * C + C + i] = d_b[i];
+    __syncthreads();
+    MINE(2 * C, blockDim.x) {
+        const int column = i % C, place = i - column + column % WIDTH * size + column / WIDTH;
+        float sum = 0;
+        for (int j = 0; j < groups; j++) sum += shared[32 + place * groups + j];
+        d_params[(Int)blockIdx.x * 2 * C + i] = sum;
     }
 }
 
-// A block for each row: y is x rotated by the angles of its position, or back where way is -1.
-extern "C" __global__ void rotate(const Number* x, Number* y, const float* cos, const float* sin,
-        Int D, Int heads, Int positions, Int way) {
-    const Int row = (Int)blockIdx.x * D, half = D / 2;
-    const Int angles = (unsigned)blockIdx.x / (unsigned)heads % (unsigned)positions * half;
-    MINE(half) {
-        const float a = widen(x[row + i]), b = widen(x[row + half + i]);
-        const float c = cos[angles + i], s = way * sin[angles + i];
-        narrow(a * c - b * s, y[row + i]);
-        narrow(b * c + a * s, y[row + half + i]);
+// A thread for each pack of pairs: y is x rotated by the angles of its position, or back where way
+// is -1.
+extern "C" __global__ void rotate(const Pack* x, Pack* y, const Floats* cos, const Floats* sin,
+        int rows, int D, int heads, int positions, int way) {
+    const unsigned half = D / 2 / WIDTH, thread = blockIdx.x * blockDim.x + threadIdx.x;
+    const unsigned row = thread / half, i = thread % half;
+    if (row >= rows) return;
+    const Int angles = (Int)(row / heads % positions) * half + i;
+    const Int first = (Int)row * 2 * half + i, second = first + half;
+    const Pack a = x[first], b = x[second];
+    const Floats c = cos[angles], s = sin[angles];
+    Pack left, right;
+    EACH {
+        narrow(widen(a.at[k]) * c.at[k] - widen(b.at[k]) * s.at[k] * way, left.at[k]);
+        narrow(widen(b.at[k]) * c.at[k] + widen(a.at[k]) * s.at[k] * way, right.at[k]);
     }
+    y[first] = left, y[second] = right;
 }
 
 // A block turns a row of V logits into the row's loss, and if learn into their gradient in place.
+// Rows are padded to whole packs.
 __device__ float cap(float x, float softcap) { return softcap ? softcap * tanhf(x / softcap) : x; }
-extern "C" __global__ void loss(Number* logits, const Int* targets, float* losses, Int V,
-        Int stride, Int learn, float softcap, float smoothing, float z_loss) {
-    logits += blockIdx.x * stride;
-    const Int target = targets[blockIdx.x];
-    const float hit = target < 0 ? 0 : cap(widen(logits[target]), softcap);
+extern "C" __global__ void loss(Pack* logits, const Int* targets, float* losses, int V,
+        int stride, int learn, float softcap, float smoothing, float z_loss) {
+    logits += (Int)blockIdx.x * (stride / WIDTH);
+    const int target = targets[blockIdx.x], size = (V + WIDTH - 1) / WIDTH;
+    const float hit = target < 0 ? 0 : cap(widen(((Number*)logits)[target]), softcap);
     float row_max = -3e38f, total = 0, mean = 0;
-    MINE(V) {
-        const float logit = cap(widen(logits[i]), softcap);
-        if (logit > row_max) total *= expf(row_max - logit), row_max = logit;
-        total += expf(logit - row_max), mean += logit;
+    MINE(size, blockDim.x) {
+        const Pack a = logits[i];
+        float x[WIDTH], top = row_max;
+        EACH {
+            const bool real = i * WIDTH + k < V;
+            x[k] = real ? cap(widen(a.at[k]), softcap) : -3e38f;
+            mean += real ? x[k] : 0, top = fmaxf(top, x[k]);
+        }
+        total *= __expf(row_max - top), row_max = top;
+        EACH total += __expf(x[k] - top);
     }
     const float top = over_block(row_max, true);
-    const float logsumexp = top + logf(over_block(total * expf(row_max - top)));
+    const float logsumexp = top + logf(over_block(total * __expf(row_max - top)));
     mean = over_block(mean) / V;
     if (threadIdx.x == 0) losses[blockIdx.x] = target < 0 ? 0 : logsumexp
         - (1 - smoothing) * hit - smoothing * mean + z_loss * logsumexp * logsumexp;
-    if (learn) MINE(V) {
-        const float logit = cap(widen(logits[i]), softcap);
-        float d = expf(logit - logsumexp) * (1 + 2 * z_loss * logsumexp) - smoothing / V;
-        if (i == target) d -= 1 - smoothing;
-        if (softcap) d *= 1 - logit / softcap * (logit / softcap);
-        narrow(target < 0 ? 0 : d, logits[i]);
+    if (learn) MINE(size, blockDim.x) {
+        const Pack a = logits[i];
+        Pack out;
+        EACH {
+            const float logit = cap(widen(a.at[k]), softcap);
+            float d = __expf(logit - logsumexp) * (1 + 2 * z_loss * logsumexp) - smoothing / V;
+            if (i * WIDTH + k == target) d -= 1 - smoothing;
+            if (softcap) d *= 1 - logit / softcap * (logit / softcap);
+            narrow(target < 0 ? 0 : d, out.at[k]);
+        }
+        logits[i] = out;
     }
 }

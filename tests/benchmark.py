@@ -3,8 +3,8 @@ The figures of this project, measured here and now: medians, and ratios against 
 
     python tests/benchmark.py                # training attention twins sampling saving bpe
     python tests/benchmark.py twins bpe      # some of these parts, or of decoding export muon
-                                             # speculative batching bpe100 curation pages chapters
-                                             # serving endurance
+                                             # speculative batching bandwidth recompute bpe100
+                                             # curation pages chapters serving endurance
     python tests/benchmark.py --nanogpt=DIR  # training steps beside nanoGPT's, from a checkout
     python tests/benchmark.py learning --nanogpt=DIR [--text=FILE]  # time to a loss, beside its own
 """
@@ -42,6 +42,7 @@ import page_extractors
 from conftest import keep
 from chapters.batching import Engine, Request
 from chapters.checks import execute
+from chapters.cuda_kernels import cuda_norm, cuda_rotary, launch
 from chapters.curate import first_ones, near_duplicates, new_lines
 from chapters.choices import CurateConfig
 from chapters.onnx_files import to_onnx
@@ -50,8 +51,8 @@ from chapters.speculative import write as speculate_text
 from chapters.stages import new_record, text_stages
 from data import find_files, prepare, read_documents
 from model import (BITS, GPT, KERNELS, SIZES, GPTConfig, Linear, QuantEmbedding, QuantLinear,
-                   accelerator, fused_attention, option, plain_attention, quantize, rotary_table,
-                   torch_attention)
+                   accelerator, fused_attention, option, plain_attention, plain_rotary, quantize,
+                   rotary_table, torch_attention)
 from sample import (PRECISIONS, SampleConfig, complete, complete_batch, end_ids, generate, load_run,
                     new_cache, pick_device, pick_precision)
 from tokenizer import (GPT2_SPLIT, SPECIAL_TOKENS, Tokenizer, nearest, parse_options, refuse_idle,
@@ -105,12 +106,13 @@ BEST = pick_precision("auto", DEVICE)[0]
 SHAPE = model_shape(DEFAULT.size, DEFAULT.vocab_size)  # of the default run
 
 
-def prepare_step(shape, B, precision=BEST, kernels="auto", optimizer=DEFAULT.optimizer):
-    """-> (a run of a new model, ids (B, T) to train on, the kernels it uses)"""
+def prepare_step(shape, B, precision=BEST, kernels="auto", **options):
+    """-> (a run of a new model with options of TrainConfig, ids (B, T) to train on, the kernels it
+    uses)"""
     torch.manual_seed(0)
-    model = GPT(shape).to(DEVICE)
-    kernels = model.use(kernels, pick_precision(precision, DEVICE)[1], batch_size=B)
-    run = new_run("", model, TrainConfig(optimizer=optimizer), DEVICE)
+    model, config = GPT(shape).to(DEVICE), TrainConfig(**options)
+    kernels = model.use(kernels, pick_precision(precision, DEVICE)[1], config.recompute, B)
+    run = new_run("", model, config, DEVICE)
     return run, torch.randint(shape.vocab_size, (B, shape.block_size), device=DEVICE), kernels
 
 
@@ -127,7 +129,8 @@ def training():
 
 def muon():
     """The optimizer's share of a step: GPT-2's of 32 sequences of 1,024 tokens, the default's."""
-    shapes = [("GPT-2", GPTConfig("gpt2", **SIZES["gpt2"]), 1, 32),
+    parts = (32, 1) if DEVICE == "cuda" else (1, 32)  # sequences in a pass, passes in a step
+    shapes = [("GPT-2", GPTConfig("gpt2", **SIZES["gpt2"]), *parts),
               ("the default run", SHAPE, DEFAULT.batch_size, 1)]
     for (name, shape, B, n_passes), optimizer in itertools.product(shapes, ("muon", "adamw")):
         run, ids, _ = prepare_step(shape, B, optimizer=optimizer)
@@ -190,16 +193,87 @@ def attention():
                 [torch_attention, fused_attention, *plain], inputs, 9 if T < 4096 else 3)
 
 
+def replayed(function, times=10):
+    """The seconds that a GPU takes for a function when it never waits for Python: of a CUDA graph
+    in which it is recorded so many times."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(times):
+            function()
+
+    def replay():
+        graph.replay()
+        torch.cuda.synchronize()
+
+    return medians(replay, times=15)[0] / times
+
+
+def bandwidth(B=32, T=1024, C=768, D=64, V=50304):
+    """The kernels in CUDA C beside torch's, forward and backward: time on the GPU, and how fast the
+    bytes pass that must be read and written at least. GPT-2's shape; of the loss one tile."""
+    if DEVICE != "cuda":
+        raise ValueError("bandwidth measures kernels in CUDA C: it needs an NVIDIA GPU")
+
+    def x(*shape, dtype=torch.bfloat16):
+        return torch.randn(shape, dtype=dtype, device=DEVICE, requires_grad=True)
+
+    def both_ways(function, x, *others):
+        y, leaves = function(x, *others), [z for z in (x, *others) if z.requires_grad]
+        torch.autograd.grad(y, leaves, x.detach() if y.dim() else None)
+
+    def loss_kernel(logits, targets):
+        with torch.no_grad():
+            launch("loss", len(logits), 512, logits, targets, losses, V, V, True, 0.0, 0.0, 0.0)
+
+    stream, heads, logits = x(B, T, C), x(B, T, C // D, D), x(2**28 // V, V)
+    losses, weight, bias = (x(n, dtype=torch.float32) for n in (len(logits), C, C))
+    table = rotary_table(GPTConfig("modern", n_embd=C, n_head=C // D),
+                         torch.arange(T, device=DEVICE))
+    targets = torch.randint(V, (len(logits),), device=DEVICE)
+    short, shift, one = (w.detach().bfloat16().requires_grad_() for w in (weight, bias, weight[:D]))
+    copied = torch.empty_like(logits)
+    rows = {  # name: numbers that are read and written, torch's function, ours
+        "copying": (2 * logits.numel(), lambda: copied.copy_(logits.detach()), None),
+        "LayerNorm": (
+            5 * stream.numel(),
+            partial(both_ways, lambda x, w, b: F.layer_norm(x, (C,), w, b), stream, short, shift),
+            partial(both_ways, lambda x, w, b: cuda_norm(x, w, b, True), stream, weight, bias)),
+        "RMSNorm": (5 * stream.numel(),
+                    partial(both_ways, lambda x, w: F.rms_norm(x, (C,), w, 1e-6), stream, short),
+                    partial(both_ways, cuda_norm, stream, weight)),
+        "RMSNorm of heads": (
+            5 * heads.numel(),
+            partial(both_ways, lambda x, w: F.rms_norm(x, (D,), w, 1e-6), heads, one),
+            partial(both_ways, cuda_norm, heads, weight[:D].detach().requires_grad_())),
+        "rotary positions": (4 * heads.numel(), partial(both_ways, plain_rotary, heads, *table),
+                             partial(both_ways, cuda_rotary, heads, *table)),
+        "loss of logits": (2 * logits.numel(),
+                           partial(both_ways, F.cross_entropy, logits, targets),
+                           partial(loss_kernel, logits, targets))}
+    for name, (n, *functions) in rows.items():
+        found = [replayed(function) for function in functions if function]
+        show(f"{name}, {DEVICE} bf16, both ways: torch's and ours", ", ".join(
+            f"{1e6 * seconds:,.0f} us ({2 * n / seconds / 1e9:,.0f} GB/s)" for seconds in found)
+            + f", {found[0] / found[-1]:.2f}x as fast")
+
+
 # -----------------------------------------------------------------------------
 # Beside nanoGPT, from a checkout: training steps, and the time to a loss.
 
 # What training steps are compared on: layers, heads, channels, B, T, vocabulary.
 SHAPES = {"GPT-2 124M": (12, 12, 768, 1, 1024, 50304), "10.7M": (6, 6, 384, 16, 256, 65),
           "0.8M": (4, 4, 128, 12, 64, 65)}
+LARGE_SHAPES = {"GPT-2 124M": (12, 12, 768, 32, 1024, 50304), "10.7M": (6, 6, 384, 64, 256, 65)}
 
 
-def nanogpt_step(folder, shape, precision):
-    """nanoGPT's training step: its own model, optimizer, autocast and clip; compiled on GPUs."""
+def nanogpt_step(folder, shape, precision, compiled=False):
+    """nanoGPT's training step: its own model, optimizer, autocast and clip."""
     found = importlib.util.spec_from_file_location("nanogpt", Path(folder) / "model.py")
     nanogpt = importlib.util.module_from_spec(found)
     found.loader.exec_module(nanogpt)
@@ -207,7 +281,7 @@ def nanogpt_step(folder, shape, precision):
     with contextlib.redirect_stdout(sys.stderr):
         model = nanogpt.GPT(nanogpt.GPTConfig(T, V, n_layer, n_head, n_embd, 0.0, False)).to(DEVICE)
         optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), DEVICE)
-    model = torch.compile(model) if DEVICE == "cuda" else model
+    model = torch.compile(model) if compiled else model
     ids = torch.randint(V, (B, T), device=DEVICE)
     low = torch.autocast(DEVICE, torch.bfloat16, enabled=precision == "bf16")
 
@@ -222,48 +296,87 @@ def nanogpt_step(folder, shape, precision):
     return step
 
 
-def our_step(shape, precision, optimizer="adamw", cuda_graph=False, low_memory=False):
+def our_shape(shape):
+    """The GPTConfig of nanoGPT's architecture in one of these shapes."""
+    n_layer, n_head, n_embd, _, T, V = shape
+    return GPTConfig("gpt2", V, T, n_layer, n_head, n_embd=n_embd, bias=False)
+
+
+def our_step(shape, precision, kernels="auto", optimizer="adamw", **options):
     """Our step on the same architecture, as train.py takes it; AdamW is nanoGPT's optimizer."""
-    accelerator().keep_freed_memory(low_memory)
-    n_layer, n_head, n_embd, B, T, V = shape
-    config = GPTConfig("gpt2", V, T, n_layer, n_head, n_embd=n_embd, bias=False)
-    run, ids, _ = prepare_step(config, B, precision, optimizer=optimizer)
+    accelerator().keep_freed_memory(options.get("low_memory", False))
+    run, ids, _ = prepare_step(our_shape(shape), shape[3], precision, kernels, optimizer=optimizer,
+                               **options)
     take = partial(take_step, run, run.model, grad_clip=1.0)
-    take = accelerator().GraphedStep(take) if cuda_graph else take
+    take = accelerator().GraphedStep(take) if run.config.cuda_graph else take
     return lambda: take([ids], [ids])[0].item()
 
 
 def contest(entry):
-    """In a process of its own: one contestant's tokens per second and peak memory, as JSON."""
+    """In a process of its own: one contestant's seconds a step and peak memory, as JSON."""
     folder, shape, options, times = json.loads(entry)
     torch.manual_seed(0)
     step = nanogpt_step(folder, shape, **options) if folder else our_step(shape, **options)
     for _ in range(6 if DEVICE == "cuda" else 1):
         step()
-    seconds, = medians(step, times=times)
-    print(json.dumps([shape[3] * shape[4] / seconds, peak_memory(DEVICE)]))
+    print(json.dumps([*medians(step, times=times), peak_memory(DEVICE)]))
+
+
+def in_turns(rivals, shape, times, rounds=3):
+    """The training steps of rivals, {name: (nanoGPT's folder or "", options)}, turn by turn, each
+    in a process of its own -> {name: (median seconds, peak memory)}"""
+    found = {name: [] for name in rivals}
+    for name, (folder, options) in [*rivals.items()] * rounds:
+        entry = json.dumps([str(folder), shape, options, times])
+        done = subprocess.run([sys.executable, __file__, "--contest", entry], text=True,
+                              stdout=subprocess.PIPE, check=True)
+        found[name].append(json.loads(done.stdout.splitlines()[-1]))
+    return {name: (statistics.median(seconds), max(memory))
+            for name, (seconds, memory) in ((name, zip(*own)) for name, own in found.items())}
+
+
+def rivals(folder):
+    """Whose steps are compared on this machine, as for in_turns."""
+    best = dict(precision=BEST)
+    theirs = {"nanoGPT, fp32": dict(precision="fp32"), f"nanoGPT, {BEST}": best}
+    own = {"": {}, ", --low_memory": dict(low_memory=True),
+           ", Muon for AdamW": dict(optimizer="muon")}
+    if DEVICE == "cuda":
+        theirs = {f"nanoGPT, {BEST}": best, f"nanoGPT, {BEST}, compiled": best | {"compiled": True}}
+        own = {f", {name} kernels": dict(kernels=name) for name in ("torch", "cuda", "auto")}
+        own |= {", --cuda_graph": dict(cuda_graph=True),
+                ", --cuda_graph, Muon for AdamW": dict(cuda_graph=True, optimizer="muon")}
+    return ({name: (folder, options) for name, options in theirs.items()}
+            | {f"ours, {BEST}{name}": ("", best | options) for name, options in own.items()})
 
 
 def nanogpt(folder):
-    """Training steps of nanoGPT and of ours, turn by turn, each in a process of its own."""
-    best, more = dict(precision=BEST), "cuda_graph" if DEVICE == "cuda" else "low_memory"
-    rivals = {"nanoGPT, fp32": (folder, dict(precision="fp32")), f"nanoGPT, {BEST}": (folder, best),
-              f"ours, {BEST}": ("", best), f"ours, {BEST}, --{more}": ("", best | {more: True}),
-              f"ours, {BEST}, Muon for AdamW": ("", best | dict(optimizer="muon"))}
-    for name, shape in SHAPES.items():
-        shape = (*shape[:3], 32 * shape[3], *shape[4:]) if DEVICE == "cuda" else shape
-        times, found = 20 if DEVICE == "cuda" or shape[2] < 384 else 3, {}
-        for rival, (where, options) in [*rivals.items()] * 2:
-            entry = json.dumps([str(where), shape, options, times])
-            done = subprocess.run([sys.executable, __file__, "--contest", entry], text=True,
-                                  stdout=subprocess.PIPE, check=True)
-            last = json.loads(done.stdout.splitlines()[-1])
-            found[rival] = [*map(max, found.get(rival, last), last)]
-        for rival, (rate, memory) in found.items():
-            ratios = (f", {rate / found[other][0]:.2f}x of {other}" for other in found
+    """Training steps of nanoGPT and of ours, and how much of the rate of matrix products they
+    reach."""
+    best = matmul_rate(DEVICE, pick_precision(BEST, DEVICE)[1])
+    show(f"matrix products, {DEVICE} {BEST}", f"{best / 1e12:,.1f} TFLOP/s")
+    for name, shape in (LARGE_SHAPES if DEVICE == "cuda" else SHAPES).items():
+        n_tokens, flops = shape[3] * shape[4], GPT(our_shape(shape)).flops_per_token()
+        found = in_turns(rivals(folder), shape, 20 if DEVICE == "cuda" or shape[2] < 384 else 3)
+        for rival, (seconds, memory) in found.items():
+            ratios = (f", {found[other][0] / seconds:.2f}x of {other}" for other in found
                       if "nanoGPT" in other and "ours" in rival)
             show(f"training step, {name}, {DEVICE}, {rival}",
-                 f"{rate:,.0f} tokens/s, {memory / 1e9:.2f} GB{''.join(ratios)}")
+                 f"{n_tokens / seconds:,.0f} tokens/s, {n_tokens * flops / seconds / best:.1%} of "
+                 f"that rate, {memory / 1e9:.2f} GB{''.join(ratios)}")
+
+
+def recompute():
+    """Activation checkpointing: memory and time of a training step with it and without."""
+    name, shape = "GPT-2 124M", (12, 12, 768, 4, 1024, 50304)
+    if DEVICE == "cuda":
+        name, shape = "GPT-2 medium", (24, 16, 1024, 8, 1024, 50304)
+    found = in_turns({again: ("", dict(precision=BEST, recompute=again))
+                      for again in (False, True)}, shape, 20 if DEVICE == "cuda" else 1)
+    for again, (seconds, memory) in found.items():
+        show(f"training step, {name}, B={shape[3]}, {DEVICE} {BEST}, recompute={again}",
+             f"{1000 * seconds:,.0f} ms ({seconds / found[False][0]:.2f}x), {memory / 1e9:.2f} GB "
+             f"({memory / found[False][1]:.2f}x)")
 
 
 # nanoGPT's published recipe for a CPU, and for a GPU; its README gives both losses.
@@ -359,7 +472,8 @@ def decoding():
     its products alone can be had: by its layers, and by F.linear, which streams the weights as most
     programs do. All in turns."""
     models, calls = {name: gpt2_in(name) for name in ("fp32", "bf16", *BITS)}, {}
-    for (B, T), name in itertools.product([(1, 1), (1, 512), (8, 1)], models):
+    shapes = [(1, 1), (1, 512), (8, 1), *([(32, 512)] if DEVICE == "cuda" else [])]
+    for (B, T), name in itertools.product(shapes, models):
         (model, layers), ids = models[name], torch.zeros(B, T, dtype=torch.long, device=DEVICE)
         steps = generate(model, ids, 42, temperature=0)
         calls[name, B, T] = [lambda steps=steps: next(steps)[0].item(),
@@ -369,8 +483,10 @@ def decoding():
     seconds = iter(medians(*itertools.chain(*calls.values()), times=40))
     rates = {key: [1 / next(seconds) for _ in own] for key, own in calls.items()}
     for (name, B, T), (rate, *limits) in rates.items():
+        n_bytes = sum(p.nbytes for m, _ in models[name][1] for p in m.parameters())
         show(f"decoding, GPT-2, {DEVICE} {name}, {B} x {T} tokens of context",
-             f"{B * rate:,.1f} tokens/s, {B * rate / rates[name, 1, 1][0]:.1f}x of 1 x 1, "
+             f"{B * rate:,.1f} tokens/s, {B * rate / rates[name, 1, 1][0]:.1f}x of 1 x 1, weights "
+             f"at {n_bytes * rate / 1e9:,.0f} GB/s, "
              f"{rate / rates['bf16', B, T][0]:.2f}x of bf16; products alone " + ", ".join(
                  f"{limit:,.1f} a second {how} ({rate / limit:.0%})"
                  for limit, how in zip(limits, ("by its layers", "by F.linear"))))
@@ -767,9 +883,9 @@ def endurance(n_requests=10_000):
 
 
 PARTS = {part.__name__: part for part in (training, attention, twins, sampling, saving, bpe,
-                                          decoding, export, speculative, batching, muon, bpe100,
-                                          curation, pages, chapters, serving, endurance, learning,
-                                          nanogpt)}
+                                          decoding, export, speculative, batching, muon, bandwidth,
+                                          recompute, bpe100, curation, pages, chapters, serving,
+                                          endurance, learning, nanogpt)}
 
 
 @dataclass

@@ -13,7 +13,7 @@ from test_model import close, value_and_gradients
 
 from chapters import cuda_kernels
 from chapters.cuda_kernels import (KERNEL_NAMES, NUMBERS, SOURCE, cuda_loss, cuda_norm,
-                                   cuda_rotary, problem)
+                                   cuda_rotary, problem, share)
 from model import GPT, plain_loss, plain_norm, plain_rotary
 
 needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="there is no nvcc here")
@@ -49,6 +49,7 @@ float __shfl_xor_sync(unsigned, float x, int step) {
     return x;
 }
 float rsqrtf(float x) { return 1 / sqrtf(x); }
+#define __expf expf
 float __uint_as_float(unsigned x) { float y; memcpy(&y, &x, 4); return y; }
 unsigned __float_as_uint(float x) { unsigned y; memcpy(&y, &x, 4); return y; }
 void fiber() { body(); done[threadIdx.x] = true; }
@@ -86,42 +87,42 @@ template <class... A> void start(void (*kernel)(A...), void** args, unsigned gri
 
 @pytest.fixture(scope="session")
 def host_module(tmp_path_factory):
-    """host_module(dtype) -> the library that g++ makes of the kernels."""
+    """host_module(dtype, width) -> the library that g++ makes of the kernels."""
     if not shutil.which("g++") or not sys.platform.startswith("linux"):
         pytest.skip("running the kernels without a GPU needs Linux and g++")
     folder, libraries = tmp_path_factory.mktemp("host"), {}
 
-    def build(dtype):
-        path = folder / f"{dtype}.so"
-        if dtype not in libraries:
-            code = f"{HOST}{NUMBERS[dtype]}{SOURCE}" + "".join(
+    def build(dtype, width):
+        path = folder / f"{dtype}{width}.so"
+        if path not in libraries:
+            code = f"#define WIDTH {width}{HOST}{NUMBERS[dtype]}{SOURCE}" + "".join(
                 f'extern "C" void run_{name}(void** args, unsigned grid, unsigned block)'
                 f"{{ start({name}, args, grid, block); }}\n" for name in KERNEL_NAMES)
             path.with_suffix(".cpp").write_text(code)
             subprocess.run(["g++", "-std=c++17", "-O1", "-fno-strict-aliasing", "-shared", "-fPIC",
                             "-o", path, path.with_suffix(".cpp")], check=True)
-        return libraries.setdefault(dtype, ctypes.CDLL(str(path)))
+        return libraries.setdefault(path, ctypes.CDLL(str(path)))
     return build
 
 
-MACHINES = [("host", FLOAT, 32), ("host", FLOAT, 64), ("host", FLOAT, None), ("host", BRAIN, 32)]
+MACHINES = [("host", FLOAT), ("host", BRAIN)]
 if torch.cuda.is_available():
-    MACHINES += [("gpu", dtype, None) for dtype in NUMBERS]
+    MACHINES += [("gpu", dtype) for dtype in NUMBERS]
 
 
 @pytest.fixture(params=MACHINES, ids=str)
 def agree(request, monkeypatch):
     """agree(kernels' function, plain one, inputs...): in value and gradient; kernels did run."""
-    where, dtype, threads = request.param
+    where, dtype = request.param
     launched, launch = [], cuda_kernels.launch
     if where == "host":
         build = request.getfixturevalue("host_module")
 
-        def module(device, dtype):
+        def module(device, dtype, width):
             def run(name, grid, block, size, values, types):
                 cells = [kind(value) for kind, value in zip(types, values)]
                 pointers = (ctypes.c_void_p * len(cells))(*map(ctypes.addressof, cells))
-                getattr(build(dtype), f"run_{name}")(pointers, grid, threads or block)
+                getattr(build(dtype, width), f"run_{name}")(pointers, grid, block)
             return run
         monkeypatch.setattr(cuda_kernels, "compiled", module)
 
@@ -189,12 +190,20 @@ def test_what_no_kernel_covers_falls_through_to_the_plain_twin(monkeypatch):
         close(cuda_norm(x, weight), plain_norm(x, weight))
 
 
+@pytest.mark.parametrize("n, start, expected", [
+    (768, 0, (8, 32)), (64, 0, (8, 8)), (72, 0, (8, 16)), (8, 0, (8, 1)), (10, 0, (1, 16)),
+    (64, 1, (1, 32))])
+def test_eight_numbers_are_read_at_once_where_rows_allow_it(n, start, expected):
+    assert share(n, torch.zeros(16)[start:]) == expected
+
+
 @needs_nvcc
 @pytest.mark.slow
+@pytest.mark.parametrize("width", [1, 8])
 @pytest.mark.parametrize("dtype", NUMBERS)
-def test_the_kernels_compile_for_ampere_and_hopper(tmp_path, dtype):
+def test_the_kernels_compile_for_ampere_and_hopper(tmp_path, dtype, width):
     source = tmp_path / "model.cu"
-    source.write_text(f"{NUMBERS[dtype]}\n{SOURCE}")
+    source.write_text(f"#define WIDTH {width}{NUMBERS[dtype]}\n{SOURCE}")
     targets = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in (80, 90)]
     words = ["nvcc", "-std=c++17", "-fatbin", *targets, "-o", tmp_path / "out", source]
     done = subprocess.run(words, capture_output=True, text=True)
@@ -236,7 +245,7 @@ def test_without_a_gpu_cuda_is_refused():
         tiny().use("cuda")
 
 
-def broken(device, dtype):
+def broken(device, dtype, width):
     raise RuntimeError("NVRTC_ERROR_COMPILATION model.cu(3): error: what is this?\n\n1 error\0")
 
 
@@ -250,8 +259,7 @@ def test_where_the_kernels_do_not_compile_a_line_says_why(monkeypatch, capsys, c
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)  # so that importing it fails
-    if module:
-        monkeypatch.setattr(cuda_kernels, "compiled", module)
+    monkeypatch.setattr(cuda_kernels, "compiled", module or cuda_kernels.compiled.__wrapped__)
     net = tiny()
     cuda_kernels.warn_once.cache_clear()
     capsys.readouterr()

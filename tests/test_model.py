@@ -31,7 +31,8 @@ def value_and_gradients(function, *inputs):
     inputs = [x.detach().requires_grad_() for x in inputs]
     y = function(*inputs)
     y = torch.cat([part.flatten() for part in y]) if isinstance(y, tuple) else y
-    weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape).cos()
+    weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device)
+    weights = weights.reshape(y.shape).cos()
     return [y, *torch.autograd.grad((y * weights).sum(), inputs)]
 
 
