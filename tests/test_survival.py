@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import math
 import multiprocessing
 import os
@@ -664,6 +665,25 @@ def test_resume_refuses_another_model_and_corpus_with_all_differences(shards, tm
     for words in ("n_layer=3 (it has 2)", "norm=layernorm (it has rmsnorm)", "another corpus"):
         assert words in said
     assert "another tokenizer" not in said and "\n" not in said
+
+
+def test_a_start_hashes_no_shard_again_and_one_with_a_changed_byte_is_refused(shards, tmp_path,
+                                                                              monkeypatch):
+    copy, hashed, digest = shutil.copytree(shards, tmp_path / "copy"), [], hashlib.file_digest
+
+    def named(file, kind):
+        hashed.extend([Path(file.name).stem] * str(file.name).endswith(".bin"))
+        return digest(file, kind)
+    monkeypatch.setattr(hashlib, "file_digest", named)
+    config, shape = configure(copy, tmp_path / "run", max_steps=1)
+    train(config, shape, **QUIET)  # of a copy nothing is known
+    assert sorted(hashed) == ["train_000000", "val_000000"]
+    resumed = dataclasses.replace(config, resume=True, max_steps=2)
+    assert train(resumed, shape, **QUIET)["step"] == 2 and len(hashed) == 2
+    path = copy / "train_000000.bin"
+    path.write_bytes(path.read_bytes()[:-1] + b"\1")
+    with pytest.raises(ValueError, match="train_000000.bin is damaged"):
+        train(dataclasses.replace(resumed, max_steps=3), shape, **QUIET)
 
 
 def test_resume_says_which_options_changed(shards, tmp_path):
