@@ -31,8 +31,8 @@ def gpipe(n_stages, n_micro):
 
 
 def one_f_one_b(n_stages, n_micro):
-    """Backward as soon as possible: a stage keeps at most the activations of n_stages micro-batches,
-    however many there are. arXiv:2104.04473"""
+    """Backward as soon as possible: however many micro-batches there are, a stage keeps activations
+    of n_stages of them at most. arXiv:2104.04473"""
     return [in_turn(min(n_stages - 1 - stage, n_micro), n_micro) for stage in range(n_stages)]
 
 

@@ -23,6 +23,7 @@ import struct
 import sys
 import tempfile
 import textwrap
+import threading
 import traceback
 from collections import Counter
 from contextlib import suppress
@@ -65,10 +66,16 @@ def module_text(function, known=()):
     return "\n".join([*lines, source])
 
 
+def end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
 def serve(rank, n, folder, pipe, function, arguments):
     """One process of spawn(): join the group, call the function, send what it returns, and stay
     until the parent ends all, since the others' connections end with this process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    threading.Thread(target=end_with_parent, daemon=True).start()
     try:
         torch.set_num_threads(1)
         if os.name != "nt":  # else gloo looks up the machine's name, which may be unknown
@@ -81,7 +88,7 @@ def serve(rank, n, folder, pipe, function, arguments):
         pipe.send((function(*arguments), "", ""))
     except BaseException as error:
         pipe.send((None, f"{type(error).__name__}: {error}", traceback.format_exc()))
-    pipe.poll(None)
+    threading.Event().wait()
 
 
 def collect(process, pipe, name):
@@ -120,8 +127,8 @@ def spawn(n, function, *arguments, timeout=300):
                 if not ready:
                     raise RuntimeError(f"process {', '.join(map(str, waiting.values()))} of {n} "
                                        f"has not ended after {timeout} seconds")
-                ended = sorted(map(waiting.get, ready), key=lambda rank: started[rank][0].is_alive())
-                for rank in ended:  # who died first: the others fail for want of it
+                ended = [waiting[pipe] for pipe in ready]
+                for rank in sorted(ended, key=lambda rank: started[rank][0].is_alive()):
                     results[rank] = collect(*started[rank], f"process {rank} of {n}")
         finally:
             for process, _ in started:
