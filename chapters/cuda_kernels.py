@@ -6,10 +6,11 @@ they are first used: no compiler, no toolkit. chapters/kernels.py offers them as
 
 import ctypes
 import sys
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from model import FusedLoss, fused_loss, once_differentiable, plain_norm, plain_rotary
 
@@ -137,11 +138,11 @@ class CudaNorm(torch.autograd.Function):
         C, rows, scale = x.size(-1), len(stats), weight.float()
         width, lanes = share(C, x, d_y, scale)
         blocks = min(-(-rows * lanes // 32), 4096, 2**21 // C)
-        d_x, d_params = torch.empty_like(x), stats.new_empty(blocks, 2, C)
+        d_x, d_params = torch.empty_like(x), stats.new_empty(blocks, 1 + ctx.biased, C)
         launch("norm_backward", width, blocks, 32, d_y, x, scale, stats, d_x, d_params, rows, C,
-               lanes, ctx.center, shared=2 * C * 32 // lanes)
-        d_weight, d_bias = d_params.sum(dim=0).to(weight.dtype)
-        return d_x, d_weight, d_bias if ctx.biased else None, None, None
+               lanes, ctx.center, 1 + ctx.biased, shared=(1 + ctx.biased) * C * 32 // lanes)
+        d_weight, d_bias = (*d_params.sum(dim=0).to(weight.dtype), None)[:2]
+        return d_x, d_weight, d_bias, None, None
 
 
 def cuda_norm(x, weight, bias=None, center=False, eps=1e-6):
@@ -178,22 +179,27 @@ def cuda_rotary(x, cos, sin):
     return CudaRotary.apply(x, cos.float().contiguous(), sin.float().contiguous())
 
 
-def cuda_loss_tile(x, weight, targets, softcap, smoothing, z_loss, with_gradient):
-    """loss_tile in one kernel: the gradient takes the place of the logits."""
-    (N, V), stride = (len(x), len(weight)), -(-len(weight) // 8) * 8
-    logits = x.new_empty(N, stride)[:, :V]  # products are slow where rows start at odd addresses
-    torch.mm(x, weight.T, out=logits)
-    losses = x.new_empty(N, dtype=torch.float32)
-    launch("loss", 8, N, 1024, logits, targets.contiguous(), losses, V, stride, with_gradient,
-           float(softcap), float(smoothing), float(z_loss))
+def cuda_loss_tile(V, x, weight, targets, softcap, smoothing, z_loss, with_gradient):
+    """loss_tile in one kernel: the gradient takes the place of the logits. V rows of the weight
+    count, those behind them are padding."""
+    logits, losses = x @ weight.T, x.new_empty(len(x), dtype=torch.float32)
+    launch("loss", 8, len(x), 512, logits, targets.contiguous(), losses, V, len(weight),
+           with_gradient, float(softcap), float(smoothing), float(z_loss))
     return losses.sum(), logits
 
 
 class CudaLoss(FusedLoss):
 
     @staticmethod
-    def forward(ctx, *inputs):
-        return FusedLoss.forward(ctx, *inputs, tile=cuda_loss_tile)
+    def forward(ctx, x, weight, *options):
+        ctx.V = V = len(weight)
+        whole = F.pad(weight, (0, 0, 0, -V % 8)) if V % 8 else weight  # else products are slow
+        return FusedLoss.forward(ctx, x, whole, *options, tile=partial(cuda_loss_tile, V))
+
+    @staticmethod
+    def backward(ctx, d_loss):
+        d_x, d_weight, *others = FusedLoss.backward(ctx, d_loss)
+        return d_x, None if d_weight is None else d_weight[:ctx.V], *others
 
 
 def cuda_loss(x, weight, targets, softcap=0.0, smoothing=0.0, z_loss=0.0):

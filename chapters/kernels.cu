@@ -57,13 +57,15 @@ extern "C" __global__ void norm_forward(const Pack* x, const Floats* weight, con
     }
 }
 
-// The groups of a block go through some rows, and the block sums d_weight and d_bias of these:
-// d_params (blocks, 2, C). Until then each group has its own sums, side by side in shared memory.
-extern "C" __global__ void norm_backward(const Pack* d_y, const Pack* x, const Floats* weight,
-        const float* stats, Pack* d_x, float* d_params, int rows, int C, int lanes, int center) {
+// The groups of a block go through some rows, and the block sums d_weight, and where n_params is 2
+// d_bias, of these: d_params (blocks, n_params, C). Until then each group has its own sums, side by
+// side in shared memory. Without __restrict__ no load could overtake a store to it.
+extern "C" __global__ void norm_backward(const Pack* __restrict__ d_y, const Pack* __restrict__ x,
+        const Floats* __restrict__ weight, const float* __restrict__ stats, Pack* d_x,
+        float* d_params, int rows, int C, int lanes, int center, int n_params) {
     const int groups = blockDim.x / lanes, group = threadIdx.x / lanes, size = C / WIDTH;
     float *d_w = shared + 32 + group, *d_b = d_w + C * groups;
-    MINE(2 * C * groups, blockDim.x) shared[32 + i] = 0;
+    MINE(n_params * C * groups, blockDim.x) shared[32 + i] = 0;
     __syncthreads();
     for (int first = blockIdx.x * groups; first < rows; first += gridDim.x * groups) {
         const bool real = first + group < rows;
@@ -75,7 +77,8 @@ extern "C" __global__ void norm_backward(const Pack* d_y, const Pack* x, const F
             const Floats w = weight[i];
             EACH {
                 const float unit = (widen(a.at[k]) - mean) * scale, d = real ? widen(d_a.at[k]) : 0;
-                d_w[(k * size + i) * groups] += d * unit, d_b[(k * size + i) * groups] += d;
+                d_w[(k * size + i) * groups] += d * unit;
+                if (n_params == 2) d_b[(k * size + i) * groups] += d;
                 along += d * w.at[k] * unit, total += d * w.at[k];
             }
         }
@@ -94,11 +97,11 @@ extern "C" __global__ void norm_backward(const Pack* d_y, const Pack* x, const F
         }
     }
     __syncthreads();
-    MINE(2 * C, blockDim.x) {
+    MINE(n_params * C, blockDim.x) {
         const int column = i % C, place = i - column + column % WIDTH * size + column / WIDTH;
         float sum = 0;
         for (int j = 0; j < groups; j++) sum += shared[32 + place * groups + j];
-        d_params[(Int)blockIdx.x * 2 * C + i] = sum;
+        d_params[(Int)blockIdx.x * n_params * C + i] = sum;
     }
 }
 
@@ -122,7 +125,7 @@ extern "C" __global__ void rotate(const Pack* x, Pack* y, const Floats* cos, con
 }
 
 // A block turns a row of V logits into the row's loss, and if learn into their gradient in place.
-// Rows are padded to whole packs.
+// Rows are padded to whole packs, in which the gradient is 0.
 __device__ float cap(float x, float softcap) { return softcap ? softcap * tanhf(x / softcap) : x; }
 extern "C" __global__ void loss(Pack* logits, const Int* targets, float* losses, int V,
         int stride, int learn, float softcap, float smoothing, float z_loss) {
@@ -154,7 +157,7 @@ extern "C" __global__ void loss(Pack* logits, const Int* targets, float* losses,
             float d = __expf(logit - logsumexp) * (1 + 2 * z_loss * logsumexp) - smoothing / V;
             if (i * WIDTH + k == target) d -= 1 - smoothing;
             if (softcap) d *= 1 - logit / softcap * (logit / softcap);
-            narrow(target < 0 ? 0 : d, out.at[k]);
+            narrow(target < 0 || i * WIDTH + k >= V ? 0 : d, out.at[k]);
         }
         logits[i] = out;
     }

@@ -229,7 +229,7 @@ def bandwidth(B=32, T=1024, C=768, D=64, V=50304):
 
     def loss_kernel(logits, targets):
         with torch.no_grad():
-            launch("loss", len(logits), 512, logits, targets, losses, V, V, True, 0.0, 0.0, 0.0)
+            launch("loss", 8, len(logits), 512, logits, targets, losses, V, V, True, 0.0, 0.0, 0.0)
 
     stream, heads, logits = x(B, T, C), x(B, T, C // D, D), x(2**28 // V, V)
     losses, weight, bias = (x(n, dtype=torch.float32) for n in (len(logits), C, C))
@@ -371,8 +371,9 @@ def recompute():
     name, shape = "GPT-2 124M", (12, 12, 768, 4, 1024, 50304)
     if DEVICE == "cuda":
         name, shape = "GPT-2 medium", (24, 16, 1024, 8, 1024, 50304)
-    found = in_turns({again: ("", dict(precision=BEST, recompute=again))
-                      for again in (False, True)}, shape, 20 if DEVICE == "cuda" else 1)
+    options = dict(precision=BEST, cuda_graph=DEVICE == "cuda")  # Python would hold a GPU up
+    found = in_turns({again: ("", options | dict(recompute=again)) for again in (False, True)},
+                     shape, 20 if DEVICE == "cuda" else 1)
     for again, (seconds, memory) in found.items():
         show(f"training step, {name}, B={shape[3]}, {DEVICE} {BEST}, recompute={again}",
              f"{1000 * seconds:,.0f} ms ({seconds / found[False][0]:.2f}x), {memory / 1e9:.2f} GB "
