@@ -110,6 +110,9 @@ def pick_checkpoint(folder, which="best"):
     if not found:
         for path in Path(folder).glob("step_*.pt"):
             read_progress(path)  # raises ValueError: an older version wrote it
+        if [*Path(folder).glob("step_*.shards")]:
+            raise ValueError(f"{folder} has checkpoints in shards alone: python -m chapters.gather "
+                             f"{folder} makes the last of them one file")
         places = Path("runs", folder), Path(folder).parent, Path("runs", folder).parent
         near = next(filter(checkpoints, places), None)
         hint = f"did you mean {near}?" if near else "python train.py makes one"

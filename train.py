@@ -35,6 +35,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
+from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
 from statistics import mean, median
@@ -112,6 +113,8 @@ class TrainConfig(TuneConfig):
     tp: int = option(1, "processes that share each matrix: tensor parallelism", low=1)
     pp: int = option(1, "processes that share the blocks: pipeline stages", low=1)
     pp_schedule: str = option("1f1b", "of the stages", known=lambda: ("1f1b", "gpipe"))
+    checkpoint: str = option("plain", "one file, or sharded: a folder, each process its part",
+                             known=lambda: ("plain", "sharded"))
     timeout: int = option(1800, "seconds until a process that does not answer is named", low=1)
     device: str = option("auto", "auto | cpu | cuda | mps")
     precision: str = option("auto", "weights stay float32", known=lambda: ("auto", *PRECISIONS))
@@ -170,8 +173,9 @@ def complete_options(typed, typed_model):
         typed = typed | dict(out=str(folder), config=str(folder / "config.json"))
     if typed.get("config"):
         saved, shape, data = read_config(typed["config"])
-        options = asdict(saved) | dict(out="", resume=False, rewarm=False, force=False,
-                                       parallel="ddp", tp=1, pp=1)  # a run goes on on any others
+        options = asdict(saved) | dict(
+            out="", resume=False, rewarm=False, force=False,
+            parallel="ddp", tp=1, pp=1, checkpoint="plain")  # a run goes on on any processes
         if typed.get("resume") and is_shards(data["path"]):
             options["data"] = data["path"]  # not made again from what may have changed
         if typed.keys() & set(LENGTHS):  # a new length takes the place of all former ones
@@ -249,15 +253,17 @@ def start_processes(config):
     elif os.environ.get("OMP_NUM_THREADS") == "1":  # which torchrun sets; the cores would idle
         torch.set_num_threads(max(1, os.cpu_count() // n_local))
     if not dist.is_initialized():
-        where = ":".join(os.environ.get(f"MASTER_{name}", "") for name in ("ADDR", "PORT"))
+        where = ":".join(os.environ.get(f"MASTER_{name}", "?") for name in ("ADDR", "PORT"))
         try:  # to wait a day for each other: rank 0 may be making the data
             store, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=config.timeout)))
+            if n_local == n:  # torchrun keeps what those before a restart have stored
+                store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
             dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", store=store,
                                     rank=rank, world_size=n, timeout=timedelta(days=1))
         except (RuntimeError, ValueError, OverflowError) as error:
             why = str(error).partition("\n")[0]
-            raise ValueError(f"rank {rank} does not find the {n} processes at {where or 'no'} "
-                             f"address: start them with torchrun ({why:.200})") from None
+            raise ValueError(f"rank {rank} of {n} does not find the others at {where}, in "
+                             f"{config.timeout} s: start all with torchrun ({why:.200})") from None
     from torch.distributed.device_mesh import init_device_mesh
     return rank, init_device_mesh(device.partition(":")[0], (config.pp, n // n_split, config.tp),
                                   mesh_dim_names=MESH), device
@@ -321,7 +327,11 @@ def check_layout(config, shape):
         if value and split:
             raise ValueError(f"{name}={value} does not go with {' '.join(split)}: take "
                              "--parallel=fsdp alone")
-    if config.tune != "full" and (split or config.parallel == "fsdp"):
+    if config.checkpoint == "sharded" and (int(os.environ.get("WORLD_SIZE", "1")) == 1
+                                           or not find_spec("safetensors")):
+        raise ValueError("--checkpoint=sharded needs several processes, as torchrun starts, and the "
+                         "package safetensors")
+    if config.tune != "full" and (split or config.checkpoint == "sharded" or config.parallel == "fsdp"):
         raise ValueError(f"--tune={config.tune} goes with --parallel=ddp alone, without --tp, --pp")
 
 
@@ -834,30 +844,90 @@ def is_split(run):
                                      or run.config.pp > 1)
 
 
+def named_parts(model):
+    """{name: parameter} of what this process has of a model, as in a checkpoint: where the head is
+    tied, the last stage of a pipeline has a copy of the table."""
+    return {"transformer.wte.weight" if model.config.tied and name == "lm_head.weight" else name: p
+            for name, p in model.named_parameters()}
+
+
+def named_state(run):
+    """{name: tensor} of what this process has of the weights and of the optimizer's state."""
+    found = {}
+    for name, p in named_parts(run.model).items():
+        found |= {name: p.detach()} | {
+            f"optimizer.{name}.{what}": w for what, w in run.optimizer.state[p].items()}
+    return found
+
+
 def gather(run):
-    """{name: tensor} of weights and optimizer that processes share, whole, in the main memory of
-    rank 0; {} elsewhere."""
-    is_tied, (stage, n_stages) = run.model.config.tied, part(run.mesh, "pp")
+    """named_state() of all processes, whole, in the main memory of rank 0; {} elsewhere."""
+    stage, n_stages = part(run.mesh, "pp")
     keeps, found = part(run.mesh, "dp")[0] == part(run.mesh, "tp")[0] == 0, {}
-    for name, p in run.model.named_parameters():
-        state = {f"optimizer.{name}.{what}": w for what, w in run.optimizer.state[p].items()}
-        for key, w in {name: p.detach(), **state}.items():
-            w = whole(w)  # by all processes together, one after another
-            if keeps and not (stage and is_tied and name == "lm_head.weight"):
-                found[key] = w.to(run.model.device if stage else "cpu", copy=True)
+    for name, tensor in named_state(run).items():
+        tensor = whole(tensor)  # by all processes together, one after another
+        if keeps:
+            found[name] = tensor.to(run.model.device if stage else "cpu", copy=True)
     if not keeps or n_stages == 1:
         return found
     group, rows = run.mesh.get_group("pp"), [None] * n_stages
-    dist.all_gather_object(rows, [(key, w.shape, w.dtype) for key, w in found.items()], group)
+    dist.all_gather_object(rows, [(name, w.shape, w.dtype) for name, w in found.items()], group)
     for sender in range(1, n_stages):
-        for key, shape, dtype in rows[sender]:
+        for name, shape, dtype in rows[sender]:
             if stage == sender:
-                dist.send(found[key], group=group, group_dst=0)
+                dist.send(found[name], group=group, group_dst=0)
             elif stage == 0:
-                w = torch.empty(shape, dtype=dtype, device=run.model.device)
-                dist.recv(w, group=group, group_src=sender)
-                found[key] = w.cpu()
+                tensor = torch.empty(shape, dtype=dtype, device=run.model.device)
+                dist.recv(tensor, group=group, group_src=sender)
+                found[name] = tensor.cpu()
     return {} if stage else found
+
+
+def sharded(folder):
+    """The checkpoints of a run of which each process wrote its part, {step: folder}."""
+    return {int(path.stem[5:]): path for path in sorted(Path(folder).glob("step_*.shards"))}
+
+
+def save_shards(run, keep):
+    """Write a checkpoint part by part, as torch's distributed one in safetensors, on all ranks;
+    chapters/gather.py makes it the usual file."""
+    from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
+    path = run.folder / f"step_{run.step:06d}.shards"
+    temporary = path.with_suffix(".unfinished")
+    save(named_state(run), storage_writer=HuggingFaceStorageWriter(
+        str(temporary), save_distributed=True))
+    if dist.get_rank() == 0:
+        write_json(temporary / "progress.json", dict(
+            config=asdict(run.model.config), progress=progress_of(run)))
+        for old in [path, *[*sharded(run.folder).values()][:1 - keep or None]]:
+            shutil.rmtree(old, ignore_errors=True)
+        os.replace(temporary, path)
+    dist.barrier()
+
+
+def load_shards(path, config, device, ready):
+    """The Run that save_shards wrote, on any number of processes."""
+    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+    saved = read_json(path / "progress.json")
+    model = GPT(check_fields(GPTConfig, saved["config"], path)).to(device)
+    ready(model)
+    run, reader = new_run(path.parent, model, config, device), HuggingFaceStorageReader(str(path))
+    parts = named_parts(model)
+    for key, found in reader.read_metadata().state_dict_metadata.items():
+        name, _, kind = key.removeprefix("optimizer.").rpartition(".")
+        if key.startswith("optimizer.") and name in parts:
+            run.optimizer.state[parts[name]][kind] = (
+                torch.zeros_like(parts[name]) if found.size else torch.zeros(()))
+    load(named_state(run), storage_reader=reader)
+    vars(run).update(vars(check_fields(Progress, saved["progress"], path)))
+    run.scaler.load_state_dict(run.scaler.state_dict() | run.loss_scale)
+    return run
+
+
+def progress_of(run):
+    """The fields of Progress."""
+    return {f.name: getattr(run, f.name) for f in fields(Progress)} | dict(
+        loss_scale=run.scaler.state_dict())
 
 
 def snapshot(run):
@@ -878,9 +948,7 @@ def snapshot(run):
         tensors = {f"optimizer.{names[p]}.{what}": tensor.to("cpu", copy=True)
                    for p, state in run.optimizer.state.items() for what, tensor in state.items()}
         model = copy.deepcopy(run.model, copies)
-    progress = {f.name: getattr(run, f.name) for f in fields(Progress)} | dict(
-        loss_scale=run.scaler.state_dict())
-    return model, tensors, progress
+    return model, tensors, progress_of(run)
 
 
 def save_run(folder, state, keep=2):
@@ -899,6 +967,9 @@ def save_run(folder, state, keep=2):
 def load_run(folder, config, device, ready=lambda model: None):
     """The Run in a folder as its newest whole checkpoint left it, on any number of processes, over
     which ready(model) splits it; ValueError if it does not fit."""
+    shards = sharded(folder)
+    if max(shards, default=-1) > max(checkpoints(folder), default=-1):
+        return load_shards(shards[max(shards)], config, device, ready)
     path = pick_checkpoint(folder, "last")
     model, state = load_model(path, device)
     if not model.tuning:
@@ -908,9 +979,7 @@ def load_run(folder, config, device, ready=lambda model: None):
     progress, run = check_fields(Progress, state, path), new_run(folder, model, config, device)
     run.__dict__.update(progress.__dict__)
     run.scaler.load_state_dict(run.scaler.state_dict() | progress.loss_scale)
-    params, state = dict(model.named_parameters()), run.optimizer.state
-    if model.config.tied and "lm_head.weight" in params:  # of the last stage of a pipeline
-        params["transformer.wte.weight"] = params["lm_head.weight"]
+    params, state = named_parts(model), run.optimizer.state
     for key, tensor in tensors.items():
         name, _, kind = key.removeprefix("optimizer.").rpartition(".")
         if name not in shapes or tensor.shape not in ((), shapes[name]):
@@ -1026,7 +1095,8 @@ def run_folder(config, shards=None):
     """Where the run is or will be: --out, or the newest run to resume, or runs/ and a free name."""
     if config.resume:
         folder = Path(config.out) if config.out else newest_run()
-        return folder if checkpoints(folder) else pick_checkpoint(folder)  # says what is missing
+        return folder if checkpoints(folder) or sharded(folder) else (
+            pick_checkpoint(folder))  # says what is missing
     folder, n = Path(config.out or f"runs/{shards.name}"), 2
     while not config.out and (folder / "config.json").exists():
         folder, n = Path(f"runs/{shards.name}-{n}"), n + 1
@@ -1035,9 +1105,8 @@ def run_folder(config, shards=None):
 
 def find_shards(config, rank, say, tokenizer=None):
     """-> the folder of token shards: --data itself if it is one, else made from it by rank 0."""
-    if is_shards(config.data):
-        return Path(config.data)
-    folder = [rank == 0 and prepare(config.data, None, config.vocab_size, tokenizer, say=say)]
+    folder = [rank == 0 and (Path(config.data) if is_shards(config.data) else prepare(
+        config.data, None, config.vocab_size, tokenizer, say=say))]
     if dist.is_initialized():
         dist.broadcast_object_list(folder, src=0)
     return folder[0]
@@ -1259,7 +1328,7 @@ def locked(folder):
 def claim_folder(config, shards, stack):
     """Make and lock the folder of a run -> its Path."""
     folder = run_folder(config, shards)
-    if checkpoints(folder) and not config.resume:
+    if (checkpoints(folder) or sharded(folder)) and not config.resume:
         raise ValueError(f"{folder} already holds a run: add --resume, or choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     if not (config.resume or config.out):
@@ -1294,7 +1363,7 @@ def begin_folder(run, shape, say):
 
 def leave_nothing(folder):
     """Remove what begin_folder wrote for a run that took no step, so that its name is free."""
-    if not checkpoints(folder) and not read_log(folder):
+    if not (checkpoints(folder) or sharded(folder) or read_log(folder)):
         with contextlib.suppress(OSError):  # Windows keeps what is open; not all files may be ours
             for name in ("config.json", "tokenizer.json", "base.safetensors", "log.jsonl", ".lock"):
                 Path(folder, name).unlink(missing_ok=True)
@@ -1479,7 +1548,11 @@ def train(config, model_config=None, say=tqdm.write):
                 recorder.log(row)
             if run.bad and (run.bad >= config.bad_steps or whole_step):
                 give_up(run, rate, recorder)
-            state = snapshot(run) if is_check or stopping else None
+            state = None
+            if (is_check or stopping) and config.checkpoint == "plain":
+                state = snapshot(run)
+            elif (is_check or stopping) and not run.bad:
+                save_shards(run, config.keep_last)
             if not is_main:
                 continue
             if run.step == first + 2:  # the first step warms up
@@ -1522,10 +1595,15 @@ def summarize(run, seconds, stopped):
 def restarted(typed, typed_model):
     """The options typed, two dicts; after a crash, when torchrun starts all processes again, with
     --resume if there is a checkpoint to go on with."""
-    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
-    if restarts and not (typed.get("out") or typed.get("resume")):
-        raise ValueError("--max-restarts needs --out=FOLDER, so that a restart finds the run")
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and checkpoints(typed["out"]):
+    env = os.environ.get
+    if env("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        if not typed.get("out"):
+            raise ValueError("--max-restarts needs --out=FOLDER, so that a restart finds the run")
+        if env("LOCAL_WORLD_SIZE") != env("WORLD_SIZE") and env(
+                "TORCHELASTIC_USE_AGENT_STORE") == "True":
+            raise ValueError("--max-restarts on several nodes needs the environment variable "
+                             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for each torchrun")
+    if env("TORCHELASTIC_RESTART_COUNT", "0") != "0" and (checkpoints(typed["out"]) or sharded(typed["out"])):
         typed = {name: typed[name] for name in typed if name != "config"} | dict(resume=True)
     return typed, typed_model
 
@@ -1559,7 +1637,8 @@ def main():
     end = SimpleNamespace(**summary)
     doctor = f"python -m chapters.doctor {end.folder} says more"
     if end.stopped:
-        print(f"stopped at step {end.step}, saved at {max(checkpoints(end.folder), default=0)}; "
+        saved = max(checkpoints(end.folder) | sharded(end.folder), default=0)
+        print(f"stopped at step {end.step}, saved at {saved}; "
               f"to go on: python train.py --resume --out={end.folder}")
         sys.exit(128 + end.stopped)
     if end.val_loss is None:
@@ -1570,7 +1649,9 @@ def main():
     ask = {ChatLoader: "sample.py {} --chat", TokenLoader: "sample.py {}"}.get(
         end.kind, "-m chapters.clauses ask {}").format(end.folder)
     ask, note = f'{ask} --prompt="{end.words}"', ""
-    if end.kind is not ClassLoader:
+    if not checkpoints(end.folder):
+        ask = f"-m chapters.gather {end.folder}"
+    elif end.kind is not ClassLoader:
         model, tokenizer = load_finished(end.folder)
         print(sample_lines(model, tokenizer, 200, 1, end.prompt))
         if end.kind is ChatLoader and not knows_chats(model, tokenizer):
