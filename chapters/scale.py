@@ -14,6 +14,9 @@ from typing import NamedTuple
 if __name__ == "__main__":  # `python chapters/scale.py` works as well, from any folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import torch
+from torch.distributed.tensor import DTensor
+
 from chapters.cost import GPUS, gigabytes
 from model import check_options, option
 from tokenizer import parse_options, run_command
@@ -122,6 +125,15 @@ def step_time(shape, batch, layout, gpu="H100", links=None, efficiency=0.5):
 def held(shape, layout):
     """Bytes of weights, gradients and optimizer on each GPU; activations come on top."""
     return state_bytes(shape.N / (layout.tp * layout.pp), layout.dp, layout.zero)
+
+
+def held_bytes(model, optimizer):
+    """What held() says of a model in training, found in the tensors of this process."""
+    numbers = [x for p in model.parameters() for x in (p, p.grad)]
+    states = getattr(optimizer, "state", {0: vars(optimizer)})
+    numbers += [x for state in states.values() for x in state.values()
+                if isinstance(x, torch.Tensor) and x.dim()]
+    return sum((x.to_local() if isinstance(x, DTensor) else x).nbytes for x in numbers)
 
 
 def divisors(n):

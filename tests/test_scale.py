@@ -4,7 +4,8 @@ from itertools import product
 from statistics import median
 
 import pytest
-from conftest import mistake
+import torch
+from conftest import mistake, tiny
 
 from chapters import scale
 from chapters.cost import GPUS
@@ -68,6 +69,15 @@ def test_llama_3_loses_on_twice_the_gpus_what_the_bubble_says():
     layout = Layout(64, 8, 16, zero=2, chunks=8)  # arXiv:2407.21783, table 4: 430, then 400 TFLOP/s
     before, after = (step_time(LARGE, 2048, layout._replace(dp=dp))["mfu"] for dp in (64, 128))
     assert after / before == pytest.approx(400 / 430, abs=0.03)
+
+
+def test_the_state_of_a_model_is_found_in_its_tensors():
+    model = tiny()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long))[1].backward()
+    optimizer.step()
+    N = model.n_parameters()
+    assert scale.held_bytes(model, optimizer) == state_bytes(N, 1, 0, (4, 4, 8)) == 16 * N
 
 
 def test_slower_links_cost_time_and_never_save_any():
