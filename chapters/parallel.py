@@ -142,6 +142,7 @@ class ShardedAdamW:
 
     @torch.no_grad()
     def step(self):
+        """The same as AdamW's with the mean of the gradients, on this process's part alone."""
         rank, n, (beta1, beta2) = dist.get_rank(), dist.get_world_size(), self.betas
         grads = flat_gradients(self.params).tensor_split(n)
         flat = torch.cat([p.flatten() for p in self.params])

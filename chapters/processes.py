@@ -10,6 +10,7 @@ Processes on this machine that work together as those of a cluster do, and the b
     spawn(2, worker, 8) == [(16.0, 32), (16.0, 32)]
 """
 
+import ast
 import inspect
 import multiprocessing
 import multiprocessing.connection
@@ -57,16 +58,18 @@ def module_text(function, known=()):
         value = function.__globals__[name]
         if isinstance(value, ModuleType):
             lines.append(f"import {value.__name__} as {name}")
-        elif isinstance(value, (bool, int, float, str, tuple, list, dict)):
-            lines.append(f"{name} = {value!r}")
         elif inspect.isfunction(value) and value.__module__ == "__main__":
             lines.append(module_text(value, known))
         elif inspect.isroutine(value) or inspect.isclass(value):
             lines.append(f"from {value.__module__} import {value.__name__} as {name}")
+        elif isinstance(value, (int, float, str, tuple, list, dict)):
+            with suppress(ValueError, SyntaxError):  # it holds more than such constants
+                lines.append(f"{name} = {ast.literal_eval(repr(value))!r}")
     return "\n".join([*lines, source])
 
 
 def end_with_parent():
+    """Wait for the parent to end, however that happens, and end this process."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
@@ -104,8 +107,9 @@ def collect(process, pipe, name):
 
 
 def spawn(n, function, *arguments, timeout=300):
-    """Call function(*arguments) in n new processes that form a gloo group, one thread each; -> what
-    each returned. RuntimeError for the first that fails, or if none ends within timeout seconds."""
+    """Call function(*arguments), of a module or a notebook's cell, in n new processes that form a
+    gloo group, with one thread each -> what each returned. RuntimeError for the first that fails,
+    or if none ends within timeout seconds. No process stays."""
     context, started, results = multiprocessing.get_context("spawn"), [], {}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         if getattr(function, "__module__", "") == "__main__" and not hasattr(
@@ -126,9 +130,10 @@ def spawn(n, function, *arguments, timeout=300):
                 ready = multiprocessing.connection.wait(waiting, timeout)
                 if not ready:
                     raise RuntimeError(f"process {', '.join(map(str, waiting.values()))} of {n} "
-                                       f"has not ended after {timeout} seconds")
-                ended = [waiting[pipe] for pipe in ready]
-                for rank in sorted(ended, key=lambda rank: started[rank][0].is_alive()):
+                                       f"did not end within {timeout} seconds")
+                # first those that died: the errors of others only say that a connection is gone
+                ended = sorted(map(waiting.get, ready), key=lambda r: started[r][0].is_alive())
+                for rank in ended:
                     results[rank] = collect(*started[rank], f"process {rank} of {n}")
         finally:
             for process, _ in started:
