@@ -124,8 +124,9 @@ class BucketedDataParallel:
 
 
 # -----------------------------------------------------------------------------
-# ZeRO-1 (arXiv:1910.02054): AdamW's m and v are twice the parameters, and a process needs only its
-# part of them, as its step fits between the halves of the ring. No more is sent than by that:
+# ZeRO-1 (arXiv:1910.02054): AdamW's m and v take twice the memory of the parameters. Here a process
+# keeps 1/n of them, and takes the step for that part alone, between the two halves of the ring, so
+# that no more is sent than in data parallel:
 #
 #     gradients of each process -> reduce_scatter -> AdamW on 1/n -> all_gather -> parameters
 
