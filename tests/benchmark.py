@@ -4,7 +4,7 @@ The figures of this project, measured here and now: medians, and ratios against 
     python tests/benchmark.py                # training attention twins sampling saving bpe
     python tests/benchmark.py twins bpe      # some of these parts, or of decoding export muon
                                              # speculative batching bandwidth recompute bpe100
-                                             # curation pages chapters serving endurance
+                                             # curation pages chapters serving endurance scale
     python tests/benchmark.py --nanogpt=DIR  # training steps beside nanoGPT's, from a checkout
     python tests/benchmark.py learning --nanogpt=DIR [--text=FILE]  # time to a loss, beside its own
 """
@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 import page_extractors
@@ -46,6 +47,9 @@ from chapters.cuda_kernels import cuda_norm, cuda_rotary, launch
 from chapters.curate import first_ones, near_duplicates, new_lines
 from chapters.choices import CurateConfig
 from chapters.onnx_files import to_onnx
+from chapters.pipeline import bubble, one_f_one_b
+from chapters.processes import counted_bytes, spawn
+from chapters.scale import Layout, Shape, all_reduce_bytes, held_bytes, sent
 from chapters.speculative import NgramDraft, RunDraft
 from chapters.speculative import write as speculate_text
 from chapters.stages import new_record, text_stages
@@ -57,8 +61,9 @@ from sample import (PRECISIONS, SampleConfig, complete, complete_batch, end_ids,
                     new_cache, pick_device, pick_precision)
 from tokenizer import (GPT2_SPLIT, SPECIAL_TOKENS, Tokenizer, nearest, parse_options, refuse_idle,
                        run_command, train_fast)
-from train import (TrainConfig, gradients, matmul_rate, model_shape, new_run,
-                   peak_memory, read_log, save_run, snapshot, take_step, train, update)
+from train import (TrainConfig, build_schedule, gradients, matmul_rate, model_shape, new_run,
+                   parallelize, part, peak_memory, read_log, save_run, snapshot, split_batch,
+                   start_processes, take_step, train, update)
 
 # -----------------------------------------------------------------------------
 # The machine, the clock, and what is printed.
@@ -343,7 +348,7 @@ def rivals(folder):
            ", Muon for AdamW": dict(optimizer="muon")}
     if DEVICE == "cuda":
         theirs = {f"nanoGPT, {BEST}": best, f"nanoGPT, {BEST}, compiled": best | {"compiled": True}}
-        own = {f", {name} kernels": dict(kernels=name) for name in ("torch", "cuda", "auto")}
+        own = {f", {name} kernels": dict(kernels=name) for name in ("torch", "cuda")}
         own |= {", --cuda_graph": dict(cuda_graph=True),
                 ", --cuda_graph, Muon for AdamW": dict(cuda_graph=True, optimizer="muon")}
     return ({name: (folder, options) for name, options in theirs.items()}
@@ -371,7 +376,8 @@ def recompute():
     name, shape = "GPT-2 124M", (12, 12, 768, 4, 1024, 50304)
     if DEVICE == "cuda":
         name, shape = "GPT-2 medium", (24, 16, 1024, 8, 1024, 50304)
-    options = dict(precision=BEST, cuda_graph=DEVICE == "cuda")  # Python would hold a GPU up
+    options = dict(precision=BEST) | (  # Python would hold a GPU up
+        dict(kernels="cuda", cuda_graph=True) if DEVICE == "cuda" else {})
     found = in_turns({again: ("", options | dict(recompute=again)) for again in (False, True)},
                      shape, 20 if DEVICE == "cuda" else 1)
     for again, (seconds, memory) in found.items():
@@ -631,6 +637,92 @@ def saving():
 
 
 # -----------------------------------------------------------------------------
+# Scale: the same step by one process and by two, on a CPU.
+
+ALONE = Layout()
+SHARED = {  # name: how processes share a step, the threads of each, the optimizer
+    "one process": (ALONE, 1, "adamw"), "one process, two threads": (ALONE, 2, "adamw"),
+    "ddp x 2": (Layout(dp=2), 1, "adamw"), "fsdp x 2": (Layout(dp=2, zero=3), 1, "adamw"),
+    "zero-2 x 2": (Layout(dp=2, zero=2), 1, "adamw"), "tp x 2": (Layout(tp=2), 1, "adamw"),
+    "pp x 2": (Layout(pp=2), 1, "adamw"), "ddp x 2, muon": (Layout(dp=2), 1, "muon"),
+    "fsdp x 2, muon": (Layout(dp=2, zero=3), 1, "muon")}
+
+
+def micro_size(B, layout):
+    """Sequences in a forward pass: a pipeline takes four passes for a step, all others one."""
+    return B // layout.dp // (4 if layout.pp > 1 else 1)
+
+
+def prepare_part(shape, B, layout, n_threads, optimizer):
+    """-> (this process's part of a step of a new model, bytes that it sends in one, bytes of
+    parameters, gradients and optimizer that it holds)"""
+    config = TrainConfig(batch_size=B, micro_batch_size=micro_size(B, layout), device="cpu",
+                         precision="fp32", optimizer=optimizer, tp=layout.tp, pp=layout.pp,
+                         parallel="fsdp" if layout.zero else "ddp", reshard=layout.zero == 3)
+    mesh = None if layout == ALONE else start_processes(config)[1]
+    torch.manual_seed(0)
+    model, ids = GPT(shape), torch.randint(shape.vocab_size, (B, shape.block_size))
+    model.use("torch")
+    called = parallelize(model, config, mesh)
+    run = replace(new_run("", model, config, "cpu"), mesh=mesh)
+    micro, n_passes = split_batch(config, layout.dp)
+    run.schedule = build_schedule(run, called, n_passes) if layout.pp > 1 else None
+    ids = ids.chunk(layout.dp)[part(mesh, "dp")[0]].split(micro)
+
+    def step():
+        torch.set_num_threads(n_threads)
+        take_step(run, called, ids, ids, 1.0)
+        dist.barrier()
+
+    take_step(run, called, ids, ids, 1.0)  # now the optimizer has a state
+    with counted_bytes() as counts:
+        gradients(run, called, zip(ids, ids), n_passes, 1.0)
+        n_held = held_bytes(model, run.optimizer)
+        update(run)
+    return step, sum(counts.values()), n_held
+
+
+def shared_steps(shape, B, times):
+    """In each of two processes: {name: (seconds of a step, bytes sent, bytes held)}."""
+    rank = dist.get_rank()
+    os.environ.update(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    parts = {name: (dist.barrier, 0, 0) if rank and row[0] == ALONE else
+             prepare_part(shape, B, *row) for name, row in SHARED.items()}
+    seconds = medians(*(step for step, *_ in parts.values()), times=times)
+    return {name: (time, *counts) for time, (name, (_, *counts)) in zip(seconds, parts.items())}
+
+
+def sent_on_paper(shape, B, layout, optimizer):
+    """The bytes, four a number, that each of two processes should send in a step."""
+    model, C, T = GPT(shape), shape.n_embd, shape.block_size
+    N, table = model.n_parameters(), shape.vocab_size * C
+    matrices = sum(p.numel() for p in model.transformer.blocks.parameters() if p.dim() == 2)
+    n_bytes = sent(Shape(N, shape.n_layer, C, T), B, layout._replace(micro=micro_size(B, layout)))
+    total = 2 * (n_bytes["dp"] + n_bytes["tp"]) + n_bytes["pp"]  # the ends send one way only
+    if layout.tp > 1:  # gradients of head and norms, and of what the embedding gives
+        total += all_reduce_bytes(4 * (N - matrices - table), 2) + all_reduce_bytes(2 * B * T * C, 2)
+    if layout.zero and optimizer == "muon":  # which needs whole momenta
+        total += all_reduce_bytes(2 * matrices, 2)
+    return total
+
+
+def scale(shape=SHAPE, B=DEFAULT.batch_size, times=5):
+    """A step of the default run that two processes share: time, bytes sent, as counted and on
+    paper, and bytes that each holds."""
+    both = spawn(2, shared_steps, shape, B, times)
+    alone, copied = (both[0][name] for name in ("one process", "ddp x 2"))
+    for name, (layout, _, optimizer) in SHARED.items():
+        seconds, n_sent, n_held = map(max, zip(*(found[name] for found in both)))
+        show(f"a step, cpu fp32, {name}",
+             f"{seconds:.2f} s ({seconds / alone[0]:.2f}x), {B * shape.block_size / seconds:,.0f} "
+             f"tokens/s; each sends {n_sent / 1e6:.2f} MB, on paper "
+             f"{sent_on_paper(shape, B, layout, optimizer) / 1e6:.2f}, and holds "
+             f"{n_held / 1e6:.1f} MB, {n_held / copied[2]:.2f}x of ddp's with adamw")
+    show("idle share of two stages, four micro-batches, on paper",
+         f"{bubble(one_f_one_b(2, 4)):.0%}")
+
+
+# -----------------------------------------------------------------------------
 # Byte-pair encoding beside Hugging Face's tokenizers and tiktoken.
 
 
@@ -886,7 +978,7 @@ def endurance(n_requests=10_000):
 PARTS = {part.__name__: part for part in (training, attention, twins, sampling, saving, bpe,
                                           decoding, export, speculative, batching, muon, bandwidth,
                                           recompute, bpe100, curation, pages, chapters, serving,
-                                          endurance, learning, nanogpt)}
+                                          endurance, learning, nanogpt, scale)}
 
 
 @dataclass

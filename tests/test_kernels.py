@@ -79,4 +79,4 @@ def test_fast_orthogonal_equals_plain_orthogonal(shape, dtype, near):
     fast = fast_orthogonal(x.to(dtype), NEWTON_SCHULZ)
     close(fast.double(), plain_orthogonal(x), rtol=near, atol=near)
     low = fast_orthogonal(x.bfloat16(), NEWTON_SCHULZ)
-    close(low.double(), plain_orthogonal(x.bfloat16()).double(), rtol=0, atol=0.05)
+    close(low.double(), plain_orthogonal(x.bfloat16()).double(), rtol=0, atol=0.1)
