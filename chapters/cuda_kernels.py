@@ -106,10 +106,8 @@ def warn_once(text):
 
 
 def covered(x):
-    """Whether the kernels take x: all of it here, dense, in a dtype they know, with rows that fit
-    into shared memory. Tensor parallelism hands norms a DTensor, whose parts are on many GPUs."""
-    return (type(x) is torch.Tensor and x.dtype in NUMBERS and x.is_contiguous()
-            and x.size(-1) <= 4096)
+    """Whether the kernels take x: dense, in a dtype they know, rows that fit into shared memory."""
+    return x.dtype in NUMBERS and x.is_contiguous() and x.size(-1) <= 4096
 
 
 def share(n, *tensors):
