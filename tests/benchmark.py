@@ -700,7 +700,7 @@ def sent_on_paper(shape, B, layout, optimizer):
     n_bytes = sent(Shape(N, shape.n_layer, C, T), B, layout._replace(micro=micro_size(B, layout)))
     total = 2 * (n_bytes["dp"] + n_bytes["tp"]) + n_bytes["pp"]  # the ends send one way only
     if layout.tp > 1:  # gradients of head and norms, and of what the embedding gives
-        total += all_reduce_bytes(4 * (N - matrices - table), 2) + all_reduce_bytes(2 * B * T * C, 2)
+        total += all_reduce_bytes(4 * (N - matrices - table) + 2 * B * T * C, 2)
     if layout.zero and optimizer == "muon":  # which needs whole momenta
         total += all_reduce_bytes(2 * matrices, 2)
     return total
