@@ -36,7 +36,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
-from itertools import accumulate
+from itertools import accumulate, count
 from pathlib import Path
 from statistics import mean, median
 from types import SimpleNamespace
@@ -212,8 +212,7 @@ def complete_options(typed, typed_model):
 
 
 # -----------------------------------------------------------------------------
-# The machine: processes, memory, speed, the wish to stop.
-
+# Several processes, as torchrun starts them: what each of them has of the batch and of the model.
 
 MESH = "pp", "dp", "tp"  # the dimensions of the processes; tp's, which speak most, are neighbours
 
@@ -224,81 +223,78 @@ def part(mesh, name):
 
 
 def start_processes(config):
-    """-> (rank, mesh, device), as torchrun says: each process with a GPU of its own, or a share of
-    the cores. The mesh, None for one process, has a group of processes for each of MESH."""
-    env = {name: os.environ.get(name, default) for name, default in (
-        ("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))}
+    """-> (rank, mesh, device): each process has a GPU of its own, or a share of the cores. The
+    mesh, None for one process, has a group of processes for each dimension of MESH."""
     with reading("the environment"):
-        rank, world_size, local, n_local = map(int, env.values())
-    n, n_split, device = world_size, config.tp * config.pp, pick_device(config.device)
-    if world_size % n_split:
+        rank, n, local, n_local = (int(os.environ.get(name, default)) for name, default in (
+            ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    n_split, device = config.tp * config.pp, pick_device(config.device)
+    if n % n_split:
         raise ValueError(f"tp={config.tp} times pp={config.pp} needs a multiple of {n_split} "
                          f"processes, not {n}: torchrun --nproc_per_node={n_split} train.py ...")
-    if config.parallel == "ddp" and n_split > 1 and n > n_split:
+    if n > n_split > 1 and config.parallel == "ddp":
         raise ValueError(f"--parallel=ddp copies whole models: on {n} processes --tp and --pp go "
                          "with --parallel=fsdp")
-    if world_size == 1:
-        if config.parallel == "fsdp":
-            raise ValueError("--parallel=fsdp shards over processes, and there is one: torchrun "
-                             "--nproc_per_node=N train.py ... starts N")
+    if n == 1:
+        if config.parallel == "fsdp" or config.checkpoint == "sharded":
+            raise ValueError("--parallel=fsdp and --checkpoint=sharded are for several processes: "
+                             "torchrun --nproc_per_node=N train.py ... starts N")
         return 0, None, device
+    if device == "mps" or device == "cuda" and local >= torch.cuda.device_count():
+        raise ValueError(f"process {local} of this machine finds no GPU of its own: take as many "
+                         "processes as there are GPUs, or --device=cpu")
     if device == "cuda":
-        if local >= torch.cuda.device_count():
-            raise ValueError(f"process {local} finds {torch.cuda.device_count()} GPUs: torchrun "
-                             "--nproc_per_node=N takes at most as many")
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
-    elif device == "mps":
-        raise ValueError("processes cannot share this GPU: add --device=cpu")
-    elif os.environ.get("OMP_NUM_THREADS") == "1":  # which torchrun sets; the cores would idle
+    elif os.environ.get("OMP_NUM_THREADS") == "1":  # as torchrun sets it: the cores would idle
         torch.set_num_threads(max(1, os.cpu_count() // n_local))
     if not dist.is_initialized():
         where = ":".join(os.environ.get(f"MASTER_{name}", "?") for name in ("ADDR", "PORT"))
-        try:  # to wait a day for each other: rank 0 may be making the data
+        try:
             store, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=config.timeout)))
             if n_local == n:  # torchrun keeps what those before a restart have stored
                 store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-            dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", store=store,
-                                    rank=rank, world_size=n, timeout=timedelta(days=1))
+            dist.init_process_group(  # to wait for a day: rank 0 may be making the data
+                "nccl" if device.startswith("cuda") else "gloo", store=store, rank=rank,
+                world_size=n, timeout=timedelta(days=1))
         except (RuntimeError, ValueError, OverflowError) as error:
-            why = str(error).partition("\n")[0]
-            raise ValueError(f"rank {rank} of {n} does not find the others at {where}, in "
-                             f"{config.timeout} s: start all with torchrun ({why:.200})") from None
+            raise ValueError(f"rank {rank} of {n} does not find the others at {where}: start all "
+                             f"with torchrun ({str(error).splitlines()[0]:.200})") from None
     from torch.distributed.device_mesh import init_device_mesh
     return rank, init_device_mesh(device.partition(":")[0], (config.pp, n // n_split, config.tp),
                                   mesh_dim_names=MESH), device
 
 
 def watch(run, timeout):
-    """Let a thread tell the others, through torch's store, that this process lives and at which
-    step, and end it when no step ends for `timeout` seconds: with a line that names the process
-    which no longer answers, or is behind. -> the event that ends the thread"""
+    """A thread that tells the others, through torch's store, how far this process is. When nothing
+    moves for `timeout` seconds it ends the process, and the first that lives says which does not
+    answer or is behind. -> the event that ends the thread"""
     rank, n, end = dist.get_rank(), dist.get_world_size(), threading.Event()
     store = dist.PrefixStore("watch", dist.distributed_c10d._get_default_store())
 
-    def heard():
-        return [store.get(str(other)).split() for other in range(n)]  # of bytes: beat and step
-
     def work():
-        step, since, beat = run.step, time.monotonic(), 0
-        while not end.wait(min(1.0, timeout / 4)):
-            store.set(str(rank), f"{(beat := beat + 1)} {run.step}")
-            if run.step != step:
-                step, since = run.step, time.monotonic()
-            elif time.monotonic() - since > timeout:
-                before = heard()
-                end.wait(3)
-                store.set(str(rank), f"{beat + 1} {run.step}")
-                end.wait(rank / 100)  # all have said so
-                after = heard()
-                dead = [i for i in range(n) if after[i] == before[i] and i != rank]
-                behind = [i for i in range(n) if int(after[i][1]) < max(int(x[1]) for x in after)]
-                names = " and ".join(f"rank {i}" for i in dead or behind) or "no single rank"
-                if rank == min({*range(n)} - {*dead}):
-                    print(f"error: step {step + 1} has not ended for {timeout} s, as {names} does "
-                          f"not answer: the run ends; --resume goes on", file=sys.stderr, flush=True)
-                time.sleep(1)
-                os._exit(1)
+        last, since, asked = None, time.monotonic(), math.inf
+        for beat in count():
+            done = run.step + run.batches.position
+            store.set(str(rank), json.dumps([beat, done]))
+            if end.wait(1):
+                return
+            if done != last:
+                last, since, asked = done, time.monotonic(), math.inf
+            if time.monotonic() - since < timeout or asked < beat < asked + 3:
+                continue
+            now = [json.loads(store.get(str(other))) for other in range(n)]
+            if beat < asked:  # and again 3 seconds later
+                before, asked = now, beat
+                continue
+            silent = [i for i in range(n) if now[i] == before[i]]
+            behind = [i for i in range(n) if now[i][1] < max(far for _, far in now)]
+            if rank == min({*range(n)} - {*silent}, default=rank):
+                names = " and ".join(f"rank {i}" for i in silent or behind) or "some rank"
+                print(f"error: step {run.step + 1} has not ended for {timeout} s, as {names} does "
+                      "not answer: the run ends; --resume goes on", file=sys.stderr)
+            time.sleep(1)
+            os._exit(1)
 
     threading.Thread(target=work, daemon=True).start()
     return end
@@ -315,24 +311,24 @@ def average(values, device):
 
 def check_layout(config, shape):
     """ValueError if a model of this shape cannot be split over processes as the options say."""
-    hidden = shape.n_hidden or 64  # else of a width that 64 divides
-    sizes = dict(n_kv_head=shape.n_kv_head, block_size=shape.block_size, n_hidden=hidden)
+    sizes = dict(n_kv_head=shape.n_kv_head, block_size=shape.block_size,
+                 n_hidden=shape.n_hidden or 64)  # else of a width that 64 divides
     for name, size in sizes.items():
         if size % config.tp:
             raise ValueError(f"tp={config.tp}: {name}={size} is no multiple of it: take another")
     if config.pp > shape.n_layer:
         raise ValueError(f"pp={config.pp}: there are {shape.n_layer} blocks: take at most as many")
-    split = [f"--{name}" for name in ("tp", "pp") if getattr(config, name) > 1]
-    for name, value in dict(curriculum=config.curriculum, n_classes=shape.n_classes).items():
-        if value and split:
-            raise ValueError(f"{name}={value} does not go with {' '.join(split)}: take "
-                             "--parallel=fsdp alone")
-    if config.checkpoint == "sharded" and (int(os.environ.get("WORLD_SIZE", "1")) == 1
-                                           or not find_spec("safetensors")):
-        raise ValueError("--checkpoint=sharded needs several processes, as torchrun starts, and the "
-                         "package safetensors")
-    if config.tune != "full" and (split or config.checkpoint == "sharded" or config.parallel == "fsdp"):
-        raise ValueError(f"--tune={config.tune} goes with --parallel=ddp alone, without --tp, --pp")
+    split, shards = config.tp * config.pp > 1, config.checkpoint == "sharded"
+    if shards and not find_spec("safetensors"):
+        raise ValueError("--checkpoint=sharded needs the package safetensors")
+    for wrong, what, way in (
+            (split and config.curriculum, f"curriculum={config.curriculum}", "parallel=fsdp"),
+            (split and shape.n_classes, f"n_classes={shape.n_classes}", "parallel=fsdp"),
+            ((split or shards or config.parallel == "fsdp") and config.tune != "full",
+             f"tune={config.tune}", "parallel=ddp")):
+        if wrong:
+            raise ValueError(f"--{what} does not work with this layout: take --{way} and neither "
+                             "--tp nor --pp nor --checkpoint=sharded")
 
 
 class Stage(torch.nn.Module):
@@ -370,14 +366,14 @@ def split_tensors(model, mesh):
     rows = RowwiseParallel(output_layouts=Shard(1))
     plan = {"attn_norm": norm, "mlp_norm": norm, "attn": whole, "mlp": whole,
             "attn.q_norm": heads, "attn.k_norm": heads, "attn.o_proj": rows, "mlp.down_proj": rows,
-            **dict.fromkeys(("attn.q_proj", "attn.k_proj", "attn.v_proj", "mlp.gate_proj",
-                             "mlp.up_proj"), ColwiseParallel())}
+            **{f"{name}_proj": ColwiseParallel()
+               for name in ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up")}}
     model.set_functions(dict(linear=plain_linear, norm=plain_norm))  # these meet DTensors
     body, head = model.transformer, model.lm_head
     for block in filter(None, body.blocks):
-        parts = dict(block.named_modules())
-        parallelize_module(block, mesh, {name: style for name, style in plan.items()
-                                         if name in parts}, src_data_rank=None)
+        there = dict(block.named_modules())
+        parallelize_module(block, mesh, {name: plan[name] for name in plan if name in there},
+                           src_data_rank=None)
     if body.final_norm is not None:
         parallelize_module(body.final_norm, mesh, norm, src_data_rank=None)
 
@@ -440,6 +436,10 @@ def shared(tensor, like):
         return tensor
     from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+
+# -----------------------------------------------------------------------------
+# The machine: memory, speed, the wish to stop.
 
 
 def peak_memory(device="cpu"):
@@ -692,25 +692,37 @@ def add_gradients(run, model, pairs, n):
     return total, counted, len(batch) == 3
 
 
-def add_gradients_in_stages(run, model, pairs, n):
-    """add_gradients() where the model is a stage of a pipeline, through which the n batches flow."""
-    x, y, *segments = [torch.cat(part) for part in zip(*pairs)]
-    group, losses = run.mesh.get_group("pp"), []
-    stage, n_stages = part(run.mesh, "pp")
+def through_stages(run, act, x, y, segments=None):
+    """Let a batch flow through a pipeline, which act steps or evaluates -> its mean loss."""
+    (stage, n_stages), losses = part(run.mesh, "pp"), []
+    options = dict(ids=x) if segments is None else dict(ids=x, segments=segments)
     last = dict(target=y, losses=losses) if stage == n_stages - 1 else {}
-    run.schedule.step(*[x] * (stage == 0), ids=x, **dict(zip(["segments"], segments)), **last)
-    total = sum(losses, torch.zeros((), device=x.device)).detach() / run.scaler.get_scale()
-    dist.all_reduce(total, group=group)
-    if run.model.config.tied and stage in (0, n_stages - 1):  # each end has the table's gradient
+    act(*[x] * (stage == 0), **options, **last)
+    zero = run.scaler.scale(torch.zeros((), device=x.device))  # all stages have a scale then
+    total = sum(losses, zero).detach() / run.scaler.get_scale()
+    dist.all_reduce(total, group=run.mesh.get_group("pp"))
+    return total
+
+
+def add_gradients_in_stages(run, model, pairs, n):
+    """add_gradients() where the model is a stage of a pipeline."""
+    x, y, *segments = [torch.cat(rows) for rows in zip(*pairs)]
+    total = through_stages(run, run.schedule.step, x, y, *segments)
+    return total, (y != -1).float().mean(), bool(segments)
+
+
+def add_tied(run):
+    """Where head and embedding share a matrix that two stages of a pipeline have: its gradient."""
+    stage, n_stages = part(run.mesh, "pp")
+    if n_stages > 1 and run.model.config.tied and stage in (0, n_stages - 1):
         p = run.model.lm_head.weight if stage else run.model.transformer.wte.weight
-        mine = p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad
-        ends = dict(group=group, group_peer=0 if stage else n_stages - 1)
-        other = torch.empty_like(mine)
-        for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, mine, **ends),
-                                            dist.P2POp(dist.irecv, other, **ends)]):
+        mine = getattr(p.grad, "_local_tensor", p.grad)
+        other, peer = torch.empty_like(mine), 0 if stage else n_stages - 1
+        for work in dist.batch_isend_irecv([
+                dist.P2POp(act, w, group=run.mesh.get_group("pp"), group_peer=peer)
+                for act, w in ((dist.isend, mine), (dist.irecv, other))]):
             work.wait()
         mine += other
-    return total, (y != -1).float().mean(), bool(segments)
 
 
 def build_schedule(run, stage, n):
@@ -738,6 +750,7 @@ def gradients(run, model, pairs, n, grad_clip):
     for p in trained.values():  # under tensor parallelism each process has a part of the sum
         if getattr(p.grad, "placements", None) != getattr(p, "placements", None):
             p.grad = p.grad.redistribute(placements=p.placements)
+    add_tied(run)
     run.scaler.unscale_(run.optimizer)
     if differs:  # from batch to batch in how much counts
         counted, = average([max(float(counted), 1e-9)], run.model.device)
@@ -763,33 +776,31 @@ def take_step(run, model, xs, ys, grad_clip):
 def validation_loss(model, shards, config, rank=0, world_size=1, loss_of=batch_loss):
     """Mean loss in nats over the first eval_sequences sequences of the validation split, or all."""
     loader = find_loader(shards, model.config)(shards, 1, model.config.block_size, split="val")
-    n, step = min(config.eval_sequences, loader.n_blocks), world_size * config.micro_batch_size
-    total = counted = 0.0
+    rows = config.micro_batch_size if config.pp == 1 else config.batch_size // world_size
+    n, total, counted = min(config.eval_sequences, loader.n_blocks), 0.0, 0.0
     model.eval()
     with torch.no_grad():
-        for first in range(0, n, step):  # as many passes on each process, if with nothing to count
-            own = range(first + rank, min(first + step, n), world_size)
+        for first in range(0, n, world_size * rows):  # as many passes on all processes
+            own = range(n)[first + rank:first + world_size * rows:world_size]
             batch = to_device(loader.batch([loader.block(i) for i in own or [0]]), model)
             loss, share = loss_of(model, *batch)
             total += len(own) * (loss * share).item()
             counted += len(own) * share.item()
     model.train()
+    for module in model.modules():
+        if hasattr(module, "reshard"):  # FSDP's, which may keep what it has put together
+            module.reshard()
     total, counted = average([total, counted], model.device)
     return total / counted
 
 
-def loss_in_stages(run, stage, model, x, y, segments=None):
-    """batch_loss(), forward alone, from stage to stage of a pipeline: the last one counts."""
-    (number, n_stages), (_, n_tensor) = part(run.mesh, "pp"), part(run.mesh, "tp")
-    group, shape = run.mesh.get_group("pp"), (len(x), x.size(1) // n_tensor, model.config.n_embd)
-    stream = torch.empty(shape, dtype=model.compute_dtype, device=x.device)      # (B, T, C)
-    if number > 0:
-        dist.recv(stream, group=group, group_src=number - 1)
-    stream = stage(stream, x, segments)
-    if number < n_stages - 1:
-        dist.send(stream.contiguous(), group=group, group_dst=number + 1)
-        return torch.zeros(()), torch.zeros(())
-    return model.mean_loss(stream, y), (y != -1).float().mean()
+def loss_in_stages(run, model, x, y, *segments):
+    """batch_loss() by a pipeline, which wants as many rows as in training."""
+    more = run.config.batch_size // part(run.mesh, "dp")[1] - len(x)
+    x, *segments = [torch.cat((w, w[:1].expand(more, -1))) for w in (x, *segments)]
+    share = (y != -1).float().mean()
+    y = torch.cat((y, y.new_full((more, y.size(1)), -1)))
+    return through_stages(run, run.schedule.eval, x, y, *segments) / (y != -1).float().mean(), share
 
 
 # -----------------------------------------------------------------------------
@@ -840,8 +851,7 @@ def new_run(folder, model, config, device):
 
 def is_split(run):
     """Whether this process has only a part of the model."""
-    return run.mesh is not None and (run.config.parallel == "fsdp" or run.config.tp > 1
-                                     or run.config.pp > 1)
+    return run.mesh and (run.config.parallel == "fsdp" or run.config.tp * run.config.pp > 1)
 
 
 def named_parts(model):
@@ -867,20 +877,12 @@ def gather(run):
     for name, tensor in named_state(run).items():
         tensor = whole(tensor)  # by all processes together, one after another
         if keeps:
-            found[name] = tensor.to(run.model.device if stage else "cpu", copy=True)
-    if not keeps or n_stages == 1:
-        return found
-    group, rows = run.mesh.get_group("pp"), [None] * n_stages
-    dist.all_gather_object(rows, [(name, w.shape, w.dtype) for name, w in found.items()], group)
-    for sender in range(1, n_stages):
-        for name, shape, dtype in rows[sender]:
-            if stage == sender:
-                dist.send(found[name], group=group, group_dst=0)
-            elif stage == 0:
-                tensor = torch.empty(shape, dtype=dtype, device=run.model.device)
-                dist.recv(tensor, group=group, group_src=sender)
-                found[name] = tensor.cpu()
-    return {} if stage else found
+            found[name] = tensor.to("cpu", copy=True)
+    if keeps and n_stages > 1:
+        parts = [None] * n_stages if stage == 0 else None
+        dist.gather_object(found, parts, group=run.mesh.get_group("pp"), group_dst=0)
+        found = {name: w for state in parts or () for name, w in state.items()}
+    return found
 
 
 def sharded(folder):
@@ -903,25 +905,6 @@ def save_shards(run, keep):
             shutil.rmtree(old, ignore_errors=True)
         os.replace(temporary, path)
     dist.barrier()
-
-
-def load_shards(path, config, device, ready):
-    """The Run that save_shards wrote, on any number of processes."""
-    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
-    saved = read_json(path / "progress.json")
-    model = GPT(check_fields(GPTConfig, saved["config"], path)).to(device)
-    ready(model)
-    run, reader = new_run(path.parent, model, config, device), HuggingFaceStorageReader(str(path))
-    parts = named_parts(model)
-    for key, found in reader.read_metadata().state_dict_metadata.items():
-        name, _, kind = key.removeprefix("optimizer.").rpartition(".")
-        if key.startswith("optimizer.") and name in parts:
-            run.optimizer.state[parts[name]][kind] = (
-                torch.zeros_like(parts[name]) if found.size else torch.zeros(()))
-    load(named_state(run), storage_reader=reader)
-    vars(run).update(vars(check_fields(Progress, saved["progress"], path)))
-    run.scaler.load_state_dict(run.scaler.state_dict() | run.loss_scale)
-    return run
 
 
 def progress_of(run):
@@ -967,19 +950,30 @@ def save_run(folder, state, keep=2):
 def load_run(folder, config, device, ready=lambda model: None):
     """The Run in a folder as its newest whole checkpoint left it, on any number of processes, over
     which ready(model) splits it; ValueError if it does not fit."""
-    shards = sharded(folder)
-    if max(shards, default=-1) > max(checkpoints(folder), default=-1):
-        return load_shards(shards[max(shards)], config, device, ready)
-    path = pick_checkpoint(folder, "last")
-    model, state = load_model(path, device)
-    if not model.tuning:
-        merge(model)  # ValueError if it is quantized
-    tensors, shapes = state.pop("tensors"), {n: p.shape for n, p in model.named_parameters()}
+    shards, tensors = sharded(folder), {}
+    in_shards = max(shards, default=-1) > max(checkpoints(folder), default=-1)
+    if in_shards:
+        path = shards[max(shards)]
+        saved = read_json(path / "progress.json")
+        model = GPT(check_fields(GPTConfig, saved["config"], path)).to(device)
+        state = saved["progress"]
+    else:
+        path = pick_checkpoint(folder, "last")
+        model, state = load_model(path, device)
+        tensors = state.pop("tensors")
+        if not model.tuning:
+            merge(model)  # ValueError if it is quantized
+    shapes = {name: p.shape for name, p in model.named_parameters()}
     ready(model)
     progress, run = check_fields(Progress, state, path), new_run(folder, model, config, device)
     run.__dict__.update(progress.__dict__)
     run.scaler.load_state_dict(run.scaler.state_dict() | progress.loss_scale)
     params, state = named_parts(model), run.optimizer.state
+    if in_shards:
+        from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+        reader = HuggingFaceStorageReader(str(path))
+        tensors = {key: torch.zeros(found.size) for key, found
+                   in reader.read_metadata().state_dict_metadata.items() if "optimizer." in key}
     for key, tensor in tensors.items():
         name, _, kind = key.removeprefix("optimizer.").rpartition(".")
         if name not in shapes or tensor.shape not in ((), shapes[name]):
@@ -987,6 +981,8 @@ def load_run(folder, config, device, ready=lambda model: None):
         if name in params:
             tensor = tensor.float()
             state[params[name]][kind] = shared(tensor, params[name]) if tensor.dim() else tensor
+    if in_shards:
+        load(named_state(run), storage_reader=reader)
     for group in run.optimizer.param_groups:  # those of a group are treated alike
         if tensors and len({frozenset(state[p]) for p in group["params"]}) > 1:
             raise ValueError(f"{path} lacks a part of the state of optimizer={config.optimizer}: "
@@ -1438,13 +1434,15 @@ def announce(run, n_steps, row):
     n_steps = min(n_steps, 60 * config.minutes / seconds if config.minutes else math.inf)
     epochs = n_steps * config.batch_size * run.batches.block_size / n_tokens
     tried = "".join(f", {name} {1000 * s:.0f} ms a block" for name, s in model.trial.items())
+    threads = f" of {torch.get_num_threads()} threads" if model.device.type == "cpu" else ""
+    processes = f", {dist.get_world_size()} processes{threads}" if run.mesh else ""
     advice = ("; --warmup_steps is longer than that: the learning rate stays below its highest"
               if config.warmup_steps >= n_steps else
               "; a smaller --size or more --minutes would see more of them" if epochs < 0.5 else
               "; more than 8 teach little: give more text, or --dropout" if epochs > 8 else "")
     return (f"{run.n_parameters:,} parameters, in about {n_steps:,.0f} steps of {seconds:.2f} s"
             f" ({duration(n_steps * seconds)}) and {(row['memory'] or 0) / 1e9:.1f} GB\n"
-            f"on {model.device}, {config.precision}, {config.kernels} kernels{tried}\n"
+            f"on {model.device}{processes}, {config.precision}, {config.kernels} kernels{tried}\n"
             f"it will see its {n_tokens:,} tokens {epochs:,.1f} times{advice}")
 
 
@@ -1485,7 +1483,7 @@ def train(config, model_config=None, say=tqdm.write):
         rank, n_copies, T = batches.rank, batches.world_size, batches.block_size
         world_size = dist.get_world_size() if run.mesh else 1
         model, (_, n_passes) = run.called, split_batch(config, n_copies)
-        loss_of = partial(loss_in_stages, run, model) if run.schedule else batch_loss
+        loss_of = partial(loss_in_stages, run) if run.schedule else batch_loss
         validate = partial(validation_loss, run.model, run.shards, config, rank, n_copies, loss_of)
         whole_step = config.cuda_graph and accelerator().GraphedStep(
             lambda xs, ys: take_step(run, model, xs, ys, config.grad_clip))
@@ -1596,22 +1594,23 @@ def restarted(typed, typed_model):
     """The options typed, two dicts; after a crash, when torchrun starts all processes again, with
     --resume if there is a checkpoint to go on with."""
     env = os.environ.get
-    if env("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
-        if not typed.get("out"):
-            raise ValueError("--max-restarts needs --out=FOLDER, so that a restart finds the run")
-        if env("LOCAL_WORLD_SIZE") != env("WORLD_SIZE") and env(
-                "TORCHELASTIC_USE_AGENT_STORE") == "True":
-            raise ValueError("--max-restarts on several nodes needs the environment variable "
-                             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for each torchrun")
-    if env("TORCHELASTIC_RESTART_COUNT", "0") != "0" and (checkpoints(typed["out"]) or sharded(typed["out"])):
+    if env("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
+        return typed, typed_model
+    if not typed.get("out"):
+        raise ValueError("--max-restarts needs --out=FOLDER, so that a restart finds the run")
+    if (env("LOCAL_WORLD_SIZE") != env("WORLD_SIZE")
+            and env("TORCHELASTIC_USE_AGENT_STORE") == "True"):
+        raise ValueError("--max-restarts on several nodes needs the environment variable "
+                         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for each torchrun")
+    if env("TORCHELASTIC_RESTART_COUNT") != "0" and (
+            checkpoints(typed["out"]) or sharded(typed["out"])):
         typed = {name: typed[name] for name in typed if name != "config"} | dict(resume=True)
     return typed, typed_model
 
 
 @contextlib.contextmanager
 def one_voice():
-    """Of several processes that end with the same error one says it; the loss of a process is a
-    ValueError to the others."""
+    """Let one process say what all end with; to the others the loss of one is a ValueError."""
     try:
         yield
     except (ValueError, OSError):
@@ -1619,10 +1618,10 @@ def one_voice():
             time.sleep(2)  # rank 0, if it found the same, has said so, and torchrun ends this one
         raise
     except RuntimeError as error:
-        if not (dist.is_initialized() and regex.search("peer|onnect|NCCL|imed out", str(error))):
-            raise
-        raise ValueError("another process has ended, so this one does, too; --resume goes on from "
-                         "the last checkpoint") from error
+        if dist.is_initialized() and regex.search("peer|onnect|NCCL|imed out", str(error)):
+            raise ValueError("another process has ended, so this one does, too; --resume goes on "
+                             "from the last checkpoint") from error
+        raise
 
 
 def main():

@@ -183,9 +183,8 @@ def half(folder, new):
 def test_a_run_goes_on_on_another_layout(runs, tmp_path, setting, before, after):
     folder = runs(setting, LAYOUTS)
     n, own = LAYOUTS.get(after, (1, {}))
-    config = options_of("", half(folder / before, tmp_path / "run"), resume=True, **own)
-    saved = json.loads((tmp_path / "run/config.json").read_text())
-    config = replace(config, data=saved["data"]["path"], **SETTINGS[setting][0])
+    config = options_of(read_data(folder), half(folder / before, tmp_path / "run"), resume=True,
+                        **SETTINGS[setting][0] | own)
     on_processes([(n, config, None)])
     agree(tmp_path / "run", folder / "one", setting)
 
