@@ -124,8 +124,9 @@ def field_kind(f):
 
 def parse_options(doc, *config_classes):
     """The options that were typed, in a dict for each dataclass: of two equal fields in the first.
-    A field with "help" is an option, a bool as --name or --no-name, a list as one to repeat."""
-    parser, owners, several = Parser(doc), {}, set()
+    A field with "help" is an option, a bool as --name, --no-name or --name=false, a list as one to
+    repeat."""
+    parser, owners, several, words = Parser(doc), {}, set(), {}
     for config in config_classes:
         group = parser.add_argument_group(config.__doc__.splitlines()[0].rstrip("."))
         for f in [f for f in fields(config) if "help" in f.metadata and f.name not in owners]:
@@ -135,16 +136,19 @@ def parse_options(doc, *config_classes):
             name, form = f"--{f.name}", dict(type=kind, metavar=kind.__name__.upper())
             if f.metadata.get("positional"):
                 name, form = f.name, dict(nargs="*" if kind is list else "?")
-            elif kind in (bool, list):
-                form = dict(action="append" if kind is list else argparse.BooleanOptionalAction)
+            elif kind is list:
+                form = dict(action="append")
+            elif kind is bool:
+                form = dict(action=argparse.BooleanOptionalAction)
+                words |= {f"{name}=true": name, f"{name}=false": f"--no-{f.name}"}
             elif f.metadata.get("many"):
                 form |= dict(nargs="+", action="extend")
                 several.add(f.name)
             known = f.metadata.get("known")
-            words = " | ".join(known()) + ": " * bool(f.metadata["help"]) if known else ""
+            names = " | ".join(known()) + ": " * bool(f.metadata["help"]) if known else ""
             group.add_argument(name, default=argparse.SUPPRESS, help=(
-                words + f.metadata["help"] + shown).replace("%", "%%"), **form)
-    typed = vars(parser.parse_intermixed_args())
+                names + f.metadata["help"] + shown).replace("%", "%%"), **form)
+    typed = vars(parser.parse_intermixed_args([words.get(w.lower(), w) for w in sys.argv[1:]]))
     typed |= {name: typed[name][0] for name in several & {*typed} if len(typed[name]) == 1}
     return [{name: value for name, value in typed.items() if owners[name] is config}
             for config in config_classes]

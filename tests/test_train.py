@@ -21,6 +21,7 @@ from matplotlib.axes import Axes
 from data import TokenLoader, prepare
 from model import GPTConfig, accelerator, load_model
 from sample import checkpoints
+from tokenizer import parse_options
 from train import (OPTIMIZERS, SCHEDULES, Muon, Optimizer, TrainConfig, announce, build_optimizer,
                    complete_options, draw_loss, gradients, last_step, learning_rate, main,
                    micro_batches, new_run, plain_orthogonal, prepare_run, progress_line, read_log,
@@ -690,6 +691,14 @@ def test_an_impossible_run_is_refused_and_leaves_nothing(shards, tmp_path, optio
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("words, value", [
+    ([], None), (["--bias"], True), (["--no-bias"], False), (["--bias=false"], False),
+    (["--bias=True"], True)])
+def test_an_option_that_is_yes_or_no_can_be_written_in_two_ways(monkeypatch, words, value):
+    monkeypatch.setattr("sys.argv", ["train.py", *words])
+    assert parse_options("", GPTConfig)[0].get("bias") is value
+
+
 @pytest.mark.parametrize("option, code, words", [
     ("--lerning_rate=1", 2, "did you mean --learning_rate?"),
     ("--max_steps=many", 2, "invalid int value"),
@@ -700,7 +709,7 @@ def test_an_impossible_run_is_refused_and_leaves_nothing(shards, tmp_path, optio
     ("--precision=half", 1, "unknown precision 'half'"),
     ("--lr=1", 2, "unknown option --lr; here: --learning_rate"),
     ("--compile=False", 2, "nothing to compile"),
-    ("--bias=False", 2, "argument --bias/--no-bias: it takes no value"),
+    ("--bias=maybe", 2, "argument --bias/--no-bias: it takes no value"),
     ("--max-iters=5", 2, "here: --max_steps"),
     ("config/train_gpt2.py", 2, "--config=config.json"),
     ("my-book.txt", 2, "unknown option my-book.txt; here: --data=my-book.txt"),
