@@ -125,7 +125,7 @@ extern "C" __global__ void rotate(const Pack* x, Pack* y, const Floats* cos, con
 }
 
 // A block turns a row of V logits into the row's loss, and if learn into their gradient in place.
-// Rows are padded to whole packs, in which the gradient is 0.
+// Rows are padded to whole packs; what is written there meets weights of 0.
 __device__ float cap(float x, float softcap) { return softcap ? softcap * tanhf(x / softcap) : x; }
 extern "C" __global__ void loss(Pack* logits, const Int* targets, float* losses, int V,
         int stride, int learn, float softcap, float smoothing, float z_loss) {
@@ -157,7 +157,7 @@ extern "C" __global__ void loss(Pack* logits, const Int* targets, float* losses,
             float d = __expf(logit - logsumexp) * (1 + 2 * z_loss * logsumexp) - smoothing / V;
             if (i * WIDTH + k == target) d -= 1 - smoothing;
             if (softcap) d *= 1 - logit / softcap * (logit / softcap);
-            narrow(target < 0 || i * WIDTH + k >= V ? 0 : d, out.at[k]);
+            narrow(target < 0 ? 0 : d, out.at[k]);
         }
         logits[i] = out;
     }

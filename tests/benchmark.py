@@ -219,6 +219,12 @@ def replayed(function, times=10):
     return medians(replay, times=15)[0] / times
 
 
+def both_ways(function, x, *others):
+    """A function forward and backward, with x as the gradient if its result is no scalar."""
+    y, leaves = function(x, *others), [z for z in (x, *others) if z.requires_grad]
+    torch.autograd.grad(y, leaves, x.detach() if y.dim() else None)
+
+
 def bandwidth(B=32, T=1024, C=768, D=64, V=50304):
     """The kernels in CUDA C beside torch's, forward and backward: time on the GPU, and how fast the
     bytes pass that must be read and written at least. GPT-2's shape; of the loss one tile."""
@@ -227,10 +233,6 @@ def bandwidth(B=32, T=1024, C=768, D=64, V=50304):
 
     def x(*shape, dtype=torch.bfloat16):
         return torch.randn(shape, dtype=dtype, device=DEVICE, requires_grad=True)
-
-    def both_ways(function, x, *others):
-        y, leaves = function(x, *others), [z for z in (x, *others) if z.requires_grad]
-        torch.autograd.grad(y, leaves, x.detach() if y.dim() else None)
 
     def loss_kernel(logits, targets):
         with torch.no_grad():
