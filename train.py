@@ -589,8 +589,8 @@ class Muon(torch.optim.AdamW):
         gradients = [p.grad for p in params]
         momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
         torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
-        ahead = torch.stack([*map(whole, torch._foreach_lerp(  # Nesterov's; of all its parts
-            gradients, momenta, self.momentum))])
+        torch._foreach_lerp_(gradients, momenta, self.momentum)  # Nesterov's step ahead
+        ahead = torch.stack([*map(whole, gradients)])
         rows, columns = params[0].shape
         updates = orthogonal(ahead, low) * (lr * max(1, rows / columns) ** 0.5)
         for p, update in zip(params, updates):
@@ -1584,6 +1584,7 @@ def summarize(run, seconds, stopped):
     words = regex.findall(r"[^\W_]+" if kind is TokenLoader else r"[^\s\"$`\\!%]+", asked)
     return dict(folder=str(run.folder), step=run.step, loss=rows[-1].get("loss"), stopped=stopped,
                 val_loss=run.val_loss, bits_per_byte=bits or None, seconds=seconds, kind=kind,
+                device=str(run.model.device),
                 tokens_per_second=round(median(row.get("tokens_per_second") or 0 for row in rows)),
                 how=f"{run.model.device}, {run.config.precision}, {run.config.kernels} kernels",
                 prompt=run.prompt, skipped=sum("skipped" in row for row in rows),
@@ -1651,7 +1652,7 @@ def main():
     if not checkpoints(end.folder):
         ask = f"-m chapters.gather {end.folder}"
     elif end.kind is not ClassLoader:
-        model, tokenizer = load_finished(end.folder)
+        model, tokenizer = load_finished(end.folder, device=end.device)
         print(sample_lines(model, tokenizer, 200, 1, end.prompt))
         if end.kind is ChatLoader and not knows_chats(model, tokenizer):
             ask = f"train.py --resume --out={end.folder} --max_steps={max(100, 3 * end.step)}"
