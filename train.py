@@ -283,7 +283,8 @@ def watch(run, timeout):
                 last, since, asked = done, time.monotonic(), math.inf
             if time.monotonic() - since < timeout or asked < beat < asked + 3:
                 continue
-            now = [json.loads(store.get(str(other))) for other in range(n)]
+            now = [json.loads(store.get(other)) if store.check([other]) else [0, 0]
+                   for other in map(str, range(n))]
             if beat < asked:  # and again 3 seconds later
                 before, asked = now, beat
                 continue

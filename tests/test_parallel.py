@@ -242,7 +242,7 @@ def facts():
                 pipelines=[pipeline("modern"), pipeline("gpt2")])
 
 
-@pytest.fixture(scope="session", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.fixture(scope="session", params=[pytest.param(n, marks=pytest.mark.slow) for n in (2, 4)])
 def found(request):
     """What each of so many processes found out."""
     return spawn(request.param, facts)
