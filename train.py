@@ -348,7 +348,7 @@ class Stage(torch.nn.Module):
             body.final_norm = model.lm_head = None
 
     def forward(self, x, ids, segments=None):
-        """The stream (B, T, C) as the stage before left it, or None in the first -> as it leaves."""
+        """x (B, T, C) as the stage before left it, ids (B, T) -> (B, T, C); the first needs no x."""
         body, dtype = self.model.transformer, self.model.dtype
         return body(ids, None, dtype, segments=segments, x=None if body.wte else x)
 
@@ -463,14 +463,16 @@ def machine_memory(device):
     return min(sizes)
 
 
-def check_memory(shape, config, n_sequences, device):
-    """ValueError if weights, gradients, the optimizer's state and what blocks keep of so many
-    sequences for backward need more memory than there is; or if --tune does not fit the model."""
+def check_memory(shape, config, n_sequences, device, n_shares=1):
+    """ValueError if weights, gradients and the optimizer's state, in so many shares, and what
+    blocks keep of so many sequences for backward need more memory than there is, or the weights
+    alone, which each process begins with; or if --tune does not fit the model."""
     needed, limit = math.inf, machine_memory(device)
     with contextlib.suppress(RuntimeError), torch.device("meta"):  # no memory; too many to count
         model = GPT(shape)
-        needed = 4 * model.n_parameters() + (8 if config.optimizer == "muon" else 12) * (
-            tune(model, config))
+        whole = 4 * model.n_parameters()
+        state = (8 if config.optimizer == "muon" else 12) * tune(model, config)
+        needed = max(whole, (whole + state) / n_shares)
     kept = 2 * shape.n_embd * (1 if config.recompute else 8)  # bytes a token, in bfloat16
     needed += kept * shape.n_layer * n_sequences * shape.block_size
     if needed > limit and not config.force:
@@ -494,7 +496,7 @@ def memory_explained(n_sequences, block_size, device):
 
 def matmul_rate(device, dtype, size=256):
     """FLOP/s of a large matrix product, one of 5 ms or more: what this device can do at most."""
-    x = torch.ones(size, size, device=device, dtype=dtype)
+    x = torch.randn(size, size, device=device, dtype=dtype)  # a GPU is faster on ones
     seconds = min(timeit.repeat(lambda: (x @ x)[0, 0].item(), number=1, repeat=4))
     if seconds < 0.005 and size < 8192:
         return matmul_rate(device, dtype, 2 * size)
@@ -1253,7 +1255,8 @@ def prepare_run(config, model_config, say, stack):
     if base and shape.position == "learned" and shape.block_size > base.config.block_size:
         raise ValueError(f"block_size={shape.block_size} is above {base.config.block_size}, for "
                          "which --init has learned positions: leave it out")
-    check_memory(shape, config, micro, device)  # before the data is made
+    n_shares = config.tp * config.pp * (n_copies if config.parallel == "fsdp" else 1)
+    check_memory(shape, config, micro, device, n_shares)  # before the data is made
     shards = find_shards(config, rank, say, known)
     check_copies(shards, mesh)
     tokenizer = load_tokenizer(shards / "tokenizer.json")
@@ -1565,7 +1568,8 @@ def train(config, model_config=None, say=tqdm.write):
             if state and state[0].is_finite():
                 recorder.save(state)
                 if is_check and progress < 1 and not (why or run.model.config.n_classes):
-                    say(sample_lines(state[0] if is_split(run) else run.model, run.tokenizer, config.sample_tokens, config.seed,
+                    shown = state[0] if is_split(run) else run.model
+                    say(sample_lines(shown, run.tokenizer, config.sample_tokens, config.seed,
                                      run.prompt))
         if run.step == first and run.val_loss is None:  # it ended between two validations
             run.val_loss = validate()

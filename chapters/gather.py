@@ -1,18 +1,17 @@
 """
-Make one file of a checkpoint that the processes of train.py --checkpoint=sharded wrote part by part.
+Make one file of a checkpoint that several processes wrote, each its part: train.py
+--checkpoint=sharded.
 
     python -m chapters.gather runs/large           # its newest; --step=1000 another
 
-Each process wrote the pieces of the tensors that it held, and where they begin, into one file in the
-safetensors format. A piece is put in its place as it is read: the machine needs the memory of one
-whole model with its optimizer's state, and no other process.
+Each process wrote the pieces of tensors that it held, and where they begin, into a file in the
+safetensors format. A piece is put in its place as it is read: this takes the memory of one whole
+model with its optimizer's state, and no other process.
 """
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from model import GPTConfig, check_known, from_weights, option, read_header, read_safetensors
 from sample import newest_run

@@ -128,7 +128,8 @@ def agree(folder, other, setting):
     loss, norm, val = (3e-3, 2e-2, 3e-3) if setting == "fp16" else (5e-5, 1e-5, 5e-5)
     torch.testing.assert_close(mine[:, 0], theirs[:, 0], rtol=0, atol=loss)
     torch.testing.assert_close(mine[:, 1], theirs[:, 1], rtol=norm, atol=1e-7)
-    checks = [[row["val_loss"] for row in read_log(x) if "val_loss" in row] for x in (folder, other)]
+    checks = [[row["val_loss"] for row in read_log(name) if "val_loss" in row]
+              for name in (folder, other)]
     assert len(checks[0]) == 2 and checks[0] == pytest.approx(checks[1], abs=val)
     assert [row.get("skipped") for row in read_log(folder)] == [
         row.get("skipped") for row in read_log(other)]
