@@ -109,7 +109,8 @@ class TrainConfig(TuneConfig):
     keep_last: int = option(2, "how many of the last checkpoints stay, beside the best", low=1)
     parallel: str = option("ddp", "over processes: ddp copies the model, fsdp shards it (ZeRO-3)",
                            known=lambda: ("ddp", "fsdp"))
-    reshard: bool = option(True, "false: fsdp keeps the weights until backward (ZeRO-2)")
+    reshard: bool = option(True, "false: fsdp keeps the weights until backward, as ZeRO-2; it sends "
+                           "what ZeRO-1 does and holds less")
     tp: int = option(1, "processes that share each matrix: tensor parallelism", low=1)
     pp: int = option(1, "processes that share the blocks: pipeline stages", low=1)
     pp_schedule: str = option("1f1b", "of the stages", known=lambda: ("1f1b", "gpipe"))
@@ -1111,16 +1112,14 @@ def find_shards(config, rank, say, tokenizer=None):
     return folder[0]
 
 
-def check_copies(shards, mesh):
-    """ValueError if shards are damaged or, on nodes that share no disk, not the same on all."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        check_shards(shards, known=known_hashes(shards))
-    if mesh:
-        dist.all_gather_object(found := [""] * dist.get_world_size(), read_card(shards).fingerprint)
-        for rank, fingerprint in enumerate(found):
-            if fingerprint != found[0]:
-                raise ValueError(f"{shards} holds another corpus for rank {rank} than for rank 0: "
-                                 "copy the folder to all nodes")
+def check_same(what, value):
+    """ValueError if the processes differ in a value, as machines do that share no disk."""
+    if dist.is_initialized():
+        dist.all_gather_object(found := [None] * dist.get_world_size(), value)
+        for rank, other in enumerate(found):
+            if other != found[0]:
+                raise ValueError(f"rank {rank} has {what} {other!s:.12}, and rank 0 {found[0]!s:.12}"
+                                 ": all machines need the same --data and the same --out")
 
 
 def find_loader(shards, shape):
@@ -1258,7 +1257,9 @@ def prepare_run(config, model_config, say, stack):
     n_shares = config.tp * config.pp * (n_copies if config.parallel == "fsdp" else 1)
     check_memory(shape, config, micro, device, n_shares)  # before the data is made
     shards = find_shards(config, rank, say, known)
-    check_copies(shards, mesh)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        check_shards(shards, known=known_hashes(shards))
+    check_same("corpus", read_card(shards).fingerprint)
     tokenizer = load_tokenizer(shards / "tokenizer.json")
     shape = replace(shape, vocab_size=tokenizer.n_vocab)
     loader = check_data(shards, shape, config, known, tokenizer)
@@ -1285,6 +1286,7 @@ def prepare_run(config, model_config, say, stack):
                  if base else GPT(shape).to(device))
         ready(model)
         run = new_run(folder, model, config, device)
+    check_same("step", run.step)
     fits = made["kernels"] in ("torch", "cuda") and precision != "fp16" and not config.skip_spikes
     if config.cuda_graph and not (fits and "cuda" in device and not mesh and accelerator()):
         raise ValueError("--cuda_graph needs chapters/kernels.py, one GPU, fp32 or bf16, torch or "
@@ -1604,11 +1606,11 @@ def restarted(typed, typed_model):
         return typed, typed_model
     if not typed.get("out"):
         raise ValueError("--max-restarts needs --out=FOLDER, so that a restart finds the run")
-    if (env("LOCAL_WORLD_SIZE") != env("WORLD_SIZE")
-            and env("TORCHELASTIC_USE_AGENT_STORE") == "True"):
+    many = env("LOCAL_WORLD_SIZE") != env("WORLD_SIZE")  # a healthy node counts no restart
+    if many and env("TORCHELASTIC_USE_AGENT_STORE") == "True":
         raise ValueError("--max-restarts on several nodes needs the environment variable "
                          "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for each torchrun")
-    if env("TORCHELASTIC_RESTART_COUNT") != "0" and (
+    if (many or env("TORCHELASTIC_RESTART_COUNT") != "0") and (
             checkpoints(typed["out"]) or sharded(typed["out"])):
         typed = {name: typed[name] for name in typed if name != "config"} | dict(resume=True)
     return typed, typed_model
