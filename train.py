@@ -398,7 +398,7 @@ def split_tensors(model, mesh):
         dist.all_reduce(total := counted.clone(), group=mesh.get_group())
         mine = loss(x, weight.to_local(grad_placements=[Partial()]), targets, **options)
         mine = mine * (counted / total.clamp(min=1))
-        return DTensor.from_local(mine, mesh, [Partial()], run_check=False).full_tensor()
+        return DTensor.from_local(mine, mesh, [Partial()], run_check=False).full_tensor().clone()
 
     distribute_module(head, mesh, None, own_targets)
     head.loss = loss_of_all
@@ -468,7 +468,8 @@ def check_memory(shape, config, n_sequences, device, n_shares=1):
     """ValueError if weights, gradients and the optimizer's state, in so many shares, and what
     blocks keep of so many sequences for backward need more memory than there is, or the weights
     alone, which each process begins with; or if --tune does not fit the model."""
-    needed, limit = math.inf, machine_memory(device)
+    n_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device == "cpu" else 1
+    needed, limit = math.inf, machine_memory(device) / n_here
     with contextlib.suppress(RuntimeError), torch.device("meta"):  # no memory; too many to count
         model = GPT(shape)
         whole = 4 * model.n_parameters()
@@ -478,8 +479,8 @@ def check_memory(shape, config, n_sequences, device, n_shares=1):
     needed += kept * shape.n_layer * n_sequences * shape.block_size
     if needed > limit and not config.force:
         raise ValueError(f"this needs {needed / 1e9:,.1f} GB of memory or more, and {device} has "
-                         f"{limit / 1e9:,.1f}: take a smaller --size or --micro_batch_size, or "
-                         "--recompute, or insist with --force")
+                         f"{limit / 1e9:,.1f}: take a smaller --size or --micro_batch_size, "
+                         "--recompute, --parallel=fsdp on more processes, or insist with --force")
 
 
 @contextlib.contextmanager
@@ -1077,6 +1078,9 @@ class Recorder(contextlib.AbstractContextManager):
         self.waiting.append(state)
         self.worker.submit(self.write_waiting)
 
+    def draw(self):
+        self.worker.submit(self.attempt, "loss.png", draw_loss, self.folder)
+
     def write_waiting(self):
         if self.waiting:  # the job before may have taken it
             self.attempt("a checkpoint", save_run, self.folder, self.waiting.pop(), self.keep)
@@ -1133,8 +1137,10 @@ def split_batch(config, n_copies):
     """-> (sequences in a forward pass of one copy of the model, forward passes in a step)."""
     micro = max(1, min(config.micro_batch_size, config.batch_size // (n_copies * config.pp)))
     if config.batch_size % (micro * n_copies):
-        raise ValueError(f"batch_size={config.batch_size} is no multiple of {micro * n_copies}: "
-                         f"micro_batch_size={micro} on {n_copies} process(es)")
+        least = micro * n_copies
+        raise ValueError(f"batch_size={config.batch_size} is no multiple of {least}, {micro} "
+                         f"sequences on each of {n_copies} processes: take another, such as "
+                         f"{math.ceil(config.batch_size / least) * least}")
     n_passes = config.batch_size // (micro * n_copies)
     if n_passes < config.pp:
         raise ValueError(f"batch_size={config.batch_size} gives {n_passes} micro-batches to "
@@ -1440,8 +1446,8 @@ def announce(run, n_steps, row):
     n_steps = min(n_steps, 60 * config.minutes / seconds if config.minutes else math.inf)
     epochs = n_steps * config.batch_size * run.batches.block_size / n_tokens
     tried = "".join(f", {name} {1000 * s:.0f} ms a block" for name, s in model.trial.items())
-    threads = f" of {torch.get_num_threads()} threads" if model.device.type == "cpu" else ""
-    processes = f", {dist.get_world_size()} processes{threads}" if run.mesh else ""
+    processes = (f", {dist.get_world_size()} processes with {torch.get_num_threads()} of the cores "
+                 "each" if run.mesh and model.device.type == "cpu" else "")
     advice = ("; --warmup_steps is longer than that: the learning rate stays below its highest"
               if config.warmup_steps >= n_steps else
               "; a smaller --size or more --minutes would see more of them" if epochs < 0.5 else
@@ -1559,6 +1565,8 @@ def train(config, model_config=None, say=tqdm.write):
                 save_shards(run, config.keep_last)
             if not is_main:
                 continue
+            if is_check and not state:
+                recorder.draw()
             if run.step == first + 2:  # the first step warms up
                 say(announce(run, n_steps, row))
             line = progress_line(row, progress)
@@ -1623,7 +1631,7 @@ def one_voice():
         yield
     except (ValueError, OSError):
         if int(os.environ.get("RANK", 0)) > 0:
-            time.sleep(2)  # rank 0, if it found the same, has said so, and torchrun ends this one
+            time.sleep(10)  # rank 0, if it found the same, has said so, and torchrun ends this one
         raise
     except RuntimeError as error:
         if dist.is_initialized() and regex.search("peer|onnect|NCCL|imed out", str(error)):
