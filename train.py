@@ -109,8 +109,8 @@ class TrainConfig(TuneConfig):
     keep_last: int = option(2, "how many of the last checkpoints stay, beside the best", low=1)
     parallel: str = option("ddp", "over processes: ddp copies the model, fsdp shards it (ZeRO-3)",
                            known=lambda: ("ddp", "fsdp"))
-    reshard: bool = option(True, "false: fsdp keeps the weights until backward, as ZeRO-2; it sends "
-                           "what ZeRO-1 does and holds less")
+    reshard: bool = option(True, "false: fsdp keeps the weights until backward, as ZeRO-2, which "
+                           "sends what ZeRO-1 does and holds less")
     tp: int = option(1, "processes that share each matrix: tensor parallelism", low=1)
     pp: int = option(1, "processes that share the blocks: pipeline stages", low=1)
     pp_schedule: str = option("1f1b", "of the stages", known=lambda: ("1f1b", "gpipe"))
@@ -349,7 +349,7 @@ class Stage(torch.nn.Module):
             body.final_norm = model.lm_head = None
 
     def forward(self, x, ids, segments=None):
-        """x (B, T, C) as the stage before left it, ids (B, T) -> (B, T, C); the first needs no x."""
+        """x (B, T, C) as the stage before left it (the first needs none), ids (B, T) -> x."""
         body, dtype = self.model.transformer, self.model.dtype
         return body(ids, None, dtype, segments=segments, x=None if body.wte else x)
 
@@ -1122,8 +1122,8 @@ def check_same(what, value):
         dist.all_gather_object(found := [None] * dist.get_world_size(), value)
         for rank, other in enumerate(found):
             if other != found[0]:
-                raise ValueError(f"rank {rank} has {what} {other!s:.12}, and rank 0 {found[0]!s:.12}"
-                                 ": all machines need the same --data and the same --out")
+                raise ValueError(f"rank {rank} has {what} {other!s:.12}, rank 0 {found[0]!s:.12}: "
+                                 "all machines need the same --data and the same --out")
 
 
 def find_loader(shards, shape):
