@@ -905,11 +905,24 @@ def save_shards(run, keep):
         str(temporary), save_distributed=True))
     if dist.get_rank() == 0:
         write_json(temporary / "progress.json", dict(
-            config=asdict(run.model.config), progress=progress_of(run)))
+            config=asdict(run.model.config), progress=progress_of(run),
+            files={file.name: file.stat().st_size for file in temporary.glob("*.safetensors")}))
         for old in [path, *[*sharded(run.folder).values()][:1 - keep or None]]:
             shutil.rmtree(old, ignore_errors=True)
         os.replace(temporary, path)
     dist.barrier()
+
+
+def read_shards(path):
+    """-> (GPTConfig, the values of Progress) that save_shards wrote; ValueError unless all files
+    are there, in their size."""
+    saved = read_json(path / "progress.json")
+    with reading(path / "progress.json"):
+        config, state, files = saved["config"], saved["progress"], dict(saved["files"])
+    for name, size in files.items():
+        if not (path / name).exists() or (path / name).stat().st_size != size:
+            raise ValueError(f"{path} lacks {name}, or some of it: copy all files of all machines")
+    return check_fields(GPTConfig, config, path), state
 
 
 def progress_of(run):
@@ -959,9 +972,8 @@ def load_run(folder, config, device, ready=lambda model: None):
     in_shards = max(shards, default=-1) > max(checkpoints(folder), default=-1)
     if in_shards:
         path = shards[max(shards)]
-        saved = read_json(path / "progress.json")
-        model = GPT(check_fields(GPTConfig, saved["config"], path)).to(device)
-        state = saved["progress"]
+        shape, state = read_shards(path)
+        model = GPT(shape).to(device)
     else:
         path = pick_checkpoint(folder, "last")
         model, state = load_model(path, device)
@@ -987,7 +999,7 @@ def load_run(folder, config, device, ready=lambda model: None):
             tensor = tensor.float()
             state[params[name]][kind] = shared(tensor, params[name]) if tensor.dim() else tensor
     if in_shards:
-        load(named_state(run), storage_reader=reader)
+        load(named_state(run), storage_reader=reader, no_dist=not dist.is_initialized())
     for group in run.optimizer.param_groups:  # those of a group are treated alike
         if tensors and len({frozenset(state[p]) for p in group["params"]}) > 1:
             raise ValueError(f"{path} lacks a part of the state of optimizer={config.optimizer}: "

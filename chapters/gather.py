@@ -13,10 +13,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from model import GPTConfig, check_known, from_weights, option, read_header, read_safetensors
+from model import check_known, from_weights, option, read_header, read_safetensors
 from sample import newest_run
-from tokenizer import check_fields, parse_options, read_json, reading, run_command
-from train import save_run, sharded
+from tokenizer import parse_options, reading, run_command
+from train import read_shards, save_run, sharded
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,7 @@ def gather(run, step=0):
                          "several processes, writes them")
     step = step or max(found)
     check_known(str(step), [*map(str, found)], "step")
-    saved, tensors = read_json(found[step] / "progress.json"), read_pieces(found[step])
-    with reading(found[step] / "progress.json"):
-        config, progress = check_fields(GPTConfig, saved["config"], found[step]), saved["progress"]
+    (config, progress), tensors = read_shards(found[step]), read_pieces(found[step])
     weights = {name: tensors.pop(name) for name in [*tensors] if not name.startswith("optimizer.")}
     save_run(run, (from_weights(config, weights, found[step]), tensors, progress), keep=1_000_000)
     return step

@@ -23,7 +23,7 @@ from chapters.processes import counted_bytes, spawn
 from data import prepare
 from model import GPT, GPTConfig, load_model, read_safetensors
 from sample import checkpoints
-from train import (TrainConfig, build_optimizer, check_layout, main,
+from train import (TrainConfig, build_optimizer, check_layout, load_run, main,
                    read_log, set_rate, sharded, split_batch, train)
 
 slow = pytest.mark.slow
@@ -235,9 +235,15 @@ def test_a_checkpoint_in_shards_becomes_the_plain_file_and_goes_on_anywhere(runs
         shutil.copytree(tmp_path / "run", new)
         on_processes([(number, options_of(config.data, new, resume=True, **options | more), None)])
         agree(new, folder / "one", setting)
-    next((tmp_path / "plain/step_000030.shards").glob("*.safetensors")).unlink()
-    with pytest.raises(ValueError, match="lacks pieces of|has a config|does not hold"):
-        gather(tmp_path / "plain")
+    (tmp_path / "plain/step_000030.safetensors").unlink()
+    file = next((tmp_path / "plain/step_000030.shards").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1])
+    for _ in range(2):  # a part is missing, then all of it
+        with pytest.raises(ValueError, match=f"lacks {file.name}, or some of it: copy all files"):
+            gather(tmp_path / "plain")
+        with pytest.raises(ValueError, match=f"lacks {file.name}, or some of it: copy all files"):
+            load_run(tmp_path / "plain", config, "cpu")
+        file.unlink(missing_ok=True)
 
 
 def moved_scaler(config, shape):
