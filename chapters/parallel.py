@@ -60,7 +60,7 @@ def all_gather(chunks):
 
 def ring_all_reduce(x):
     """Sum a contiguous tensor over all processes, in place, and return it. Each of n processes
-    sends 2 (n - 1) / n of it: hardly more with many than with few."""
+    sends 2 (n - 1) / n of it, always less than twice its size."""
     chunks = x.view(-1).tensor_split(dist.get_world_size())
     reduce_scatter(chunks)
     all_gather(chunks)
@@ -98,7 +98,7 @@ class BucketedDataParallel:
         self.missing, self.under_way = [*map(len, self.buckets)], []
 
     def arrived(self, p):
-        """Launch the buckets that p completes, in order, as they must meet those of the others."""
+        """Launch the buckets that p completes, in the order that is the same in all processes."""
         self.missing[self.bucket_of[p]] -= self.sync
         if self.missing[self.bucket_of[p]] < 0:
             raise ValueError("a second backward before finish(): set sync = False during the first")

@@ -1,6 +1,6 @@
 """
 A pipeline: each process has some blocks of a model, a stage, and micro-batches go through them all,
-forward and then backward. What is done when is data, a schedule.
+forward and then backward. A schedule says in which order; it is data.
 
     stage = Stage(model, dist.get_rank(), 2)                               # of train.py
     loss = Pipeline(stage, model.mean_loss, (B, T, C)).run(micro_batches, one_f_one_b(2, 3))
