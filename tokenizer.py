@@ -175,6 +175,8 @@ def run_command(main):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # no traceback from what is done at the exit
 
 
 @contextlib.contextmanager
