@@ -317,7 +317,8 @@ def check_layout(config, shape):
                  n_hidden=shape.n_hidden or 64)  # else of a width that 64 divides
     for name, size in sizes.items():
         if size % config.tp:
-            raise ValueError(f"tp={config.tp}: {name}={size} is no multiple of it: take another")
+            raise ValueError(f"tp={config.tp}: {name}={size} is no multiple of it: take a --{name} "
+                             "that is, or another --tp")
     if config.pp > shape.n_layer:
         raise ValueError(f"pp={config.pp}: there are {shape.n_layer} blocks: take at most as many")
     split, shards = config.tp * config.pp > 1, config.checkpoint == "sharded"
@@ -1373,8 +1374,8 @@ def begin_folder(run, shape, say):
     rows = [json.dumps(row) + "\n" for row in read_log(run.folder) if row["step"] <= run.step]
     with replacing(run.folder / "log.jsonl") as file:  # what came after the checkpoint comes again
         file.write("".join(rows).encode())
-    for part in run.folder.glob("*.part"):  # of an interrupted save
-        part.unlink()
+    for unfinished in run.folder.glob("*.part"):  # of an interrupted save
+        unfinished.unlink()
     run.tokenizer.save(run.folder / "tokenizer.json")
     write_json(run.folder / "config.json", dict(
         model=asdict(run.model.config), train=asdict(run.config),
@@ -1641,15 +1642,14 @@ def one_voice():
     """Let one process say what all end with; to the others the loss of one is a ValueError."""
     try:
         yield
-    except (ValueError, OSError):
+    except (ValueError, OSError, RuntimeError) as error:
         if int(os.environ.get("RANK", 0)) > 0:
-            time.sleep(10)  # rank 0, if it found the same, has said so, and torchrun ends this one
-        raise
-    except RuntimeError as error:
-        if dist.is_initialized() and regex.search("peer|onnect|NCCL|imed out", str(error)):
-            raise ValueError("another process has ended, so this one does, too; --resume goes on "
-                             "from the last checkpoint") from error
-        raise
+            time.sleep(10)  # if rank 0 has found the same, torchrun ends this process meanwhile
+        if isinstance(error, (ValueError, OSError)) or not (
+                dist.is_initialized() and regex.search("peer|onnect|NCCL|imed out", str(error))):
+            raise
+        raise ValueError("another process has ended, so this one does, too; --resume goes on from "
+                         "the last checkpoint") from error
 
 
 def main():
@@ -1665,8 +1665,9 @@ def main():
     doctor = f"python -m chapters.doctor {end.folder} says more"
     if end.stopped:
         saved = max(checkpoints(end.folder) | sharded(end.folder), default=0)
-        print(f"stopped at step {end.step}, saved at {saved}; "
-              f"to go on: python train.py --resume --out={end.folder}")
+        again = (f"python train.py --resume --out={end.folder}"
+                 if os.environ.get("WORLD_SIZE", "1") == "1" else "the same command with --resume")
+        print(f"stopped at step {end.step}, saved at {saved}; to go on: {again}")
         sys.exit(128 + end.stopped)
     if end.val_loss is None:
         raise ValueError(f"the validation loss is not finite at step {end.step}: {doctor}")
