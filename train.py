@@ -30,6 +30,7 @@ import sys
 import threading
 import time
 import timeit
+import warnings
 from collections import deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -1000,7 +1001,8 @@ def load_run(folder, config, device, ready=lambda model: None):
             tensor = tensor.float()
             state[params[name]][kind] = shared(tensor, params[name]) if tensor.dim() else tensor
     if in_shards:
-        load(named_state(run), storage_reader=reader, no_dist=not dist.is_initialized())
+        with warnings.catch_warnings(action="ignore"):  # one process is told that it is one
+            load(named_state(run), storage_reader=reader)
     for group in run.optimizer.param_groups:  # those of a group are treated alike
         if tensors and len({frozenset(state[p]) for p in group["params"]}) > 1:
             raise ValueError(f"{path} lacks a part of the state of optimizer={config.optimizer}: "
