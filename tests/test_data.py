@@ -430,7 +430,7 @@ def test_a_shard_that_changed_or_is_gone_is_named(tmp_path, prepared, remembers)
     out = Path(shutil.copytree(prepared, tmp_path / "copy"))
     path, extra = out / "val_000000.bin", out / "val_000001.bin"
     whole = path.read_bytes()
-    for wrong in whole[:-1] + b"\7", whole[:-2], whole + b"\0\0":  # of the same size, shorter, longer
+    for wrong in whole[:-1] + b"\7", whole[:-2], whole + b"\0\0":  # as long, shorter, longer
         check()
         path.write_bytes(wrong)
         assert check(("train",)) == data.read_card(prepared)
