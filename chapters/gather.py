@@ -10,8 +10,12 @@ model with its optimizer's state, and no other process.
 """
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+if __name__ == "__main__":  # `python chapters/gather.py` works as well, from any folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from model import check_known, from_weights, option, read_header, read_safetensors
 from sample import newest_run

@@ -19,7 +19,8 @@ ABOVE = {"tokenizer": "", "data": "tokenizer", "model": "", "sample": "tokenizer
 CARD = {"torch", "numpy", "tiktoken", "regex", "tqdm", "matplotlib"}
 SIX = [f"{name}.py" for name in ABOVE]
 LEAVES = sorted(path.stem for path in (ROOT / "chapters").glob("[!_]*.py"))
-COMMANDS = [name for name in LEAVES if b"__main__" in (ROOT / f"chapters/{name}.py").read_bytes()]
+COMMANDS = [name for name in LEAVES
+            if b"run_command(main)" in (ROOT / f"chapters/{name}.py").read_bytes()]
 
 
 def text(name):
