@@ -897,6 +897,11 @@ def sharded(folder):
     return {int(path.stem[5:]): path for path in sorted(Path(folder).glob("step_*.shards"))}
 
 
+def saved_steps(folder):
+    """The checkpoints of a run, in one file or in shards, {step: path}."""
+    return checkpoints(folder) | sharded(folder)
+
+
 def save_shards(run, keep):
     """Write a checkpoint part by part, as torch's distributed one in safetensors, on all ranks;
     chapters/gather.py makes it the usual file."""
@@ -1114,8 +1119,7 @@ def run_folder(config, shards=None):
     """Where the run is or will be: --out, or the newest run to resume, or runs/ and a free name."""
     if config.resume:
         folder = Path(config.out) if config.out else newest_run()
-        return folder if checkpoints(folder) or sharded(folder) else (
-            pick_checkpoint(folder))  # says what is missing
+        return folder if saved_steps(folder) else pick_checkpoint(folder)  # says what is missing
     folder, n = Path(config.out or f"runs/{shards.name}"), 2
     while not config.out and (folder / "config.json").exists():
         folder, n = Path(f"runs/{shards.name}-{n}"), n + 1
@@ -1351,7 +1355,7 @@ def locked(folder):
 def claim_folder(config, shards, stack):
     """Make and lock the folder of a run -> its Path."""
     folder = run_folder(config, shards)
-    if (checkpoints(folder) or sharded(folder)) and not config.resume:
+    if saved_steps(folder) and not config.resume:
         raise ValueError(f"{folder} already holds a run: add --resume, or choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     if not (config.resume or config.out):
@@ -1386,7 +1390,7 @@ def begin_folder(run, shape, say):
 
 def leave_nothing(folder):
     """Remove what begin_folder wrote for a run that took no step, so that its name is free."""
-    if not (checkpoints(folder) or sharded(folder) or read_log(folder)):
+    if not (saved_steps(folder) or read_log(folder)):
         with contextlib.suppress(OSError):  # Windows keeps what is open; not all files may be ours
             for name in ("config.json", "tokenizer.json", "base.safetensors", "log.jsonl", ".lock"):
                 Path(folder, name).unlink(missing_ok=True)
@@ -1633,8 +1637,7 @@ def restarted(typed, typed_model):
     if many and env("TORCHELASTIC_USE_AGENT_STORE") == "True":
         raise ValueError("--max-restarts on several nodes needs the environment variable "
                          "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for each torchrun")
-    if (many or env("TORCHELASTIC_RESTART_COUNT") != "0") and (
-            checkpoints(typed["out"]) or sharded(typed["out"])):
+    if (many or env("TORCHELASTIC_RESTART_COUNT") != "0") and saved_steps(typed["out"]):
         typed = {name: typed[name] for name in typed if name != "config"} | dict(resume=True)
     return typed, typed_model
 
@@ -1666,7 +1669,7 @@ def main():
     end = SimpleNamespace(**summary)
     doctor = f"python -m chapters.doctor {end.folder} says more"
     if end.stopped:
-        saved = max(checkpoints(end.folder) | sharded(end.folder), default=0)
+        saved = max(saved_steps(end.folder), default=0)
         again = (f"python train.py --resume --out={end.folder}"
                  if os.environ.get("WORLD_SIZE", "1") == "1" else "the same command with --resume")
         print(f"stopped at step {end.step}, saved at {saved}; to go on: {again}")
