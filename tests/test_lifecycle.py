@@ -22,13 +22,13 @@ FENCED = re.compile(r"^```.*?^```", re.M | re.S)
 
 
 def sections_of(path):
-    """{heading: the text of its cells, up to the next heading of its level or above} of a notebook,
-    and "#": its number."""
+    """{heading: the text up to the next heading of its level or above} of a notebook, of its title
+    only up to the next heading; and "#": its number."""
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     prose = ("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
     text = FENCED.sub("", "\n\n".join(prose))
     heads = [*re.finditer(r"^(#+) (.+)$", text, re.M)]
-    ends = [next((b.start() for b in heads[i + 1:] if len(b[1]) <= len(a[1])), len(text))
+    ends = [next((b.start() for b in heads[i + 1:] if len(b[1]) <= max(2, len(a[1]))), len(text))
             for i, a in enumerate(heads)]
     return {"#": heads[0][2].split()[0]} | {
         head[2]: text[head.end():end] for head, end in zip(heads, ends)}
@@ -60,8 +60,23 @@ def said(word, text):
     return re.search(rf"(?<!\w){spaced}(?!\w)", text, re.I)
 
 
+def wrong_name(name):
+    """What is missing of module.name, or of module.TABLE["row"]: "" where it is there."""
+    dotted, _, row = name.rstrip('"]').partition('["')
+    module, *attributes = re.findall(r"^chapters\.\w+|\w+", dotted)
+    try:
+        found = importlib.import_module(module)
+        for attribute in attributes:
+            found = getattr(found, attribute)
+    except (ImportError, AttributeError):
+        return f"there is no {dotted}"
+    return f"{dotted} has no {row}" if row and row not in found else ""
+
+
 def wrong_command(name, words):
     """What the help of a command does not know of these words: "" where it knows all."""
+    if wrong := wrong_name(f"{name}.main"):
+        return wrong
     known = help_of(name)
     for word in words:
         option, _, value = word.partition("=")
@@ -70,20 +85,10 @@ def wrong_command(name, words):
                 return f"{name} has no {word}"
         elif option not in known:
             return f"{name} has no option {option}"
-        elif [v for v in value.split(",") if v and not v.isdigit() and not said(v, known[option])]:
+        elif [v for v in re.split("[,:]", value)
+              if v and not v.isdigit() and not said(v, known[option])]:
             return f"{name} {option} has no {value}"
     return ""
-
-
-def wrong_name(name):
-    """What is missing of module.name, or of module.TABLE["row"]: "" where it is there."""
-    dotted, _, row = name.rstrip('"]').partition('["')
-    module, _, attribute = dotted.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError):
-        return f"there is no {dotted}"
-    return f"{dotted} has no {row}" if row and row not in found else ""
 
 
 def wrong_place(place):
@@ -142,6 +147,7 @@ def test_every_row_of_the_life_cycle_has_a_place_and_each_place_is_there(table):
     ('`model.Attention` · chapter 4 "Heads"', ""),
     ('`model.Atention` · chapter 4 "Heads"', "there is no model.Atention"),
     ('`modle.Attention` · chapter 4 "Heads"', "there is no modle.Attention"),
+    ('`model.Attention.forward` · chapter 4 "Heads"', ""),
     ('`model.Attention.split` · chapter 4 "Heads"', "there is no model.Attention.split"),
     ('`model.ARCHITECTURES["bert"]` · chapter 4 "Heads"', ""),
     ('`model.ARCHITECTURES["brt"]` · chapter 4 "Heads"', "model.ARCHITECTURES has no brt"),
@@ -151,6 +157,8 @@ def test_every_row_of_the_life_cycle_has_a_place_and_each_place_is_there(table):
     ('`train.py --parallel=ring` · chapter 4 "Heads"', "train --parallel has no ring"),
     ('`python -m chapters.align dpo RUN` · chapter 4 "Heads"', ""),
     ('`python -m chapters.align dpu RUN` · chapter 4 "Heads"', "chapters.align has no dpu"),
+    ('`python -m chapters.aline` · chapter 4 "Heads"', "there is no chapters.aline.main"),
+    ('`python -m chapters.cleaning` · chapter 4 "Heads"', "there is no chapters.cleaning.main"),
     ('`model.Attention`', "no chapter explains it"),
     ('chapter 4 "Heads"', "only prose, and not a word to look for"),
     ('chapter 4 "Heads": Multi-Head attention', ""),
