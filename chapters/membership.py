@@ -1,0 +1,95 @@
+"""
+Membership inference: was a text trained on? What was is likelier than it would be otherwise.
+
+    found = attack(model, members, others)       # rows, as chapters.dpsgd.text_rows() makes them
+    found["loss"].auc                            # 0.5: the attack knows no more than a coin
+
+An attack gives each text a score from the probabilities of its tokens, which many an API returns;
+its ROC curve says how well the score tells members from others. chapters/memorization.py has the
+command.
+"""
+
+import math
+from bisect import bisect_right
+from random import Random
+from typing import NamedTuple
+
+import numpy as np
+
+from chapters.ngrams import roc_auc
+from data import learned, read_split
+from evaluate import score_ends, wilson
+
+PIECE = 128  # tokens of a text whose membership is in question
+LEAST = 10   # such texts, without which a curve says nothing
+
+# -----------------------------------------------------------------------------
+# Scores to a curve, its area and an interval.
+
+
+class Roc(NamedTuple):
+    """How well a score tells members from others, whatever its threshold."""
+    points: np.ndarray  # (N, 2): false and true positive rate at each threshold, from the highest
+    auc: float
+    low: float          # its 95% interval
+    high: float
+    tpr: float          # true positive rate at a false positive rate of at most 1%
+
+
+def roc(members, others):
+    """The Roc of two lists of scores, members' being higher. The interval is that of as many pairs
+    as the shorter list has: more is known than that, so it is rather too wide than too narrow."""
+    scores = np.concatenate([members, others])
+    truth = np.arange(len(scores)) < len(members)
+    thresholds = np.append(np.inf, np.unique(scores)[::-1])
+    rates = [[(own >= threshold).mean() for own in (others, members)] for threshold in thresholds]
+    points, auc = np.array(rates), roc_auc(scores, truth)
+    low, high = wilson(auc, min(len(members), len(others)))
+    return Roc(points, auc, low, high, float(points[points[:, 0] <= 0.01, 1].max()))
+
+
+def log_probs(model, rows):
+    """For each row, its ids and its loss mask, the log-probabilities of the tokens that are learned,
+    an array; of a row that is too long for the model its beginning counts."""
+    T = model.config.block_size + 1
+    scored = score_ends(model, [(ids[:T], len(ids[:T]) - 1) for ids, _ in rows], "membership")
+    return [own.double().numpy()[np.array(mask[1:T], bool)]
+            for (own, _), (_, mask) in zip(scored, rows)]
+
+
+# Scores of a text, higher for members, from its log-probabilities and those of a reference model:
+# the loss (arXiv:1709.01604), the 20% least likely tokens (arXiv:2310.16789), and the ratio to what
+# a model gives it that was not trained on it (arXiv:2112.03570 has this in its simplest form).
+ATTACKS = {
+    "loss": lambda own, reference: own.mean(),
+    "min-k": lambda own, reference: np.sort(own)[:math.ceil(len(own) / 5)].mean(),
+    "ratio": lambda own, reference: own.mean() - reference.mean(),
+}
+
+
+def attack(model, members, others, reference=None):
+    """{attack: its Roc} of a model on rows that it was trained on and others; "ratio" needs the
+    reference, a model with the same tokenizer."""
+    own = log_probs(model, [*members, *others])
+    other = log_probs(reference, [*members, *others]) if reference else own
+    scores = {name: [*map(score, own, other)] for name, score in ATTACKS.items()
+              if reference or name != "ratio"}
+    return {name: roc(found[:len(members)], found[len(members):])
+            for name, found in scores.items()}
+
+
+def pieces(folder, split, tokenizer, n, seed=0):
+    """Up to n rows of PIECE tokens each of a split of shards, at random, none overlapping; of chats
+    the mask is what the assistant says."""
+    shards = [shard[:len(shard) // PIECE * PIECE].reshape(-1, PIECE)
+              for shard in read_split(folder, split)]
+    ends, rows = np.cumsum([len(shard) for shard in shards]).tolist(), []
+    for i in Random(seed).sample(range(ends[-1]), min(n, ends[-1])):
+        k = bisect_right(ends, i)
+        ids = shards[k][i - ends[k]].astype(int)  # counted from the end of its shard
+        mask = learned(ids, tokenizer.special)
+        rows += [(ids.tolist(), mask.tolist())] * bool(mask[1:].any())
+    if len(rows) < LEAST:
+        raise ValueError(f"{folder}: {split} has {len(rows)} pieces of {PIECE} tokens to be learned, "
+                         f"membership needs {LEAST}: give more text")
+    return rows
