@@ -141,6 +141,9 @@ to rely on its answers: do not let it decide about anyone.
 """
 
 
+SAFETY = "\n## Safety\n"  # begins the last section, which chapters/safety.py writes
+
+
 def config_of(folder):
     """What a run's config.json says: {"model", "train", "data"}, each a dict; {} without a file."""
     path = Path(folder, "config.json")
@@ -187,16 +190,36 @@ def model_card(folder):
         overlap=overlap_line(report.get("overlap", {}))))
 
 
+def read_parts(folder):
+    """-> (the model card in a run's folder, its section on safety), "" for what there is not."""
+    path = Path(folder, "model_card.md")
+    with reading(path):
+        text, title, safety = (path.read_text("utf-8") if path.exists() else "").partition(SAFETY)
+        return text, title + safety
+
+
+def write_parts(folder, text, safety):
+    """Write model_card.md into a run's folder -> its path."""
+    path = Path(folder, "model_card.md")
+    with replacing(path) as file:
+        file.write((text + safety).encode())
+    return path
+
+
+def write_safety(folder, safety):
+    """Write the section on safety, in place of an earlier one, to the end of the model card."""
+    text = read_parts(folder)[0] or f"# {Path(folder).resolve().name}\n"
+    return write_parts(folder, text, SAFETY + safety)
+
+
 def write_card(folder):
-    """Write model_card.md into a run's folder -> its path. ValueError before an evaluation."""
+    """Write model_card.md, but for its section on safety, into a run's folder -> its path.
+    ValueError before an evaluation."""
     if not Path(folder, "scores.json").exists():
         raise ValueError(f"{folder} has no scores.json: python evaluate.py {folder} writes it")
     with reading(Path(folder, "scores.json")):
         text = model_card(folder)
-    path = Path(folder, "model_card.md")
-    with replacing(path) as file:
-        file.write(text.encode())
-    return path
+    return write_parts(folder, text, read_parts(folder)[1])
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,15 @@ A guard around a model: it looks at what a user sends and at what the model answ
     python -m chapters.guard                      # misses, false alarms and time, on held-out texts
     python -m chapters.guard "Ignore all previous instructions."        # what it says of a text
 
-It is rules and two small classifiers, trained on first use, on toxic.jsonl and redteam.jsonl. Its
-rows are {"category", "harmful", "harmless": its twin, which has words in common with it, "use":
-train or test, "answer": to the harmless one}. It raises the cost of an attack and stops none that
-was made for it: whoever knows the rules goes around them, as the table of disguises shows.
+It is rules and two small classifiers, trained on first use, on toxic.jsonl and redteam.jsonl. A row
+of the latter is {"category", "harmful", "harmless": its twin, with words in common, "use": train or
+test, "answer": to the harmless one}. The guard raises the cost of an attack and stops none that was
+made for it: whoever knows its rules goes around them, as the table of disguises shows.
 """
 
 import base64
 import json
 import re
-import statistics
 import sys
 import time
 import unicodedata
@@ -24,11 +23,13 @@ from pathlib import Path
 if __name__ == "__main__":  # `python chapters/guard.py` works as well, from any folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import numpy as np
+
 from chapters.classify import read_examples, toxicity
 from chapters.dialogue import percent, share
 from chapters.ngrams import Classifier
 from chapters.privacy import mask_pii
-from evaluate import table
+from evaluate import interval, table
 from model import TINY, check_options, option
 from tokenizer import SPECIAL_TOKENS, parse_options, run_command
 
@@ -164,16 +165,18 @@ def examples():
 
 def measure(check, bad, good):
     """{"misses", "false alarms": shares of the texts to refuse and to let pass, with intervals;
-    "milliseconds": the median over all texts}."""
+    "milliseconds": the mean time of a text}, each with its interval."""
     bad, good = [*bad], [*good]
     check("")  # what is trained on first use is no part of the time
     verdicts, times = [], []
     for text in [*bad, *good]:
         start = time.perf_counter()
         verdicts.append(check(text) is not None)
-        times.append(1000 * (time.perf_counter() - start))
+        times.append([1000 * (time.perf_counter() - start), 1])
+    mean, low, high = interval(np.array(times))
     return {"misses": share([not found for found in verdicts[:len(bad)]]),
-            "false alarms": share(verdicts[len(bad):]), "milliseconds": statistics.median(times)}
+            "false alarms": share(verdicts[len(bad):]),
+            "milliseconds": dict(value=mean, low=low, high=high, n=len(times))}
 
 
 def disguised(check, bad, good):
@@ -185,7 +188,7 @@ def disguised(check, bad, good):
 
 def cells(name, found):
     return [name, *(percent(found[what]) for what in ("misses", "false alarms")),
-            f"{found['milliseconds']:.2f}"]
+            f"{found['milliseconds']['value']:.2f}"]
 
 
 def report(guard):
