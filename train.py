@@ -160,6 +160,15 @@ def read_config(path):
                 check_fields(GPTConfig, saved["model"], path), saved["data"])
 
 
+def first_shape(config):
+    """The GPTConfig of the run that is resumed or that --init names, else of --size."""
+    if config.resume:
+        return read_config(run_folder(config) / "config.json")[1]
+    if config.init:
+        return read_progress(pick_checkpoint(config.init))["config"]
+    return model_shape(config.size, config.vocab_size)
+
+
 def is_shards(data):
     """Whether --data is a folder of token shards, and no source to make some of."""
     return isinstance(data, str) and data != "" and Path(data, "card.json").exists()
@@ -188,7 +197,7 @@ def complete_options(typed, typed_model):
             own_shape = asdict(shape)
     config = TrainConfig(**options | typed)
     if config.init and not config.resume:
-        own_shape = asdict(read_progress(pick_checkpoint(config.init))["config"])
+        own_shape = asdict(first_shape(config))
         for name in sorted(typed_model.keys() - FREE):
             if typed_model[name] != own_shape[name]:
                 raise ValueError(f"{name}={typed_model[name]}: {config.init} has {own_shape[name]},"
@@ -224,23 +233,20 @@ def part(mesh, name):
     return (mesh.get_local_rank(name), mesh[name].size()) if mesh else (0, 1)
 
 
+def from_torchrun(name):
+    """RANK, WORLD_SIZE, LOCAL_RANK (on this machine) or LOCAL_WORLD_SIZE, as it numbers processes;
+    without it there is one, number 0."""
+    with reading("the environment"):
+        return int(os.environ.get(name, name.endswith("SIZE")))
+
+
 def start_processes(config):
     """-> (rank, mesh, device): each process has a GPU of its own, or a share of the cores. The
     mesh, None for one process, has a group of processes for each dimension of MESH."""
-    with reading("the environment"):
-        rank, n, local, n_local = (int(os.environ.get(name, default)) for name, default in (
-            ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
-    n_split, device = config.tp * config.pp, pick_device(config.device)
-    if n % n_split:
-        raise ValueError(f"tp={config.tp} times pp={config.pp} needs a multiple of {n_split} "
-                         f"processes, not {n}: torchrun --nproc_per_node={n_split} train.py ...")
-    if n > n_split > 1 and config.parallel == "ddp":
-        raise ValueError(f"--parallel=ddp copies whole models: on {n} processes --tp and --pp go "
-                         "with --parallel=fsdp")
+    rank, n, local, n_local = map(from_torchrun, ("RANK", "WORLD_SIZE", "LOCAL_RANK",
+                                                  "LOCAL_WORLD_SIZE"))
+    device = pick_device(config.device)
     if n == 1:
-        if config.parallel == "fsdp" or config.checkpoint == "sharded":
-            raise ValueError("--parallel=fsdp and --checkpoint=sharded are for several processes: "
-                             "torchrun --nproc_per_node=N train.py ... starts N")
         return 0, None, device
     if device == "mps" or device == "cuda" and local >= torch.cuda.device_count():
         raise ValueError(f"process {local} of this machine finds no GPU of its own: take as many "
@@ -263,8 +269,8 @@ def start_processes(config):
             raise ValueError(f"rank {rank} of {n} does not find the others at {where}: start all "
                              f"with torchrun ({str(error).splitlines()[0]:.200})") from None
     from torch.distributed.device_mesh import init_device_mesh
-    return rank, init_device_mesh(device.partition(":")[0], (config.pp, n // n_split, config.tp),
-                                  mesh_dim_names=MESH), device
+    sizes = config.pp, n // (config.pp * config.tp), config.tp
+    return rank, init_device_mesh(device.partition(":")[0], sizes, mesh_dim_names=MESH), device
 
 
 def watch(run, timeout):
@@ -312,27 +318,31 @@ def average(values, device):
     return (values / dist.get_world_size()).tolist()
 
 
-def check_layout(config, shape):
-    """ValueError if a model of this shape cannot be split over processes as the options say."""
-    sizes = dict(n_kv_head=shape.n_kv_head, block_size=shape.block_size,
-                 n_hidden=shape.n_hidden or 64)  # else of a width that 64 divides
-    for name, size in sizes.items():
-        if size % config.tp:
-            raise ValueError(f"tp={config.tp}: {name}={size} is no multiple of it: take a --{name} "
-                             "that is, or another --tp")
-    if config.pp > shape.n_layer:
-        raise ValueError(f"pp={config.pp}: there are {shape.n_layer} blocks: take at most as many")
-    split, shards = config.tp * config.pp > 1, config.checkpoint == "sharded"
-    if shards and not find_spec("safetensors"):
-        raise ValueError("--checkpoint=sharded needs the package safetensors")
-    for wrong, what, way in (
-            (split and config.curriculum, f"curriculum={config.curriculum}", "parallel=fsdp"),
-            (split and shape.n_classes, f"n_classes={shape.n_classes}", "parallel=fsdp"),
-            ((split or shards or config.parallel == "fsdp") and config.tune != "full",
-             f"tune={config.tune}", "parallel=ddp")):
+def check_layout(config, shape, n):
+    """ValueError if n processes cannot share a model of this shape as the options say."""
+    tp, pp, fsdp, shards = (config.tp, config.pp, config.parallel == "fsdp",
+                            config.checkpoint == "sharded")
+    split, alone = tp * pp > 1, ("does not work with this layout: take --parallel={} and neither "
+                                 "--tp nor --pp nor --checkpoint=sharded")
+    widths = dict(n_kv_head=shape.n_kv_head, block_size=shape.block_size,
+                  n_hidden=shape.n_hidden or 64)  # else of a width that 64 divides
+    for wrong, line in (
+            (n % (tp * pp), f"tp={tp} times pp={pp} needs a multiple of {tp * pp} processes, not "
+             f"{n}: torchrun --nproc_per_node={tp * pp} train.py ..."),
+            (n > tp * pp > 1 and not fsdp, f"--parallel=ddp copies whole models: on {n} processes "
+             "--tp and --pp go with --parallel=fsdp"),
+            (n == 1 and (fsdp or shards), "--parallel=fsdp and --checkpoint=sharded are for "
+             "several processes: torchrun --nproc_per_node=N train.py ... starts N"),
+            *((size % tp, f"tp={tp}: {name}={size} is no multiple of it: take a --{name} that is, "
+               "or another --tp") for name, size in widths.items()),
+            (pp > shape.n_layer, f"pp={pp}: there are {shape.n_layer} blocks: take at most as many"),
+            (shards and not find_spec("safetensors"),
+             "--checkpoint=sharded needs the package safetensors"),
+            (split and config.curriculum, f"--curriculum={config.curriculum} {alone}"),
+            (split and shape.n_classes, f"--n_classes={shape.n_classes} {alone}"),
+            ((split or shards or fsdp) and config.tune != "full", f"--tune={config.tune} {alone}")):
         if wrong:
-            raise ValueError(f"--{what} does not work with this layout: take --{way} and neither "
-                             "--tp nor --pp nor --checkpoint=sharded")
+            raise ValueError(line.format("ddp" if "--tune" in line else "fsdp"))
 
 
 class Stage(torch.nn.Module):
@@ -470,7 +480,7 @@ def check_memory(shape, config, n_sequences, device, n_shares=1):
     """ValueError if weights, gradients and the optimizer's state, in so many shares, and what
     blocks keep of so many sequences for backward need more memory than there is, or the weights
     alone, which each process begins with; or if --tune does not fit the model."""
-    n_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device == "cpu" else 1
+    n_here = from_torchrun("LOCAL_WORLD_SIZE") if device == "cpu" else 1
     needed, limit = math.inf, machine_memory(device) / n_here
     with contextlib.suppress(RuntimeError), torch.device("meta"):  # no memory; too many to count
         model = GPT(shape)
@@ -1242,10 +1252,14 @@ def start_model(base, config, shape, tokenizer, loader, folder, say):
     return model
 
 
-def check_data(shards, shape, config, known, tokenizer):
-    """The class of the loader of these shards; ValueError if a model of this shape, the options or
-    the tokenizer of --init do not fit them."""
-    loader = find_loader(shards, shape)
+def prepare_data(config, shape, known, rank, say):
+    """-> (the folder of shards, the same on all machines, its tokenizer, the class of its loader);
+    ValueError if a model of this shape, the options or --init's tokenizer do not fit them."""
+    shards = find_shards(config, rank, say, known)
+    if from_torchrun("LOCAL_RANK") == 0:
+        check_shards(shards, known=known_hashes(shards))
+    check_same("corpus", read_card(shards).fingerprint)
+    tokenizer, loader = load_tokenizer(shards / "tokenizer.json"), find_loader(shards, shape)
     loader(shards, 1, shape.block_size, split="val")  # ValueError if that is too short
     if known and tokenizer.hash() not in (known.hash(), for_chats(known).hash()):
         raise ValueError(f"{shards} was made with another tokenizer than {config.init}'s: make it "
@@ -1257,52 +1271,56 @@ def check_data(shards, shape, config, known, tokenizer):
                          "--n_classes=0 trains on what is written")
     if loader is not TokenLoader and (config.curriculum or config.cuda_graph):
         raise ValueError("--curriculum and --cuda_graph are for texts, not chats: leave them out")
-    return loader
+    return shards, tokenizer, loader
+
+
+def prepare_model(model, config, mesh, dtype):
+    """Choose a model's kernels and split it over the processes -> fields of its Run."""
+    micro, _ = split_batch(config, part(mesh, "dp")[1])
+    names = [model.use(config.kernels, dtype, config.recompute, batch_size=micro)]
+    if mesh:
+        dist.broadcast_object_list(names, src=0)  # what was the fastest there
+        model.use(names[0], dtype, config.recompute)
+    fits = names[0] in ("torch", "cuda") and config.precision != "fp16" and not config.skip_spikes
+    if config.cuda_graph and not (fits and model.device.type == "cuda" and not mesh
+                                  and accelerator()):
+        raise ValueError("--cuda_graph needs chapters/kernels.py, one GPU, fp32 or bf16, torch or "
+                         "cuda kernels, and no --skip_spikes: leave it out")
+    return dict(n_parameters=model.n_parameters(), flops_per_token=model.flops_per_token(),
+                mesh=mesh, config=replace(config, kernels=names[0]),  # a resumed run takes the same
+                called=parallelize(model, config, mesh))
 
 
 def prepare_run(config, model_config, say, stack):
     """Data and model, new or resumed, that fit -> Run; the ExitStack lets go of it at the end."""
+    shape, base, known = model_config or first_shape(config), None, None
+    check_model(shape, config)
+    check_layout(config, shape, from_torchrun("WORLD_SIZE"))
     rank, mesh, device = start_processes(config)
     copy_rank, n_copies = part(mesh, "dp")
     micro, n_passes = split_batch(config, n_copies)
-    base = known = None
     if config.init and config.resume:
         known = Tokenizer.load(run_folder(config) / "tokenizer.json")
     elif config.init:
         base, known = load_finished(config.init, device=device)
         merge(base)
-    shape = model_config or (
-        read_config(run_folder(config) / "config.json")[1] if config.resume else
-        base.config if base else model_shape(config.size, config.vocab_size))
-    check_model(shape, config)
-    check_layout(config, shape)
     if base and shape.position == "learned" and shape.block_size > base.config.block_size:
         raise ValueError(f"block_size={shape.block_size} is above {base.config.block_size}, for "
                          "which --init has learned positions: leave it out")
     n_shares = config.tp * config.pp * (n_copies if config.parallel == "fsdp" else 1)
     check_memory(shape, config, micro, device, n_shares)  # before the data is made
-    shards = find_shards(config, rank, say, known)
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        check_shards(shards, known=known_hashes(shards))
-    check_same("corpus", read_card(shards).fingerprint)
-    tokenizer = load_tokenizer(shards / "tokenizer.json")
+    shards, tokenizer, loader = prepare_data(config, shape, known, rank, say)
     shape = replace(shape, vocab_size=tokenizer.n_vocab)
-    loader = check_data(shards, shape, config, known, tokenizer)
     stack.enter_context(memory_explained(micro, shape.block_size, device))
     precision, dtype = pick_precision(config.precision, device)
     config = replace(config, precision=precision, learning_rate=(
         config.learning_rate or tuning_rate(config, shape.n_embd)))
     torch.manual_seed(config.seed)
     folder = claim_folder(config, shards, stack) if rank == 0 else run_folder(config, shards)
-    made = {}  # what is known before the model is split
+    made = dict(tokenizer=tokenizer, shards=shards)
 
     def ready(model):
-        names = [model.use(config.kernels, dtype, config.recompute, batch_size=micro)]
-        if mesh:
-            dist.broadcast_object_list(names, src=0)  # what was the fastest there
-            model.use(names[0], dtype, config.recompute)
-        made.update(n_parameters=model.n_parameters(), flops_per_token=model.flops_per_token(),
-                    kernels=names[0], called=parallelize(model, config, mesh))
+        made.update(prepare_model(model, config, mesh, dtype))
 
     if config.resume:
         run = load_run(folder, config, device, ready)
@@ -1311,15 +1329,10 @@ def prepare_run(config, model_config, say, stack):
                  if base else GPT(shape).to(device))
         ready(model)
         run = new_run(folder, model, config, device)
+    vars(run).update(made)
     check_same("step", run.step)
-    fits = made["kernels"] in ("torch", "cuda") and precision != "fp16" and not config.skip_spikes
-    if config.cuda_graph and not (fits and "cuda" in device and not mesh and accelerator()):
-        raise ValueError("--cuda_graph needs chapters/kernels.py, one GPU, fp32 or bf16, torch or "
-                         "cuda kernels, and no --skip_spikes: leave it out")
     if config.rewarm:
         run.start_step, run.start_elapsed = run.step, run.elapsed
-    run.config = replace(config, kernels=made.pop("kernels"))  # a resumed run takes the same
-    vars(run).update(made, tokenizer=tokenizer, shards=shards, mesh=mesh)
     run.schedule = build_schedule(run, run.called, n_passes) if config.pp > 1 else None
     run.batches = loader(shards, micro, shape.block_size, copy_rank, n_copies, config.seed,
                          run.sequences // (micro * n_copies), shuffle=config.shuffle)
@@ -1434,6 +1447,21 @@ def give_up(run, rate, recorder):
                      f"-m chapters.doctor {run.folder} says more")
 
 
+def no_better(run, val_loss, say):
+    """Note a validation loss, and say if it is a bad one; -> whether --patience ends the run."""
+    config, shape = run.config, run.model.config
+    if math.isfinite(val_loss):
+        run.val_loss = val_loss
+        run.best_loss, run.best_step = min((run.best_loss, run.best_step), (val_loss, run.step))
+    high = min(1.03 * run.best_loss, math.log(shape.n_classes or shape.vocab_size) + 0.1)
+    if val_loss > high:  # the best, or what guessing costs, and a little more
+        say(f"that is worse than {high:.2f}: python -m chapters.doctor {run.folder}")
+    ends = 0 < config.patience <= (run.step - run.best_step) / config.eval_every
+    if ends:
+        say(f"no lower validation loss since step {run.best_step}: --patience ends it")
+    return ends
+
+
 def share_done(config, n_steps, step, elapsed):
     """The share of a run that is done: by its steps or by the clock, whichever is further."""
     by_clock = elapsed / (60 * config.minutes) if config.minutes else 0.0
@@ -1504,7 +1532,7 @@ def progress_line(row, progress):
 def train(config, model_config=None, say=tqdm.write):
     """Train as config says; the model is model_config, or that of --size, or of the checkpoint that
     is resumed; say takes the lines to show. -> summarize()'s dict, None on all ranks but 0."""
-    began, is_main = time.perf_counter(), int(os.environ.get("RANK", 0)) == 0
+    began, is_main = time.perf_counter(), from_torchrun("RANK") == 0
     say = say if is_main else lambda text: None
     if accelerator():  # to hand pages back and take them again can cost a third of a step
         accelerator().keep_freed_memory(config.low_memory)
@@ -1534,8 +1562,7 @@ def train(config, model_config=None, say=tqdm.write):
             stack.callback(watch(run, config.timeout).set)
         while progress < 1 and not stopping:
             start = time.perf_counter()
-            torch.manual_seed(1_000_003 * run.step + config.seed
-                              + int(os.environ.get("RANK", 0)))  # dropout: of this step
+            torch.manual_seed(1_000_003 * run.step + config.seed + from_torchrun("RANK"))
             rate = rate_now(run, n_steps, progress)
             set_rate(run.optimizer, rate)
             pairs = micro_batches(batches, n_passes, run.model, progress, config.curriculum)
@@ -1562,16 +1589,7 @@ def train(config, model_config=None, say=tqdm.write):
             is_check, run.val_loss = run.step % config.eval_every == 0 or progress == 1, None
             if is_check:
                 row["val_loss"] = validate()
-                if math.isfinite(row["val_loss"]):
-                    run.val_loss = row["val_loss"]
-                    run.best_loss, run.best_step = min((run.best_loss, run.best_step),
-                                                       (run.val_loss, run.step))
-                n_kinds = run.model.config.n_classes or run.model.config.vocab_size
-                high = min(1.03 * run.best_loss, math.log(n_kinds) + 0.1)
-                if row["val_loss"] > high:  # the best, or what guessing costs, and a little more
-                    say(f"that is worse than {high:.2f}: python -m chapters.doctor {run.folder}")
-                if 0 < config.patience <= (run.step - run.best_step) / config.eval_every:
-                    say(f"no lower validation loss since step {run.best_step}: --patience ends it")
+                if no_better(run, row["val_loss"], say):
                     progress = 1.0
             if recorder:
                 recorder.log(row)
@@ -1648,7 +1666,7 @@ def one_voice():
     try:
         yield
     except (ValueError, OSError, RuntimeError) as error:
-        if int(os.environ.get("RANK", 0)) > 0:
+        if from_torchrun("RANK") > 0:
             time.sleep(10)  # if rank 0 has found the same, torchrun ends this process meanwhile
         if isinstance(error, (ValueError, OSError)) or not (
                 dist.is_initialized() and regex.search("peer|onnect|NCCL|imed out", str(error))):
@@ -1671,7 +1689,7 @@ def main():
     if end.stopped:
         saved = max(saved_steps(end.folder), default=0)
         again = (f"python train.py --resume --out={end.folder}"
-                 if os.environ.get("WORLD_SIZE", "1") == "1" else "the same command with --resume")
+                 if from_torchrun("WORLD_SIZE") == 1 else "the same command with --resume")
         print(f"stopped at step {end.step}, saved at {saved}; to go on: {again}")
         sys.exit(128 + end.stopped)
     if end.val_loss is None:

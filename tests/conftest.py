@@ -22,16 +22,19 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: more than a second or so; runs only with --all")
     config.addinivalue_line("markers", "beside(work=f): f(parameter) runs beside the other tests")
+    config.addinivalue_line("markers", "all_cores: keeps several cores busy; comes after the others")
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
-    """Without --all, what is marked slow is deselected. What is marked beside comes last."""
+    """Without --all, what is marked slow is deselected. What wants all cores waits until the others
+    are done, which leave one to what runs beside them, and that comes last."""
     slow = [item for item in items if item.get_closest_marker("slow")]
     if slow and not config.getoption("--all"):
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if not item.get_closest_marker("slow")]
-    items.sort(key=lambda item: bool(item.get_closest_marker("beside")))
+    items.sort(key=lambda item: [item.get_closest_marker(name) is not None
+                                 for name in ("beside", "all_cores")])
 
 
 def pytest_collection_finish(session):

@@ -26,6 +26,7 @@ from sample import checkpoints
 from train import (TrainConfig, build_optimizer, check_layout, load_run, main,
                    read_log, set_rate, sharded, split_batch, train)
 
+pytestmark = pytest.mark.all_cores
 slow = pytest.mark.slow
 posix = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
 
@@ -339,7 +340,8 @@ def test_a_layout_that_one_process_cannot_have_is_refused(shards, tmp_path, monk
      "layout: take --parallel=ddp")])
 def test_a_model_that_cannot_be_split_so_is_refused(options, shape, line):
     with pytest.raises(ValueError, match=line):
-        check_layout(TrainConfig(**options), shape_of(**shape))
+        config = TrainConfig(**options)
+        check_layout(config, shape_of(**shape), max(2, config.tp * config.pp))
 
 
 def test_each_stage_of_a_pipeline_gets_a_micro_batch():

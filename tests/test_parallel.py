@@ -23,6 +23,7 @@ from chapters.pipeline import Pipeline, bubble, gpipe, in_flight, one_f_one_b, t
 from chapters.processes import counted_bytes, spawn, wire_bytes
 from train import Stage
 
+pytestmark = pytest.mark.all_cores
 SIZES = [1, 2, 3, 7, 1000, 100_001]
 SCHEDULES = gpipe, one_f_one_b
 BATCH = torch.randint(64, (8, 17), generator=torch.Generator().manual_seed(0))
