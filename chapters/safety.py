@@ -30,12 +30,13 @@ from chapters.guard import Guard, english, examples, measure, special_ids
 from chapters.memorization import attack, pieces
 from chapters.refusals import (REPLY_TOKENS, fact_rates, people, refusal_rates, replies,
                                safety_tune)
-from chapters.stages import chosen
 from chapters.talk import LocalModel, pick_template
-from evaluate import held_out, trained_on
-from model import option
+from data import check_shards
+from evaluate import trained_on
+from model import check_known, option
 from sample import RunConfig, SampleConfig, complete_batch, newest_run, open_run
 from tokenizer import parse_options, run_command, write_json
+from train import is_shards
 
 N_DIALOGUES, N_PIECES = 3, 200
 
@@ -94,7 +95,7 @@ def vulnerabilities(requirements, seconds=60):
         done = subprocess.run([sys.executable, *words], capture_output=True, text=True,
                               timeout=seconds, stdin=subprocess.DEVNULL)
         rows = json.loads(done.stdout)["dependencies"]
-    except (subprocess.TimeoutExpired, ValueError):
+    except (subprocess.TimeoutExpired, ValueError, KeyError, TypeError):
         raise ValueError("pip-audit gave no answer: pip install pip-audit==2.10.1, and it needs "
                          "the network") from None
     checked = [row for row in rows if "vulns" in row]
@@ -139,11 +140,11 @@ def check_bias(it):
         yield f"{dimension}: friendly words, first group over second", gap._asdict(), "nats"
     texts, *rows, units = group_sentences()
     guard = Guard()
-    flags = [bool(guard.holds_insult(text)) for text in texts]
+    flags = [guard.check_input(text) is not None for text in texts]
     for metric in demographic_parity_difference, equalized_odds_difference:
         value, low, high = bootstrap(metric, rows[0], flags, rows[1], units, n_resamples=200)
         name = metric.__name__.replace("_", " ")
-        yield (f"the guard's toxic words, {name} over {len({*rows[1]})} groups",
+        yield (f"refused by the guard, {name} of {len({*rows[1]})} groups",
                dict(value=value, low=low, high=high, n=len(texts)), "share")
 
 
@@ -171,7 +172,7 @@ def check_facts(it):
 
 
 def check_consistency(it):
-    yield ("facts recalled over 25 turns, in {} dialogues".format(N_DIALOGUES),
+    yield (f"facts recalled over 25 turns, in {N_DIALOGUES} dialogues",
            consistency(it.model, it.tokenizer, seed=it.seed), "share")
 
 
@@ -196,12 +197,14 @@ def check_guard(it):
 
 
 def check_membership(it):
-    shards = trained_on(it.folder).get("path", "")
-    held_out(it.folder, max_tokens=1, rows=True)  # ValueError if the shards are gone, or others
-    rows = [pieces(shards, split, it.tokenizer, N_PIECES, it.seed) for split in ("train", "val")]
-    for name, found in attack(it.model, *rows).items():
-        yield (f"AUC of the attack by {name}, members against held-out texts", dict(
-            value=found.auc, low=found.low, high=found.high, n=len(rows[0]) + len(rows[1])), "AUC")
+    trained, model = trained_on(it.folder), it.model
+    path = trained.get("path") or ""
+    if not is_shards(path) or check_shards(path).fingerprint != trained.get("fingerprint"):
+        raise ValueError(f"its shards, {path or 'which nothing names'}, are gone, or others by now")
+    rows = [pieces(path, split, it.tokenizer, N_PIECES, it.seed) for split in ("train", "val")]
+    for name, found in attack(model, *rows).items():
+        yield (f"AUC of the attack by {name}, training text against held-out text", dict(
+            value=found.auc, low=found.low, high=found.high, n=sum(map(len, rows))), "AUC")
 
 
 def check_licences(it):
@@ -220,49 +223,53 @@ def check_requirements(it):
            share([i < len(bad) for i in range(found["checked"])]), "share")
 
 
-CHECKS = {  # how each is measured, and what it does not show
-    "bias": (check_bias, "other words, other languages, and what the model does in use; a model "
-             "that knows little shows little"),
-    "refusals": (check_refusals, "other ways to ask: 64 mild requests and their twins, of the same "
-                 "authors as those of the fine-tune; a reply that is no refusal need not be help"),
-    "toxicity": (check_toxicity, "insults that a small classifier misses, and other beginnings"),
-    "facts": (check_facts, "whether it knows what it does not know of anything but these people"),
-    "consistency": (check_consistency, "other facts; contradictions that are none of these"),
-    "injection": (check_injection, "cleverer attacks; a model too weak to repeat a secret is safe "
-                  "by weakness alone"),
-    "guard": (check_guard, "attacks made for this guard, and languages other than English"),
-    "membership": (check_membership, "stronger attacks, such as those with reference models; that "
-                   "no text can be extracted"),
-    "licences": (check_licences, "whether what the data card says is true, or allows this use"),
-    "requirements": (check_requirements, "what these packages need in turn, and what nobody found"),
-}
+CHECKS = dict(bias=check_bias, refusals=check_refusals, toxicity=check_toxicity,
+              facts=check_facts, consistency=check_consistency, injection=check_injection,
+              guard=check_guard, membership=check_membership, licences=check_licences,
+              requirements=check_requirements)
+UNSHOWN = dict(  # what each check does not show
+    bias="other words, other languages, and what the model does in use; a model that knows little "
+         "shows little",
+    refusals="other ways to ask: the requests are mild, and by the authors of those that the "
+             "fine-tune learned from; a reply that is no refusal need not be help",
+    toxicity="insults that a small classifier misses, and other beginnings",
+    facts="whether it knows what it does not know of anything but these people",
+    consistency="other facts; contradictions that are none of these",
+    injection="cleverer attacks; a model too weak to repeat a secret is safe by weakness alone",
+    guard="attacks made for this guard, and languages other than English",
+    membership="stronger attacks, such as those with a reference model; whether held-out documents "
+               "differ in more than being unseen",
+    licences="whether what the data card says is true, or allows this use",
+    requirements="what these packages need in turn, and what nobody has found yet")
 FORMS = {"share": "{:.1%}", "nats": "{:+.2f} nats", "AUC": "{:.3f}", "ms": "{:.3f} ms"}
 
 
-def run_checks(it, names=tuple(CHECKS)):
+def run_checks(it, names=CHECKS):
     """Yield the lines of the report as dicts; a check that this run cannot take gives a reason."""
     for name in names:
-        check, unshown = CHECKS[name]
+        about = dict(check=name, unshown=UNSHOWN[name])
         try:
-            for what, figure, unit in check(it):
-                yield dict(check=name, what=what, **figure, unit=unit, unshown=unshown)
+            for what, figure, unit in CHECKS[name](it):
+                yield about | dict(what=what, unit=unit) | figure
         except ValueError as error:
-            yield dict(check=name, what="not measured", reason=str(error), unshown=unshown)
+            yield about | dict(what="not measured", reason=str(error))
+
+
+def in_words(line):
+    """A line of the report as an item of a list in Markdown."""
+    if "reason" in line:
+        return f"- {line['what']}: {line['reason']}"
+    value, low, high = (FORMS[line["unit"]].format(line[name]) for name in ("value", "low", "high"))
+    return f"- {line['what']}: {value} [{low}, {high}], n = {line['n']:,}"
 
 
 def section(lines):
-    """The lines of a report as Markdown: what was measured, and what that does not show."""
-    texts = []
-    for name in dict.fromkeys(line["check"] for line in lines):
-        own = [line for line in lines if line["check"] == name]
-        texts.append(f"\n### {name.capitalize()}\n")
-        for line in own:
-            value, low, high = (FORMS[line["unit"]].format(line[key]) if "unit" in line else ""
-                                for key in ("value", "low", "high"))
-            texts.append(f"- {line['what']}: {line['reason']}" if "reason" in line else
-                         f"- {line['what']}: {value} [{low}, {high}], n = {line['n']:,}")
-        texts.append(f"- Not shown: {own[0]['unshown']}.")
-    return "\n".join(texts) + "\n"
+    """The report as Markdown: under each check its lines, and what they do not show."""
+    parts = {}
+    for line in lines:
+        parts.setdefault((line["check"], line["unshown"]), []).append(in_words(line))
+    return "".join(f"\n### {name.capitalize()}\n\n" + "\n".join(own)
+                   + f"\n- Not shown: {unshown}.\n" for (name, unshown), own in parts.items())
 
 
 @dataclass(frozen=True)
@@ -274,9 +281,12 @@ class Command(RunConfig):
 
 def main():
     command = Command(**parse_options(__doc__, Command)[0])
-    names = [*CHECKS] if command.only == "all" else chosen(command.only, CHECKS, "only")
+    only = [command.only] if isinstance(command.only, str) else command.only
+    for name in only:
+        check_known(name, ("all", *CHECKS), "check")
     folder, (model, tokenizer, where) = Path(command.run or newest_run()), open_run(command)
-    lines = [*run_checks(Subject(folder, model, tokenizer, command.seed), names)]
+    lines = [*run_checks(Subject(folder, model, tokenizer, command.seed),
+                         CHECKS if "all" in only else only)]
     write_json(folder / "safety.json", dict(checkpoint=where, seed=command.seed, lines=lines))
     print(section(lines), f"card: {write_safety(folder, section(lines))}", sep="\n")
 

@@ -123,10 +123,10 @@ def test_a_bias_is_found_where_one_was_planted_and_nowhere_else(biased):
 
 def test_sentences_to_judge_have_as_many_of_each_kind_for_every_name():
     texts, y_true, groups, units = group_sentences()
-    assert len({*texts}) == len(texts) and {*units} == {*range(len(FRAMES))}
+    assert len({*texts}) == len(texts) and all(name in text for name, text in zip(groups, texts))
     for group in {*groups}:
         own = [y for y, name in zip(y_true, groups) if name == group]
-        assert sum(own) == len(own) / 2 == len(FRAMES)
+        assert sum(own) == len(own) / 2 == len({*units}) / 2
 
 
 def test_no_frame_or_name_occurs_twice_and_pairs_differ_in_one_word():

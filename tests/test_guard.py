@@ -197,6 +197,7 @@ def test_the_command_says_what_is_refused_and_why(call):
     assert call(guard, "my 4711", "--output").out == "passes\n"
 
 
+@pytest.mark.slow
 def test_the_table_has_a_row_for_each_kind_and_each_disguise(call):
     said = call(guard).out
     assert all(f": {kind} " in said for kind in examples())
