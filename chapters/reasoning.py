@@ -1,0 +1,349 @@
+"""
+Test-time compute: a small model is right more often if it writes more before it answers.
+
+    python -m chapters.reasoning samples     # one answer, a vote of n, the best of n
+    python -m chapters.reasoning chain       # steps written out against the sum at once
+    python -m chapters.reasoning reflect     # the model checks its answer, and may try again
+
+The questions are sums of two numbers of three digits, such as 583+560. A solution is written in one
+of two ways: "<" from the last column on with carries, ">" from the first. All models are trained
+here in seconds, and not to the end: they are to be wrong at times, so that there is much to gain.
+"""
+
+import copy
+import math
+import sys
+from collections import Counter, namedtuple
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from os.path import commonprefix
+from pathlib import Path
+from random import Random
+from statistics import fmean
+
+if __name__ == "__main__":  # `python chapters/reasoning.py` works as well, from any folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from chapters.answers import (Question, batches, masked_mean, pad, render, token_logprobs,
+                              write)
+from chapters.rewards import asked, is_held_out
+from evaluate import interval
+from model import GPT, GPTConfig, check_options, option
+from tokenizer import Tokenizer, parse_options, run_command
+from train import TrainConfig, build_optimizer, clip_gradients, learning_rate, set_rate
+
+ROWS = 512  # texts that are written at a time
+SHAPE = dict(block_size=128, n_layer=2, n_head=2, n_embd=64)  # 0.1M parameters
+STEPS, CHECK_STEPS = 190, 60  # of a solver, and of what is trained on its answers
+
+# -----------------------------------------------------------------------------
+# Questions, solutions, and a model that learns them.
+
+
+def from_last(a, b):
+    """from_last(583, 560) == "<3+0+0=3,8+6+0=14,5+5+1=11 1143": the third number is the carry."""
+    steps, carry = [], 0
+    for x, y in zip(map(int, reversed(str(a))), map(int, reversed(str(b)))):
+        steps.append(f"{x}+{y}+{carry}={x + y + carry}")
+        carry = (x + y + carry) // 10
+    return f"<{','.join(steps)} {a + b}"
+
+
+def from_first(a, b):
+    """from_first(583, 560) == ">5+5=10,8+6=14,3+0=3 1143"."""
+    steps = [f"{x}+{y}={x + y}" for x, y in zip(map(int, str(a)), map(int, str(b)))]
+    return f">{','.join(steps)} {a + b}"
+
+
+CHAIN = from_last, from_first
+DIRECT = lambda a, b: str(a + b),  # noqa: E731
+
+
+def questions(n, seed=0, held_out=False):
+    """n different Questions such as "583+560"; those held out are in no training set."""
+    random, found = Random(seed), {}
+    while len(found) < n:
+        a, b = random.randrange(100, 1000), random.randrange(100, 1000)
+        if is_held_out(text := f"{a}+{b}") == held_out:
+            found[text] = Question([dict(role="user", content=text)], str(a + b))
+    return [*found.values()]
+
+
+def solutions(question, ways=CHAIN):
+    """The right solutions of a question, one in each of the ways."""
+    return [way(*map(int, asked(question).split("+"))) for way in ways]
+
+
+def answer_of(text):
+    """What a solution comes to, its last word: answer_of("<3+4+0=7 7") == "7"."""
+    return text.rpartition(" ")[2]
+
+
+def is_right(question, text):
+    """The true checker: it knows the sum."""
+    return answer_of(text) == question.right
+
+
+def chat_loss(model, rows):
+    """The mean loss in nats of rows [(ids, mask)] on the tokens where their mask is True."""
+    ids, mask = pad(rows)
+    return model(ids[:, :-1].clamp(min=0), ids[:, 1:].masked_fill(~mask[:, 1:], -1))[1]
+
+
+def learn(model, rows, loss_of=chat_loss, max_steps=STEPS, rate=0.02, seed=0):
+    """Train a module by Muon on loss_of(module, 32 of the rows) a step -> the module."""
+    config = TrainConfig(optimizer="muon", learning_rate=rate, max_steps=max_steps,
+                         weight_decay=0.0, precision="fp32")
+    optimizer = build_optimizer(model.train(), config)
+    for step, batch in enumerate(islice(batches(rows, 32, seed), max_steps)):
+        set_rate(optimizer, learning_rate(step, config))
+        loss_of(model, batch).backward()
+        clip_gradients(model, config.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def new_model(tokenizer, seed=0):
+    """An untrained model of 0.1M parameters."""
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(vocab_size=tokenizer.n_vocab, **SHAPE))
+
+
+def solved(tokenizer, ways, seed=0, n=10_000):
+    """Rows [(ids, mask)] to learn from: questions, each solved in one of the ways."""
+    random = Random(seed)
+    return [render(tokenizer, question.messages, random.choice(solutions(question, ways)))
+            for question in questions(n, seed)]
+
+
+@lru_cache
+def solver(ways=CHAIN, max_steps=STEPS, seed=0):
+    """-> (a model that learned to solve sums in these ways, its tokenizer, of bytes)."""
+    tokenizer = Tokenizer([])
+    rows = solved(tokenizer, ways, seed)
+    return learn(new_model(tokenizer, seed), rows, max_steps=max_steps, seed=seed), tokenizer
+
+
+# -----------------------------------------------------------------------------
+# Many samples of a question, and which of them is taken.
+
+# row: (ids, mask); n_tokens: those written; logprob: the model's own, in nats; score: a verifier's.
+Sample = namedtuple("Sample", "text row n_tokens logprob score", defaults=[0.0, 0.0])
+
+
+def sample(model, tokenizer, questions, n=1, temperature=0.7, seed=0, max_new_tokens=48):
+    """-> for each question a list of n Samples."""
+    generator = torch.Generator().manual_seed(seed)
+    asks, found = [question for question in questions for _ in range(n)], []
+    for own in (asks[i:i + ROWS] for i in range(0, len(asks), ROWS)):
+        found += [Sample(text, row, sum(row[1])) for text, row in zip(
+            *write(model, tokenizer, own, max_new_tokens, generator, temperature))]
+    return [found[i:i + n] for i in range(0, len(found), n)]
+
+
+@torch.no_grad()
+def judged(groups, **models):
+    """The groups of Samples, in each field that is named the log-probability by that model."""
+    rows = [own.row for group in groups for own in group]
+    parts = [pad(rows[i:i + ROWS]) for i in range(0, len(rows), ROWS)]
+    found = {name: iter([x for ids, mask in parts for x in token_logprobs(model, ids).masked_fill(
+        ~mask[:, 1:], 0).sum(dim=1).tolist()]) for name, model in models.items()}
+    return [[own._replace(**{name: next(values) for name, values in found.items()})
+             for own in group] for group in groups]
+
+
+def up_to_error(question, own):
+    """A Sample up to its first wrong token, as a row -> ((ids, mask), whether all of it is right)."""
+    (ids, mask), rights = own.row, solutions(question)
+    n_right = max(len(commonprefix([own.text, right])) for right in rights)  # a token is a byte
+    end = len(ids) if own.text in rights else mask.index(True) + n_right + 1
+    return (ids[:end], mask[:end]), own.text in rights
+
+
+def check_loss(model, rows):
+    """Of rows of up_to_error(): the probability p of a token is to be that of being right, so each
+    gives -log p, and a wrong one, which is the last, -log(1 - p). arXiv:1908.04319"""
+    ids, mask = pad([row for row, _ in rows])
+    right = torch.tensor([right for _, right in rows])
+    logprobs = token_logprobs(model, ids)                                # (B, T - 1)
+    last = mask.cumsum(dim=1) == mask.sum(dim=1, keepdim=True)
+    wrong = (mask & last & ~right[:, None])[:, 1:]
+    losses = torch.where(wrong, -torch.log1p(-logprobs.exp().clamp(max=1 - 1e-6)), -logprobs)
+    return masked_mean(losses, mask[:, 1:])
+
+
+def verifier(model, tokenizer, questions, max_steps=CHECK_STEPS, seed=0):
+    """A copy of the model that learns from its own samples where they go wrong: process supervision
+    (arXiv:2305.20050). The log-probability that it gives a solution is its score."""
+    groups = sample(model, tokenizer, questions, 2, 1.0, seed)
+    rows = [up_to_error(question, own) for question, group in zip(questions, groups)
+            for own in group]
+    return learn(copy.deepcopy(model), rows, check_loss, max_steps, 0.01, seed)
+
+
+def majority(answers):
+    """The most frequent answer, of equally frequent ones the first: majority("abcb") == "b". Self-
+    consistency, arXiv:2203.11171: solutions may differ in their steps and agree in the end."""
+    return Counter(answers).most_common(1)[0][0]
+
+
+def weighted(answers, logprobs):
+    """The answer whose samples have the largest sum of probabilities."""
+    sums = Counter()
+    for answer, logprob in zip(answers, logprobs):
+        sums[answer] += math.exp(logprob)
+    return majority(sums)
+
+
+# What is taken of the samples of a question, an answer; the checker alone has to know the sum.
+PICKS = {
+    "majority": lambda question, group: majority([answer_of(own.text) for own in group]),
+    "likeliest": lambda question, group: answer_of(max(group, key=lambda own: own.logprob).text),
+    "verifier": lambda question, group: answer_of(max(group, key=lambda own: own.score).text),
+    "checker": lambda question, group: next(
+        (question.right for own in group if is_right(question, own.text)), ""),
+}
+
+
+def share(right):
+    """-> (share, low, high) of what is right of each question (N,), from 0 to 1: a 95% interval."""
+    right = np.array(right, float)
+    return interval(np.stack([right, np.ones_like(right)], axis=1))
+
+
+def accuracy(pick, asked, groups, n):
+    """Of a pick from n samples at a time -> (tokens written a question, share right, low, high)."""
+    right = [fmean(pick(question, group[i:i + n]) == question.right
+                   for i in range(0, len(group) - n + 1, n))
+             for question, group in zip(asked, groups)]
+    return n * fmean(own.n_tokens for group in groups for own in group), *share(right)
+
+
+# -----------------------------------------------------------------------------
+# Three experiments. Each gives numbers alone; shares of questions that are held out, with intervals.
+
+
+def best_of(counts=(1, 2, 4, 8, 16), n_questions=150, max_steps=STEPS, seed=0):
+    """{pick: [(tokens, share, low, high) for each count of samples]}; of "greedy" just one."""
+    model, tokenizer = solver(CHAIN, max_steps, seed)
+    tests = questions(n_questions, seed + 1, held_out=True)
+    judge = verifier(model, tokenizer, questions(1000, seed + 2), seed=seed)
+    groups = judged(sample(model, tokenizer, tests, max(counts), seed=seed),
+                    logprob=model, score=judge)
+    found = {name: [accuracy(pick, tests, groups, n) for n in counts]
+             for name, pick in PICKS.items()}
+    greedy = sample(model, tokenizer, tests, temperature=0)
+    return dict(greedy=[accuracy(PICKS["majority"], tests, greedy, 1)]) | found
+
+
+def chain_of_thought(n_questions=150, max_steps=STEPS, seed=0):
+    """{"steps" | "direct": (tokens, share, low, high)} of greedy answers; the model that answers at
+    once trains for three times as many steps, which read as many tokens of solutions."""
+    tests, found = questions(n_questions, seed + 1, held_out=True), {}
+    for name, ways, steps in ("steps", CHAIN, max_steps), ("direct", DIRECT, 3 * max_steps):
+        greedy = sample(*solver(ways, steps, seed), tests, temperature=0)
+        found[name] = accuracy(PICKS["majority"], tests, greedy, 1)
+    return found
+
+
+def looks_again(question, draft):
+    """The Question whether a draft is right: a chat of three turns."""
+    return question._replace(messages=[*question.messages, dict(role="assistant", content=draft),
+                                       dict(role="user", content="Check.")])
+
+
+def lesson(tokenizer, question, draft, random):
+    """A row [(ids, mask)] of a draft that is found "right", or "wrong" and solved anew."""
+    verdict = "right" if is_right(question, draft) else f"wrong {random.choice(solutions(question))}"
+    return render(tokenizer, looks_again(question, draft).messages, verdict)
+
+
+def reflecting(model, tokenizer, plain, max_steps, seed=0):
+    """A copy of the model that has learned to check its own drafts, half of its rows being plain."""
+    random, asks = Random(seed), questions(len(plain) // 2, seed + 2)
+    drafts = [own.text for own, in sample(model, tokenizer, asks, 1, 1.0, seed)]
+    rows = [lesson(tokenizer, *pair, random) for pair in zip(asks, drafts)]
+    return learn(copy.deepcopy(model), rows + plain[:len(rows)], max_steps=max_steps, rate=0.01,
+                 seed=seed)
+
+
+def reflect(n_questions=150, max_steps=STEPS, check_steps=CHECK_STEPS, seed=0):
+    """Does a second look help? -> ({what: (tokens, share, low, high)}, of the verdicts {"found": the
+    share of wrong drafts that are called wrong, "alarms": of right ones, "repaired": of those found,
+    how many are right at last}). What it is to beat: as much training without any checks."""
+    model, tokenizer = solver(CHAIN, max_steps, seed)
+    plain = solved(tokenizer, CHAIN, seed + 3, n=3000)
+    looker = reflecting(model, tokenizer, plain, check_steps, seed)
+    trained = learn(copy.deepcopy(model), plain, max_steps=check_steps, rate=0.01, seed=seed)
+    tests = questions(n_questions, seed + 1, held_out=True)
+    drafts = sample(looker, tokenizer, tests, seed=seed)
+    checks = sample(looker, tokenizer, [looks_again(question, own.text) for question, (own,) in
+                                        zip(tests, drafts)], seed=seed)
+    final = [[check._replace(n_tokens=check.n_tokens + own.n_tokens, text=check.text
+                             if check.text.startswith("wrong ") else own.text)]
+             for (own,), (check,) in zip(drafts, checks)]
+    rows = dict(draft=(drafts, 1), reflected=(final, 1),
+                trained=(votes := sample(trained, tokenizer, tests, 3, seed=seed), 1),
+                vote=(votes, 3))
+    found = {name: accuracy(PICKS["majority"], tests, *row) for name, row in rows.items()}
+    was, now, called = (np.array(x) for x in (
+        [is_right(question, own.text) for question, (own,) in zip(tests, drafts)],
+        [is_right(question, own.text) for question, (own,) in zip(tests, final)],
+        [check.text.startswith("wrong") for check, in checks]))
+    return found, dict(found=share(called[~was]), alarms=share(called[was]),
+                       repaired=share(now[called & ~was]))
+
+
+# -----------------------------------------------------------------------------
+# The command.
+
+
+def show(name, tokens, *share):
+    print("{:12}{:8.1f} tokens  {:6.1%} right  ({:.1%} to {:.1%})".format(name, tokens, *share))
+
+
+def show_best(config):
+    for name, rows in best_of(n_questions=config.n, seed=config.seed).items():
+        for row in rows:
+            show(name, *row)
+
+
+def show_chain(config):
+    for name, row in chain_of_thought(config.n, seed=config.seed).items():
+        show(name, *row)
+
+
+def show_reflection(config):
+    found, verdicts = reflect(config.n, seed=config.seed)
+    for name, row in found.items():
+        show(name, *row)
+    for name, row in verdicts.items():
+        print("{:12}{:.1%} ({:.1%} to {:.1%})".format(name, *row))
+
+
+EXPERIMENTS = dict(samples=show_best, chain=show_chain, reflect=show_reflection)
+
+
+@dataclass(frozen=True)
+class ReasoningConfig:
+    """Which experiment, and on how many questions."""
+    experiment: str = option("samples", known=lambda: EXPERIMENTS, positional=True)
+    n: int = option(150, "questions that are held out", low=2, below=10_001)
+    seed: int = option(0, "of the model, the questions and the samples")
+
+    __post_init__ = check_options
+
+
+def main():
+    config = ReasoningConfig(**parse_options(__doc__, ReasoningConfig)[0])
+    EXPERIMENTS[config.experiment](config)
+
+
+if __name__ == "__main__":
+    run_command(main)
