@@ -5,18 +5,14 @@ Test-time compute: a small model is right more often if it writes more before it
     python -m chapters.reasoning chain       # steps written out against the sum at once
     python -m chapters.reasoning reflect     # the model checks its answer, and may try again
 
-The questions are sums of two numbers of three digits, such as 583+560. A solution is written in one
-of two ways: "<" from the last column on with carries, ">" from the first. All models are trained
-here in seconds, and not to the end: they are to be wrong at times, so that there is much to gain.
+The questions are sums, and the models those of chapters/solve.py, trained on the spot in seconds.
 """
 
 import copy
 import math
 import sys
-from collections import Counter, namedtuple
+from collections import Counter
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import islice
 from os.path import commonprefix
 from pathlib import Path
 from random import Random
@@ -27,124 +23,17 @@ if __name__ == "__main__":  # `python chapters/reasoning.py` works as well, from
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from chapters.answers import (Question, batches, masked_mean, pad, render, token_logprobs,
-                              write)
-from chapters.rewards import asked, is_held_out
-from evaluate import interval
-from model import GPT, GPTConfig, check_options, option
-from tokenizer import Tokenizer, parse_options, run_command
-from train import TrainConfig, build_optimizer, clip_gradients, learning_rate, set_rate
+from chapters.answers import masked_mean, pad, render, token_logprobs
+from chapters.solve import (CHAIN, DIRECT, ROWS, STEPS, answer_of, is_right, learn, questions,
+                            sample, share, solutions, solved, solver)
+from model import check_options, option
+from tokenizer import parse_options, run_command
 
-ROWS = 512  # texts that are written at a time
-SHAPE = dict(block_size=128, n_layer=2, n_head=2, n_embd=64)  # 0.1M parameters
-STEPS, CHECK_STEPS = 190, 60  # of a solver, and of what is trained on its answers
+CHECK_STEPS = 60  # of training on a model's own samples
 
 # -----------------------------------------------------------------------------
-# Questions, solutions, and a model that learns them.
-
-
-def from_last(a, b):
-    """from_last(583, 560) == "<3+0+0=3,8+6+0=14,5+5+1=11 1143": the third number is the carry."""
-    steps, carry = [], 0
-    for x, y in zip(map(int, reversed(str(a))), map(int, reversed(str(b)))):
-        steps.append(f"{x}+{y}+{carry}={x + y + carry}")
-        carry = (x + y + carry) // 10
-    return f"<{','.join(steps)} {a + b}"
-
-
-def from_first(a, b):
-    """from_first(583, 560) == ">5+5=10,8+6=14,3+0=3 1143"."""
-    steps = [f"{x}+{y}={x + y}" for x, y in zip(map(int, str(a)), map(int, str(b)))]
-    return f">{','.join(steps)} {a + b}"
-
-
-CHAIN = from_last, from_first
-DIRECT = lambda a, b: str(a + b),  # noqa: E731
-
-
-def questions(n, seed=0, held_out=False):
-    """n different Questions such as "583+560"; those held out are in no training set."""
-    random, found = Random(seed), {}
-    while len(found) < n:
-        a, b = random.randrange(100, 1000), random.randrange(100, 1000)
-        if is_held_out(text := f"{a}+{b}") == held_out:
-            found[text] = Question([dict(role="user", content=text)], str(a + b))
-    return [*found.values()]
-
-
-def solutions(question, ways=CHAIN):
-    """The right solutions of a question, one in each of the ways."""
-    return [way(*map(int, asked(question).split("+"))) for way in ways]
-
-
-def answer_of(text):
-    """What a solution comes to, its last word: answer_of("<3+4+0=7 7") == "7"."""
-    return text.rpartition(" ")[2]
-
-
-def is_right(question, text):
-    """The true checker: it knows the sum."""
-    return answer_of(text) == question.right
-
-
-def chat_loss(model, rows):
-    """The mean loss in nats of rows [(ids, mask)] on the tokens where their mask is True."""
-    ids, mask = pad(rows)
-    return model(ids[:, :-1].clamp(min=0), ids[:, 1:].masked_fill(~mask[:, 1:], -1))[1]
-
-
-def learn(model, rows, loss_of=chat_loss, max_steps=STEPS, rate=0.02, seed=0):
-    """Train a module by Muon on loss_of(module, 32 of the rows) a step -> the module."""
-    config = TrainConfig(optimizer="muon", learning_rate=rate, max_steps=max_steps,
-                         weight_decay=0.0, precision="fp32")
-    optimizer = build_optimizer(model.train(), config)
-    for step, batch in enumerate(islice(batches(rows, 32, seed), max_steps)):
-        set_rate(optimizer, learning_rate(step, config))
-        loss_of(model, batch).backward()
-        clip_gradients(model, config.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad()
-    return model.eval()
-
-
-def new_model(tokenizer, seed=0):
-    """An untrained model of 0.1M parameters."""
-    torch.manual_seed(seed)
-    return GPT(GPTConfig(vocab_size=tokenizer.n_vocab, **SHAPE))
-
-
-def solved(tokenizer, ways, seed=0, n=10_000):
-    """Rows [(ids, mask)] to learn from: questions, each solved in one of the ways."""
-    random = Random(seed)
-    return [render(tokenizer, question.messages, random.choice(solutions(question, ways)))
-            for question in questions(n, seed)]
-
-
-@lru_cache
-def solver(ways=CHAIN, max_steps=STEPS, seed=0):
-    """-> (a model that learned to solve sums in these ways, its tokenizer, of bytes)."""
-    tokenizer = Tokenizer([])
-    rows = solved(tokenizer, ways, seed)
-    return learn(new_model(tokenizer, seed), rows, max_steps=max_steps, seed=seed), tokenizer
-
-
-# -----------------------------------------------------------------------------
-# Many samples of a question, and which of them is taken.
-
-# row: (ids, mask); n_tokens: those written; logprob: the model's own, in nats; score: a verifier's.
-Sample = namedtuple("Sample", "text row n_tokens logprob score", defaults=[0.0, 0.0])
-
-
-def sample(model, tokenizer, questions, n=1, temperature=0.7, seed=0, max_new_tokens=48):
-    """-> for each question a list of n Samples."""
-    generator = torch.Generator().manual_seed(seed)
-    asks, found = [question for question in questions for _ in range(n)], []
-    for own in (asks[i:i + ROWS] for i in range(0, len(asks), ROWS)):
-        found += [Sample(text, row, sum(row[1])) for text, row in zip(
-            *write(model, tokenizer, own, max_new_tokens, generator, temperature))]
-    return [found[i:i + n] for i in range(0, len(found), n)]
+# How good a sample is, by the model itself and by one that learned from its errors.
 
 
 @torch.no_grad()
@@ -187,6 +76,10 @@ def verifier(model, tokenizer, questions, max_steps=CHECK_STEPS, seed=0):
     return learn(copy.deepcopy(model), rows, check_loss, max_steps, 0.01, seed)
 
 
+# -----------------------------------------------------------------------------
+# Of many samples one answer.
+
+
 def majority(answers):
     """The most frequent answer, of equally frequent ones the first: majority("abcb") == "b". Self-
     consistency, arXiv:2203.11171: solutions may differ in their steps and agree in the end."""
@@ -209,12 +102,6 @@ PICKS = {
     "checker": lambda question, group: next(
         (question.right for own in group if is_right(question, own.text)), ""),
 }
-
-
-def share(right):
-    """-> (share, low, high) of what is right of each question (N,), from 0 to 1: a 95% interval."""
-    right = np.array(right, float)
-    return interval(np.stack([right, np.ones_like(right)], axis=1))
 
 
 def accuracy(pick, asked, groups, n):
