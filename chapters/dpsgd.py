@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from train import TrainConfig, build_optimizer, clip_gradients
+from train import TrainConfig, build_optimizer, clip_gradients, set_rate
 
 # -----------------------------------------------------------------------------
 # Gradients, a document at a time, and what the noise grants.
@@ -104,7 +104,9 @@ def fit(model, rows, epochs=10, learning_rate=1e-2, batch_size=16, clip=0.0, noi
     lengths = torch.tensor([len(ids) - 1 for ids, _ in rows])
     optimizer = build_optimizer(model, TrainConfig(optimizer="adamw", learning_rate=learning_rate))
     generator = torch.Generator().manual_seed(seed)
-    for batch in batches(len(rows), batch_size, epochs, clip > 0, generator):
+    plan = [*batches(len(rows), batch_size, epochs, clip > 0, generator)]
+    for step, batch in enumerate(plan):
+        set_rate(optimizer, learning_rate * (1 - step / len(plan)))
         T = lengths[batch].max()
         if clip:
             private_gradients(model, x[batch, :T], y[batch, :T], clip, noise, batch_size, generator)

@@ -49,8 +49,8 @@ def roc(members, others):
 
 
 def log_probs(model, rows):
-    """For each row, its ids and its loss mask, the log-probabilities of the tokens that are learned,
-    an array; of a row that is too long for the model its beginning counts."""
+    """For each row, ids and loss mask, the log-probabilities of the tokens that are learned; of one
+    that is too long for the model its beginning counts."""
     T = model.config.block_size + 1
     scored = score_ends(model, [(ids[:T], len(ids[:T]) - 1) for ids, _ in rows], "membership")
     return [own.double().numpy()[np.array(mask[1:T], bool)]
@@ -90,6 +90,6 @@ def pieces(folder, split, tokenizer, n, seed=0):
         mask = learned(ids, tokenizer.special)
         rows += [(ids.tolist(), mask.tolist())] * bool(mask[1:].any())
     if len(rows) < LEAST:
-        raise ValueError(f"{folder}: {split} has {len(rows)} pieces of {PIECE} tokens to be learned, "
-                         f"membership needs {LEAST}: give more text")
+        raise ValueError(f"{folder}: {split} has {len(rows)} pieces of {PIECE} tokens, membership "
+                         f"needs {LEAST}: train on more text")
     return rows

@@ -1,5 +1,5 @@
 """
-What a model has memorized: canaries, which are secrets planted in its training text, and membership:
+What a model has memorized: canaries, secrets that were planted in its training text; membership,
 whether a text was trained on.
 
     python -m chapters.memorization runs/a                     # membership, on the run's own shards
@@ -101,7 +101,7 @@ def exposure(model, tokenizer, canaries, candidates=None):
 
 
 def by_times(canaries, bits, extracted):
-    """{times: (exposures in bits, share extracted)} of canaries and what exposure() says of them."""
+    """{times: (exposures in bits, share extracted)} of canaries and their exposure()."""
     groups = {times: [canary.times == times for canary in canaries]
               for times in sorted({canary.times for canary in canaries})}
     return {times: (bits[own].tolist(), float(extracted[own].mean()))
@@ -132,9 +132,9 @@ def sentences(n, seed=0):
     return Random(seed).sample([*found], n)
 
 
-def canary_experiment(dedup="none", clip=0.0, noise=0.0, epochs=10, n=4, n_texts=200, seed=0):
-    """Plant n canaries for each of TIMES in sentences, deduplicate, train a tiny model in seconds
-    -> {"found": by_times(), "loss" of sentences held out, in nats per token, "epsilon" of a document,
+def canary_experiment(dedup="none", clip=0.0, noise=0.0, epochs=7, n=6, n_texts=200, seed=0):
+    """Plant n canaries for each of TIMES in sentences, deduplicate, train a tiny model; a few seconds
+    -> {"found": by_times(), "loss": nats per token of held-out sentences, "epsilon": of a document,
     infinite without noise}."""
     texts, secrets = sentences(2 * n_texts, seed), canaries(n, seed=seed)
     texts, held_out = texts[:n_texts], texts[n_texts:]
@@ -207,7 +207,7 @@ class MemorizationConfig:
     canaries: str | None = option(None, "a file of canaries, whose exposure is measured instead")
     plant: str | list = option([], "files in whose documents canaries are planted", many=True)
     out: str | None = option(None, "with --plant: the folder to write")
-    n: int = option(0, "pieces of each split (default 500), or canaries for each count (4)")
+    n: int = option(500, "pieces of each split", low=1)
     seed: int = option(0, "of what is chosen at random")
 
     __post_init__ = check_options
@@ -216,16 +216,15 @@ class MemorizationConfig:
 def main():
     typed, = parse_options(__doc__, MemorizationConfig)
     it = MemorizationConfig(**typed)
-    others = {"plant": ["run", "data", "reference", "canaries"], "canaries": ["data", "reference",
-              "n", "seed"]}
-    for name, idle in others.items():
-        refuse_idle(typed, idle * (name in typed), f"beside --{name}")
+    for name, idle in dict(plant="run data reference canaries n",
+                           canaries="data reference n seed").items():
+        refuse_idle(typed, idle.split() * (name in typed), f"beside --{name}")
     refuse_idle(typed, ["out"] * (not it.plant), "without --plant=FILE")
     if it.plant:
         if not it.out:
             raise ValueError("--plant needs --out=FOLDER, a folder to write")
-        out = write_planted([it.plant] if isinstance(it.plant, str) else it.plant, it.out,
-                            it.n or 4, it.seed)
+        paths = [it.plant] if isinstance(it.plant, str) else it.plant
+        out = write_planted(paths, it.out, seed=it.seed)
         print(f"next: python train.py --data={out}/text.jsonl, then\n"
               f"python -m chapters.memorization RUN --canaries={out}/canaries.jsonl")
         return
@@ -238,7 +237,7 @@ def main():
             print(f"{times:7}{len(bits):8}{np.mean(bits):17.2f}{share:11.0%}")
         return
     print("attack      AUC  95% interval     true positives at 1% false ones")
-    for name, own in run_membership(run, it.data, it.reference, it.n or 500, it.seed).items():
+    for name, own in run_membership(run, it.data, it.reference, it.n, it.seed).items():
         print(f"{name:7}{own.auc:8.3f}  {own.low:.3f} to {own.high:.3f}{own.tpr:21.1%}")
 
 
