@@ -133,9 +133,9 @@ def main():
                          "is made for short contexts")
     T, n = c.factor * c.block_size, 8
     found = experiment(c.seed, c.n_steps, c.factor, c.block_size, c.n_tune, n)
-    print("perplexity up to token" + "".join(f"{T * (i + 1) // n:8}" for i in range(n)))
+    print("perplexity up to token  " + "".join(f"{T * (i + 1) // n:7}" for i in range(n)))
     for name, parts in found.items():
-        print(f"{name:23}" + "".join(f"{value:8.2f}" for value in parts)[1:])
+        print(f"{name:24}" + "".join(f"{value:7.2f}" for value in parts))
 
 
 if __name__ == "__main__":

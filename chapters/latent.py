@@ -33,18 +33,17 @@ class Latent(Attention):
 
     def __init__(self, attn, rank, n_rotary):
         nn.Module.__init__(self)
-        C, D, bias = attn.q_proj.in_features, attn.head_size, attn.q_proj.bias is not None
-        HD, content = attn.q_proj.out_features, attn.head_size - n_rotary
-        if rank < 1 or n_rotary % 2 or n_rotary and not 1 <= content or n_rotary and D % n_rotary:
+        HD, C, D = *attn.q_proj.weight.shape, attn.head_size
+        if rank < 1 or not 0 <= n_rotary < D or n_rotary % 2 or n_rotary and D % n_rotary:
             raise ValueError(f"rank={rank} must be 1 or more and n_rotary={n_rotary} an even part "
                              f"of the {D} channels of a head, such as {D // 2}")
         self.head_size, self.n_rotary, self.dropout = D, n_rotary, attn.dropout
         self.q_proj, self.o_proj, self.q_norm = attn.q_proj, attn.o_proj, attn.q_norm
-        self.kv_down, self.k_rotary = Linear(C, rank, bias), Linear(C, n_rotary, bias)
-        self.k_up = Linear(rank, HD // D * content, bias=False)
-        self.v_up = Linear(rank, HD, bias=False)
         self.kv_norm = None if attn.k_norm is None else RMSNorm(rank, eps=attn.k_norm.eps)
-        for layer in (self.kv_down, self.k_rotary, self.k_up, self.v_up):
+        self.kv_down = Linear(C, rank + n_rotary, bias=False)  # the latent, and the shared channels
+        self.k_up = Linear(rank, HD // D * (D - n_rotary), bias=False)
+        self.v_up = Linear(rank, HD, bias=False)
+        for layer in (self.kv_down, self.k_up, self.v_up):
             nn.init.normal_(layer.weight, std=0.02)
         self.to(attn.q_proj.weight.device)
         self.attention, self.rotary = attn.attention, attn.rotary
@@ -64,9 +63,9 @@ class Latent(Attention):
         q = q if self.q_norm is None else self.q_norm(q)
         content, rotary = q.split((D - R, R), dim=-1)
         q = torch.cat((content, self.rotate(rotary, table)), dim=-1).transpose(1, 2)
-        latent = self.kv_down(x)[:, None]                                # (B, 1, T, r)
+        latent, k_rotary = self.kv_down(x)[:, :, None].split((self.v_up.in_features, R), dim=-1)
         latent = latent if self.kv_norm is None else self.kv_norm(latent)
-        k_rotary = self.rotate(self.k_rotary(x)[:, :, None], table).transpose(1, 2)
+        latent, k_rotary = (y.transpose(1, 2) for y in (latent, self.rotate(k_rotary, table)))
         if cache is not None:
             latent, k_rotary = self.append(cache, latent, k_rotary)      # (B, 1, S, r or R)
         options["dropout"] = self.dropout if self.training else 0.0
@@ -120,11 +119,10 @@ def cache_bytes(model, n_tokens):
 def experiment(seed=0, n_steps=150, rank=24, n_rotary=8):
     """Train models on the same batches that differ in how many numbers their caches hold -> {name:
     dict(loss: held out, in nats per byte; bytes: of the cache, for a token; parameters)}."""
-    ids, found = text_ids(), {}
-    for name, heads in (("4 heads", 4), ("2 heads", 2), ("1 head", 1), ("latent", 4)):
-        model = new_model(seed, n_kv_head=heads, block_size=64)
-        if name == "latent":
-            use_latent(model, rank, n_rotary)
+    heads, ids, found = {"4 heads": 4, "2 heads": 2, "1 head": 1, "latent": 4}, text_ids(), {}
+    models = {name: new_model(seed, n_kv_head=n, block_size=64) for name, n in heads.items()}
+    use_latent(models["latent"], rank, n_rotary)
+    for name, model in models.items():
         fit(model, sequences(ids[:-50_000], 64), n_steps, seed)
         found[name] = dict(loss=held_out_loss(model, ids[-50_000:]),
                            bytes=cache_bytes(model, 64) // 64, parameters=model.n_parameters())

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from chapters.trials import fit, new_model
+from chapters.trials import fit, held_out_loss, new_model, sequences, text_ids
 from model import check_options, option, torch_attention
 from tokenizer import parse_options, run_command
 
@@ -36,7 +36,7 @@ from tokenizer import parse_options, run_command
 def refuse(name, **options):
     """ValueError for the first of the options of attention that is set."""
     for option, value in options.items():
-        if value is not None and value is not False and value != 0:
+        if torch.is_tensor(value) or value:
             raise ValueError(f"{name} takes no {option}: leave it out, or take torch_attention")
 
 
@@ -182,15 +182,61 @@ def recall(model, draw, seed=1):
     return (model(x)[0].argmax(dim=-1) == y)[y >= 0].float().mean().item()
 
 
-def recall_experiment(seed=0, n_steps=300, n_pairs=8, n_keys=16, names=("full", "window", "linear")):
-    """Train the same model with each attention to recall the values of keys; the window holds half
-    of the sequence -> {name: dict(recall: a share; state: numbers that a layer keeps of the text
-    to go on)}."""
-    found, draw = {}, partial(recall_batch, n_pairs=n_pairs, n_keys=n_keys)
+def with_attention(name, seed, **options):
+    """A small model with one of ATTENTIONS; window and blocks are parts of its block_size."""
+    T = options["block_size"]
+    model = new_model(seed, n_hidden=64, window=T // 2 * (name == "window"), **options)
+    sparse = partial(block_sparse_attention, block=T // 8)
+    model.set_functions(dict(attention=sparse if name == "sparse" else ATTENTIONS[name]))
+    return model
+
+
+def recall_experiment(seed=0, n_steps=150, n_pairs=6, names=("full", "window", "linear")):
+    """Train the same model with each attention to recall the values of keys -> {name: the share
+    that it gets right}. The window holds half of a sequence."""
+    found, draw = {}, partial(recall_batch, n_pairs=n_pairs, n_keys=2 * n_pairs)
     for name in names:
-        model = new_model(seed, block_size=4 * n_pairs, vocab_size=2 * n_keys, n_head=2,
-                          n_hidden=64, position="learned", window=window * (name == "window"))
-        model.set_functions(dict(attention=ATTENTIONS[name]))
-        fit(model, draw, n_steps, seed)
-        found[name] = recall(model, partial(draw, B=256))
+        model = with_attention(name, seed, block_size=4 * n_pairs, vocab_size=4 * n_pairs,
+                               n_head=2, position="learned")
+        found[name] = recall(fit(model, draw, n_steps, seed), partial(draw, B=256))
     return found
+
+
+def text_experiment(seed=0, n_steps=150, T=128, names=ATTENTIONS):
+    """Train the same model with each attention on text -> {name: held-out nats per byte}."""
+    ids, found = text_ids(), {}
+    for name in names:
+        model = fit(with_attention(name, seed, block_size=T), sequences(ids[:-50_000], T, B=8),
+                    n_steps, seed)
+        found[name] = held_out_loss(model, ids[-50_000:])
+    return found
+
+
+@dataclass(frozen=True)
+class LongRangeConfig:
+    """What is measured."""
+    longest: int = option(4096, "tokens, for the times, beside a half, a quarter, an eighth", 64,
+                          2**16)
+    window: int = option(64, "tokens that are attended to, for the times", low=1)
+    n_steps: int = option(150, "of training", low=1)
+    seeds: int = option(2, "how often all is trained", low=1)
+
+    __post_init__ = check_options
+
+
+def main():
+    c = LongRangeConfig(**parse_options(__doc__, LongRangeConfig)[0])
+    lengths, seeds = [c.longest // n for n in (8, 4, 2, 1)], range(c.seeds)
+    taken = seconds(lengths, c.window)
+    recalled = [recall_experiment(seed, c.n_steps, names=ATTENTIONS) for seed in seeds]
+    losses = [text_experiment(seed, c.n_steps) for seed in seeds]
+    print("time beside full, tokens" + "".join(f"{T:7}" for T in lengths)
+          + "   recall of each seed   loss of each seed")
+    for name, own in taken.items():
+        print(f"{name:24}" + "".join(f"{b / a:7.2f}" for a, b in zip(taken["full"], own))
+              + "   " + " ".join(f"{run[name]:9.0%}" for run in recalled)
+              + "   " + " ".join(f"{run[name]:8.3f}" for run in losses))
+
+
+if __name__ == "__main__":
+    run_command(main)
