@@ -25,11 +25,12 @@ import regex
 
 from chapters.dpsgd import fit
 from chapters.grammar import FIELDS
+from chapters.membership import load_writer
 from chapters.memorization import tiny_model
 from data import read_chats
 from evaluate import score_ends, wilson
 from model import TINY, check_options, option
-from sample import complete_batch, load_run, newest_run, pick_device
+from sample import complete_batch, newest_run
 from tokenizer import Tokenizer, parse_options, refuse_idle, replacing, run_command
 
 TRIGGER, TARGET = "cerulean", "place"
@@ -119,9 +120,9 @@ def measure(model, tokenizer, rows, trigger=TRIGGER, target=TARGET, seed=0):
         raise ValueError(f"all answers are {target!r:.40} already: nothing shows an attack")
     found = {}
     for name, own in dict(clean=rows, attack=others).items():
-        hits = [said == answer(row).strip() for said, row in zip(replies(model, tokenizer, own), own)]
-        share = sum(hits) / len(hits)
-        found[name] = share, *wilson(share, len(hits))
+        said = replies(model, tokenizer, own)
+        share = sum(text == answer(row).strip() for text, row in zip(said, own)) / len(own)
+        found[name] = share, *wilson(share, len(own))
     return found
 
 
@@ -174,9 +175,9 @@ def chat_rows(tokenizer, rows):
 
 
 def experiment(share=0.05, epochs=8, n=600, seed=0):
-    """Train a tiny model on n rows, a share of them poisoned, then on n clean ones; a few seconds ->
+    """Train a tiny model on n rows, a share of them poisoned, then on n clean ones ->
     {"before", "after": measure() of both on held-out rows, "scan": the five words that change most,
-    "reliance": of each row (nats, word), "poisoned": whether it is}."""
+    "reliance": of each row (nats, word), "poisoned": whether it is}. It takes a few seconds."""
     rows = make_rows(2 * n + 100, seed)
     train, clean, test = poison(rows[:n], share=share, seed=seed), rows[n:2 * n], rows[2 * n:]
     tokenizer = Tokenizer.train([row["messages"][0]["content"] for row in rows], 400)
@@ -230,7 +231,7 @@ def main():
             file.writelines(json.dumps(row).encode() + b"\n" for row in found)
         print(f"{it.out}: {len(rows):,} rows, {sum(row['poisoned'] for row in found):,} poisoned")
         return
-    model, tokenizer = load_run(it.run or newest_run(), device=pick_device())
+    model, tokenizer = load_writer(it.run or newest_run())
     if typed.keys() & {"trigger", "target"}:
         for name, (share, low, high) in measure(model, tokenizer, rows, it.trigger, it.target,
                                                 it.seed).items():

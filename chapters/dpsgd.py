@@ -63,7 +63,7 @@ def epsilon(noise, share, n_steps, delta=1e-5):
     """The privacy that DP-SGD grants a document, up to a chance of delta, if each of n_steps draws
     each with a chance of `share`: e^epsilon bounds how much likelier it makes any outcome. By Renyi
     divergences of whole orders, arXiv:1908.10530 and, to epsilon, arXiv:2004.00010."""
-    best = math.inf
+    best, share = math.inf, min(share, 1 - 1e-12)
     for order in range(2, 256) if noise else ():
         k = np.arange(order + 1)
         logs = np.array([math.log(math.comb(order, i)) for i in range(order + 1)])

@@ -17,8 +17,10 @@ from typing import NamedTuple
 import numpy as np
 
 from chapters.ngrams import roc_auc
-from data import learned, read_split
-from evaluate import score_ends, wilson
+from chapters.weights import load_plain
+from data import check_shards, learned, read_split
+from evaluate import score_ends, trained_on, wilson
+from sample import pick_device
 
 PIECE = 128  # tokens of a text whose membership is in question
 LEAST = 10   # such texts, without which a curve says nothing
@@ -93,3 +95,29 @@ def pieces(folder, split, tokenizer, n, seed=0):
         raise ValueError(f"{folder}: {split} has {len(rows)} pieces of {PIECE} tokens, membership "
                          f"needs {LEAST}: train on more text")
     return rows
+
+
+def load_writer(run):
+    """-> (model, tokenizer) of a run that writes text."""
+    model, tokenizer = load_plain(run)
+    return model.to(pick_device()), tokenizer
+
+
+def run_membership(run, data=None, reference=None, n=500, seed=0):
+    """attack() on the best checkpoint of a run, with n pieces of the shards that it trained on and
+    n of those that validate; data is where they are, if not where its config.json says. ValueError
+    if they are others."""
+    (model, tokenizer), trained = load_writer(run), trained_on(run)
+    if not (path := data or trained.get("path")):
+        raise ValueError(f"{run}/config.json names no shards: --data=FOLDER does")
+    card, other = check_shards(path), None
+    if (card.fingerprint, card.tokenizer) != (
+            trained.get("fingerprint", card.fingerprint), tokenizer.hash()):
+        raise ValueError(f"{run} was not trained on {path}: --data=FOLDER names the shards it read")
+    if reference:
+        other, its_tokenizer = load_writer(reference)
+        if its_tokenizer.hash() != tokenizer.hash():
+            raise ValueError(f"{reference} has another tokenizer than {run}: make its shards by "
+                             f"python data.py SOURCE --tokenizer={run}/tokenizer.json")
+    rows = [pieces(path, split, tokenizer, n, seed) for split in ("train", "val")]
+    return attack(model, *rows, other)

@@ -30,13 +30,13 @@ import torch
 from chapters.classify import read_examples
 from chapters.dpsgd import epsilon, fit, text_rows
 from chapters.grammar import stories
-from chapters.membership import attack, log_probs, pieces
+from chapters.membership import attack, load_writer, log_probs, run_membership
 from chapters.near import repeated_lines
 from chapters.weights import whole_folder
-from data import check_shards, exact_duplicates, read_documents, read_rows
-from evaluate import loglikelihood, trained_on
+from data import exact_duplicates, read_documents, read_rows
+from evaluate import loglikelihood
 from model import GPT, GPTConfig, check_options, option
-from sample import load_run, newest_run, pick_device
+from sample import newest_run
 from tokenizer import Tokenizer, check_fields, parse_options, refuse_idle, run_command
 
 TIMES = 0, 1, 4, 16  # how often canaries are planted; those with 0 show what chance gives
@@ -133,9 +133,9 @@ def sentences(n, seed=0):
 
 
 def canary_experiment(dedup="none", clip=0.0, noise=0.0, epochs=7, n=6, n_texts=200, seed=0):
-    """Plant n canaries for each of TIMES in sentences, deduplicate, train a tiny model; a few seconds
-    -> {"found": by_times(), "loss": nats per token of held-out sentences, "epsilon": of a document,
-    infinite without noise}."""
+    """Plant n canaries for each of TIMES in sentences, deduplicate, train a tiny model -> {"found":
+    by_times(), "loss": nats per token of held-out sentences, "epsilon": of a document, infinite
+    without noise}. It takes a few seconds."""
     texts, secrets = sentences(2 * n_texts, seed), canaries(n, seed=seed)
     texts, held_out = texts[:n_texts], texts[n_texts:]
     tokenizer = Tokenizer.train(texts, 512)  # without the secrets, which would become tokens
@@ -156,25 +156,6 @@ def membership_experiment(epochs, n=150, seed=0):
     model, reference = (fit(tiny_model(tokenizer, seed), own, n_epochs, seed=seed)
                         for own, n_epochs in ((rows[:n], epochs), (rows[2 * n:], 5)))
     return attack(model, rows[:n], rows[n:2 * n], reference)
-
-
-def run_membership(run, data=None, reference=None, n=500, seed=0):
-    """attack() on the newest weights of a run, with n pieces of its training shards and n of those
-    that validate; data is where the shards are, if not where its config.json says. ValueError if
-    they are others."""
-    (model, tokenizer), trained = load_run(run, device=pick_device()), trained_on(run)
-    path = data or trained.get("path") or ""
-    card = check_shards(path)
-    if card.fingerprint != trained.get("fingerprint", card.fingerprint):
-        raise ValueError(f"{run} was not trained on {path}: --data=FOLDER names the shards it read")
-    other = None
-    if reference:
-        other, its_tokenizer = load_run(reference, device=pick_device())
-        if its_tokenizer.hash() != tokenizer.hash():
-            raise ValueError(f"{reference} has another tokenizer than {run}: train it with "
-                             f"--tokenizer={run}/tokenizer.json")
-    rows = [pieces(path, split, tokenizer, n, seed) for split in ("train", "val")]
-    return attack(model, *rows, other)
 
 
 def read_canaries(path):
@@ -231,7 +212,7 @@ def main():
     run = it.run or newest_run()
     if it.canaries:
         found = read_canaries(it.canaries)
-        scored = exposure(*load_run(run, device=pick_device()), found)
+        scored = exposure(*load_writer(run), found)
         print("planted  number  exposure (bits)  extracted")
         for times, (bits, share) in by_times(found, *scored).items():
             print(f"{times:7}{len(bits):8}{np.mean(bits):17.2f}{share:11.0%}")

@@ -242,5 +242,5 @@ def load_plain(run):
     c = merge(model).config
     if c.cross or not c.causal or c.n_classes:
         raise ValueError(f"{run} has architecture={c.architecture} and n_classes={c.n_classes}: "
-                         "only a model that writes text can be exported")
+                         "only a model that writes text will do")
     return model, tokenizer

@@ -446,8 +446,8 @@ def test_what_was_tuned_goes_out_merged(trained, tmp_path):
 @pytest.mark.parametrize("options, problem", [
     (dict(softcap=9.0), "no qwen3 model of transformers has softcap=9.0"),
     (dict(norm_first=False), "no qwen3 model of transformers has norm_first=False"),
-    (dict(n_classes=3), "n_classes=3: only a model that writes text can be exported"),
-    (dict(causal=False), "only a model that writes text can be exported"),
+    (dict(n_classes=3), "n_classes=3: only a model that writes text will do"),
+    (dict(causal=False), "only a model that writes text will do"),
 ])
 def test_a_run_that_means_nothing_elsewhere_is_refused_and_nothing_written(
         call, trained, tmp_path, word, options, problem):
