@@ -217,7 +217,7 @@ def trained(tmp_path_factory, shards):
 
 @pytest.mark.slow
 def test_the_command_measures_a_run_and_the_card_keeps_its_section(trained, call):
-    names = "bias toxicity injection guard membership licences".split()
+    names = "bias toxicity injection guard membership canaries licences".split()
     said, notes = call(safety, trained, "--device=cpu", "--only", *names)
     assert notes == "" and f"card: {trained}/model_card.md" in said
     report, text = read_json(trained / "safety.json"), (trained / "model_card.md").read_text()
@@ -225,7 +225,9 @@ def test_the_command_measures_a_run_and_the_card_keeps_its_section(trained, call
     assert section(report["lines"]) in text
     assert all("reason" in line or line["low"] <= line["value"] <= line["high"] and line["n"]
                for line in report["lines"])
-    assert "learned chats" in next(line["reason"] for line in report["lines"] if "reason" in line)
+    reasons = {line["check"]: line["reason"] for line in report["lines"] if "reason" in line}
+    assert "learned chats" in reasons.pop("injection") and "plant" in reasons.pop("canaries")
+    assert reasons == {}
     call(card, trained)
     again = (trained / "model_card.md").read_text()
     assert again.count("## Safety") == 1 and section(report["lines"]) in again
