@@ -138,7 +138,7 @@ def test_one_layer_equals_that_of_transformers():
     order = torch.arange(R).view(2, -1).T.flatten()
     q = attn.q_proj.weight.data.view(H, D, C)
     state = {"q_proj.weight": torch.cat((q[:, :D - R], q[:, D - R:][:, order]), 1).flatten(0, 1),
-             "kv_a_proj_with_mqa.weight": attn.kv_down.weight[[*range(r), *(r + order)]],
+             "kv_a_proj_with_mqa.weight": attn.kv_down.weight[torch.cat((torch.arange(r), r + order))],
              "kv_a_layernorm.weight": torch.ones(r), "o_proj.weight": attn.o_proj.weight,
              "kv_b_proj.weight": torch.cat((attn.k_up.weight.view(H, -1, r),
                                             attn.v_up.weight.view(H, -1, r)), 1).flatten(0, 1)}
