@@ -17,6 +17,7 @@ from test_curate import rows_of, run, story, write
 from chapters import curate
 from chapters.near import clusters, near_duplicates
 
+pytestmark = pytest.mark.all_cores
 SLOW_CURATE = """
 import test_engine
 from chapters import curate, engine
