@@ -44,8 +44,8 @@ def roc(members, others):
     scores = np.concatenate([members, others])
     truth = np.arange(len(scores)) < len(members)
     thresholds = np.append(np.inf, np.unique(scores)[::-1])
-    rates = [[(own >= threshold).mean() for own in (others, members)] for threshold in thresholds]
-    points, auc = np.array(rates), roc_auc(scores, truth)
+    rates = [(own >= thresholds[:, None]).mean(axis=1) for own in (scores[~truth], scores[truth])]
+    points, auc = np.stack(rates, axis=1), roc_auc(scores, truth)
     low, high = wilson(auc, min(len(members), len(others)))
     return Roc(points, auc, low, high, float(points[points[:, 0] <= 0.01, 1].max()))
 

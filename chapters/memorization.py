@@ -166,11 +166,11 @@ def read_canaries(path):
 def write_planted(paths, out, n=4, seed=0):
     """Plant n canaries for each of TIMES in the documents of files -> the folder `out`, a new one:
     text.jsonl to train on, and canaries.jsonl, what was planted."""
-    secrets, texts = canaries(n, seed=seed), [text for path in paths for text in
-                                              read_documents(path)]
-    if not texts:
+    texts = [text.strip() for path in paths for text in read_documents(path)]
+    secrets = canaries(n, seed=seed)
+    if not any(texts):
         raise ValueError(f"{' '.join(map(str, paths))}: no documents to plant canaries in")
-    rows = {"text": [dict(text=text) for text in plant(texts, secrets, seed)],
+    rows = {"text": [dict(text=text) for text in plant(filter(None, texts), secrets, seed)],
             "canaries": map(asdict, secrets)}
     with whole_folder(out) as part:
         for name, own in rows.items():
