@@ -19,6 +19,9 @@ Which leaf belongs to what (.ipynb are the chapters; a leaf may import those of 
     alignment            align answers rewards
     cheaper tokens       quantize speculative batching paging
     serving              serve gate protocol replies grpc_serve operate watch drift feedback rollout
+    safety               safety fairness refusals guard memorization membership dpsgd backdoor
+    other architectures  experts longrange latent context
+    beyond the model     trials retrieval facts distill solve reasoning tools pictures
 """
 
 import signal
