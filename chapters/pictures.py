@@ -12,6 +12,7 @@ that is trained on shows them.
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from random import Random
@@ -22,6 +23,7 @@ if __name__ == "__main__":  # `python chapters/pictures.py` works as well, from 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from chapters.rewards import is_held_out
 from chapters.solve import learn, share
 from model import GPT, GPTConfig, Linear, check_options, option
 from tokenizer import parse_options, run_command
@@ -33,8 +35,7 @@ SHAPES = {  # rows of 3 pixels
     "square": "### #.# ###", "cross": ".#. ### .#.", "block": "### ### ###",
     "saltire": "#.# .#. #.#", "corner": "#.. #.. ###", "bar": "... ### ..."}
 PLACES = {"top left": (0, 0), "top right": (0, 4), "bottom left": (4, 0), "bottom right": (4, 4)}
-HELD_OUT = {("square", "bottom right"), ("cross", "top left"), ("block", "top right"),
-            ("saltire", "bottom left"), ("corner", "top right"), ("bar", "bottom left")}
+UNSEEN = {("square", "bottom right"), ("cross", "top left"), ("block", "bottom left")}
 VOCABULARY = [*range(N_CODES), "<picture>", "<words>", "<end>",
               *SHAPES, "top", "bottom", "left", "right"]
 IDS = {word: id for id, word in enumerate(VOCABULARY)}
@@ -43,14 +44,25 @@ IDS = {word: id for id, word in enumerate(VOCABULARY)}
 # Scenes, [(shape, place), (shape, place)] in the order of PLACES, and pictures of them.
 
 
-def scenes(n, seed=0, held_out=False):
-    """n random scenes: none of the pairs is held out, or at least one."""
+def words(scene):
+    """words([("bar", "top left"), ("cross", "top right")]) == "bar top left cross top right"."""
+    return " ".join(f"{shape} {place}" for shape, place in scene)
+
+
+def kind_of(scene):
+    """What a scene is for: a "new pair" or a "new scene" of known pairs to test with, or "train"."""
+    if any(pair in UNSEEN for pair in scene):
+        return "new pair"
+    return "new scene" if is_held_out(words(scene)) else "train"
+
+
+def scenes(n, seed=0, kind="train"):
+    """n random scenes of a kind."""
     random, found = Random(seed), []
     while len(found) < n:
         places = sorted(random.sample([*PLACES], 2), key=[*PLACES].index)
         scene = [(random.choice([*SHAPES]), place) for place in places]
-        if held_out == any(pair in HELD_OUT for pair in scene):
-            found.append(scene)
+        found += [scene] * (kind_of(scene) == kind)
     return found
 
 
@@ -79,11 +91,6 @@ def photograph(scenes, seed=0, noise=NOISE):
     random, generator = Random(seed), torch.Generator().manual_seed(seed)
     pictures = torch.stack([draw(scene, random.choices(SHIFTS, k=len(scene))) for scene in scenes])
     return pictures + noise * torch.randn(pictures.shape, generator=generator)
-
-
-def words(scene):
-    """words([("bar", "top left"), ("cross", "top right")]) == "bar top left cross top right"."""
-    return " ".join(f"{shape} {place}" for shape, place in scene)
 
 
 # -----------------------------------------------------------------------------
@@ -121,14 +128,14 @@ def pixels(codes, n_pixels=PATCH**2):
 
 
 class PictureGPT(GPT):
-    """A GPT whose tokens are words and codes, and that can read patches instead of codes."""
+    """A GPT whose tokens are words and codes, and that can read patches in the place of codes."""
 
     def __init__(self, config):
         super().__init__(config)
         self.project = Linear(PATCH**2, config.n_embd)
 
     def forward(self, ids, targets=None, pictures=None):
-        """As GPT's; pictures (B, 8, 8) take the place of the 16 ids behind the first."""
+        """As GPT's; pictures (B, 8, 8) are read instead of the 16 ids behind the first."""
         if pictures is None:
             return super().forward(ids, targets)
         embedded = self.transformer.wte(ids)
@@ -138,29 +145,26 @@ class PictureGPT(GPT):
         return (self.lm_head(x), None) if targets is None else (None, self.mean_loss(x, targets))
 
 
-def new_model(seed=0):
-    torch.manual_seed(seed)
-    return PictureGPT(GPTConfig(vocab_size=len(VOCABULARY), block_size=32, n_layer=2, n_head=4,
-                                n_embd=64))
+def picture_prompt(picture):
+    """The ids before the description of a picture (8, 8)."""
+    return [IDS["<picture>"], *codes(patches(picture[None]))[0].tolist(), IDS["<words>"]]
 
 
-def to_ids(text):
-    return [IDS[word] for word in text.split()]
-
-
-def picture_ids(picture):
-    return codes(patches(picture[None]))[0].tolist()
+def words_prompt(scene):
+    """The ids before a picture of a scene."""
+    return [IDS["<words>"], *(IDS[word] for word in words(scene).split()), IDS["<picture>"]]
 
 
 def describing(scene, picture):
-    """A row (ids, how many are the prompt, picture)."""
-    begin = [IDS["<picture>"], *picture_ids(picture), IDS["<words>"]]
-    return begin + to_ids(words(scene)) + [IDS["<end>"]], len(begin), picture
+    """A row to learn from: (ids, how many are the prompt, the picture)."""
+    prompt = picture_prompt(picture)
+    return [*prompt, *words_prompt(scene)[1:-1], IDS["<end>"]], len(prompt), picture
 
 
 def drawing(scene, picture):
-    begin = [IDS["<words>"], *to_ids(words(scene)), IDS["<picture>"]]
-    return begin + picture_ids(picture), len(begin), picture
+    """The same with the description as the prompt."""
+    prompt = words_prompt(scene)
+    return prompt + picture_prompt(picture)[1:-1], len(prompt), picture
 
 
 def row_loss(model, rows, as_patches=False):
@@ -171,11 +175,82 @@ def row_loss(model, rows, as_patches=False):
     return model(ids[:, :-1], targets[:, 1:], pictures=pictures)[1]
 
 
+def train(as_patches, max_steps=250, seed=0, n=6000):
+    """A model of 0.1M parameters that learned to describe pictures as patches, or else to describe
+    pictures as tokens and to draw ones without noise."""
+    own = scenes(n, seed)
+    rows = [*map(describing, own, photograph(own, seed))]
+    if not as_patches:
+        rows += map(drawing, own, photograph(own, seed, noise=0.0))
+    torch.manual_seed(seed)
+    model = PictureGPT(GPTConfig(vocab_size=len(VOCABULARY), block_size=32, n_layer=2, n_head=4,
+                                 n_embd=64))
+    return learn(model, rows, partial(row_loss, as_patches=as_patches), max_steps, seed=seed)
+
+
+# -----------------------------------------------------------------------------
+# What a model makes of pictures and of words, and how often that is right.
+
+
 @torch.no_grad()
-def write(model, ids, n, pictures=None):
-    """The n likeliest tokens after ids (B, T) -> (B, n)."""
-    T = ids.size(1)
+def write(model, prompts, n, allowed=slice(None), pictures=None):
+    """The n likeliest of the allowed tokens after prompts (B, T) -> (B, n)."""
+    ids = torch.tensor(prompts)
     for _ in range(n):
         logits, _ = model(ids, pictures=pictures)
-        ids = torch.cat((ids, logits[:, -1:].argmax(dim=-1)), dim=1)
-    return ids[:, T:]
+        ids = torch.cat((ids, logits[:, -1:, allowed].argmax(dim=-1)), dim=1)
+    return ids[:, -n:]
+
+
+def describe(model, pictures, as_patches=False):
+    """What the model says of each picture (B, 8, 8), before its <end>: texts like those of words()."""
+    said = write(model, [*map(picture_prompt, pictures)], 7,
+                 pictures=pictures if as_patches else None)
+    return [" ".join(str(VOCABULARY[id]) for id in ids).partition(" <end>")[0]
+            for ids in said.tolist()]
+
+
+def draw_described(model, scenes):
+    """What the model draws of each scene, (B, 8, 8)."""
+    return join(pixels(write(model, [*map(words_prompt, scenes)], N_PATCHES, slice(N_CODES))))
+
+
+def shows(picture, scene):
+    """Whether a picture is, pixel by pixel, one of all_pictures() of the scene."""
+    return (all_pictures(scene) == picture).flatten(1).all(dim=1).any().item()
+
+
+def experiment(n=200, max_steps=250, seed=0):
+    """{(what, kind of scene): (share right, low, high)}, in which what is described as patches or
+    as tokens, a whole description being right or wrong, or drawn from a description."""
+    by_patches, by_tokens = train(True, max_steps, seed), train(False, 2 * max_steps, seed)
+    found = {}
+    for kind in "new scene", "new pair":
+        tests = scenes(n, seed + 1, kind)
+        pictures, expected = photograph(tests, seed + 1), [*map(words, tests)]
+        for name, model, as_patches in (("patches", by_patches, True),
+                                        ("tokens", by_tokens, False)):
+            said = describe(model, pictures, as_patches)
+            found[name, kind] = share([*map(str.__eq__, said, expected)])
+        found["drawn", kind] = share([*map(shows, draw_described(by_tokens, tests), tests)])
+    return found
+
+
+@dataclass(frozen=True)
+class PicturesConfig:
+    """How much is trained and tested."""
+    n: int = option(200, "scenes of each kind to test with", low=2, below=10_001)
+    max_steps: int = option(250, "of training, twice as many for the model that draws", low=1)
+    seed: int = option(0, "of the models and the scenes")
+
+    __post_init__ = check_options
+
+
+def main():
+    config = PicturesConfig(**parse_options(__doc__, PicturesConfig)[0])
+    for (what, kind), row in experiment(config.n, config.max_steps, config.seed).items():
+        print("{:8} {:9} {:6.1%} right ({:.1%} to {:.1%})".format(what, kind, *row))
+
+
+if __name__ == "__main__":
+    run_command(main)
