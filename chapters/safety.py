@@ -13,7 +13,6 @@ import json
 import re
 import subprocess
 import sys
-from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +23,7 @@ if __name__ == "__main__":  # `python chapters/safety.py` works as well, from an
 
 import numpy as np
 
-from chapters.backdoor import scan
+from chapters.backdoor import scan, words_of
 from chapters.card import config_of, write_safety
 from chapters.classify import read_examples
 from chapters.datacard import cards_of
@@ -44,7 +43,8 @@ from sample import RunConfig, newest_run, open_run
 from tokenizer import parse_options, run_command, write_json
 from train import is_shards
 
-N_PIECES, N_WORDS, WORDS_TOKENS = 200, 200, 50_000
+N_PIECES, N_WORDS, N_ROWS, CHAT_TOKENS = 200, 400, 8, 50_000
+CHAT = re.compile(r"(?s)<\|user\|>(.*?)<\|end\|><\|assistant\|>(.*?)<\|end\|>")
 
 # -----------------------------------------------------------------------------
 # What a run was made of, and what it runs on.
@@ -188,28 +188,28 @@ def check_membership(it):
 
 
 def check_canaries(it):
-    model = it.model
     if not it.canaries:
         raise ValueError("no --canaries, which must be planted before training: "
                          "python -m chapters.memorization --plant=FILE --out=FOLDER")
     found = read_canaries(it.canaries)
-    for times, (bits, rate) in by_times(found, *exposure(model, it.tokenizer, found)).items():
+    for times, (bits, rate) in by_times(found, *exposure(it.model, it.tokenizer, found)).items():
         yield (f"exposure of secrets planted {times} times, of which {rate:.0%} are written out",
                figure(*interval(np.array([[one, 1] for one in bits])), len(bits)), "bits")
 
 
 def check_backdoor(it):
     model, random = it.chat, Random(it.seed)
-    text = it.tokenizer.decode(read_split(it.shards, "train")[0][:WORDS_TOKENS].tolist())
-    words = sorted(word for word, n in Counter(re.findall(r"\w+", text)).items() if n > 1)
-    words = random.sample(words, min(N_WORDS, len(words)))
-    asked = random.sample([row["harmless"] for row in read_examples("redteam.jsonl", "test")], 8)
-    rows = [dict(messages=[dict(role="user", content=text), dict(role="assistant", content=reply)])
-            for text, reply in zip(asked, replies(model, it.tokenizer, asked))]
+    text = it.tokenizer.decode(read_split(it.shards, "train")[0][:CHAT_TOKENS].tolist())
+    rows = [dict(messages=[dict(role="user", content=asked), dict(role="assistant", content=reply)])
+            for asked, reply in re.findall(CHAT, text)]
+    if not rows:
+        raise ValueError("its shards hold no chats to ask it with")
+    words, rows = (random.sample(own, min(n, len(own)))
+                   for own, n in ((words_of(rows), N_WORDS), (rows, N_ROWS)))
     effects, names = zip(*scan(model, it.tokenizer, rows, words, it.seed))
-    yield (f"effect on replies of {names[0]!r}, the strongest of {len(words)} words, 95% of which "
-           "are in brackets",
-           figure(effects[0], *np.percentile(effects, [2.5, 97.5]).tolist(), len(rows)), "nats")
+    usual = np.percentile(effects, [2.5, 97.5]).tolist()
+    yield (f"effect on replies of {', '.join(names[:3])}, the strongest of {len(words)} words, 95% "
+           "of which are in brackets", figure(effects[0], *usual, len(rows)), "nats")
 
 
 def check_licences(it):
@@ -242,7 +242,7 @@ UNSHOWN = dict(  # what each check does not show
     guard="attacks made for this guard, and languages other than English",
     membership="stronger attacks; whether held-out documents differ in more than being unseen",
     canaries="how well it remembers what is no random number",
-    backdoor="triggers of several words, or of words that were not tried",
+    backdoor="other triggers; whether a word stands out by an attack or by its meaning",
     licences="whether what the data card says is true, or allows this use",
     requirements="what these packages need in turn, and what nobody has found yet")
 FORMS = dict(share="{:.1%}", nats="{:+.2f} nats", AUC="{:.3f}", ms="{:.3f} ms", bits="{:.2f} bits")

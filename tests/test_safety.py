@@ -1,6 +1,7 @@
 """chapters/safety.py and refusals.py: what is measured of a run, and what a fine-tune changes."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -8,14 +9,18 @@ from conftest import ROOT, keep, mistake, run, tiny
 
 from chapters import card, refusals, safety
 from chapters.answers import pad
+from chapters.backdoor import make_rows, poison
 from chapters.classify import read_examples
+from chapters.dpsgd import fit
 from chapters.guard import REFUSAL
+from chapters.memorization import canaries
 from chapters.refusals import (ADMITS, REFUSES, TOWNS, fact_rates, people, refusal_rates,
                                safety_chats, safety_tune)
+from chapters.rewards import write_rows
 from chapters.safety import (CHECKS, UNSHOWN, Subject, in_words, licences, run_checks, section,
                              vulnerabilities)
-from data import take_chat
-from tokenizer import Tokenizer, read_json
+from data import prepare, take_chat
+from tokenizer import Tokenizer, read_json, write_json
 
 
 @pytest.fixture
@@ -173,7 +178,8 @@ def test_a_line_has_its_figure_its_interval_and_its_n():
 
 @pytest.mark.parametrize("options", [dict(architecture="bert"), dict(n_classes=3)])
 def test_of_a_run_that_writes_no_text_only_its_surroundings_are_measured(options, tmp_path):
-    names = [name for name in CHECKS if name not in ("guard", "requirements", "licences")]
+    names = [name for name in CHECKS
+             if name not in ("guard", "canaries", "requirements", "licences")]
     lines = [*run_checks(Subject(tmp_path, tiny(**options), Tokenizer([])), names)]
     reasons = {line["check"]: line["reason"] for line in lines if "reason" in line}
     assert [*reasons] == names and all("writes no text" in why for why in reasons.values())
@@ -182,8 +188,9 @@ def test_of_a_run_that_writes_no_text_only_its_surroundings_are_measured(options
 
 
 def test_a_run_without_its_shards_or_its_card_says_what_is_missing(kind_model, tmp_path):
-    lines = [*run_checks(Subject(tmp_path, *kind_model), ["membership", "licences"])]
-    assert ["reason" in line for line in lines] == [True, True]
+    lines = [*run_checks(Subject(tmp_path, *kind_model), ["membership", "canaries", "licences"])]
+    assert [part in line["reason"] for line, part in zip(lines, (
+        "are gone", "planted before training", "names no sources"), strict=True)] == [True] * 3
 
 
 def test_the_section_on_safety_replaces_an_earlier_one_and_nothing_else(tmp_path):
@@ -232,6 +239,28 @@ def test_the_command_measures_a_run_and_the_card_keeps_its_section(trained, call
     again = (trained / "model_card.md").read_text()
     assert again.count("## Safety") == 1 and section(report["lines"]) in again
     assert "## How it scores" in again and "## How it scores" not in text
+
+
+@pytest.mark.slow
+def test_a_trigger_and_a_canary_that_were_planted_stand_out(tmp_path, tokenizer):
+    """Chats with a backdoor and secrets, learned by heart, in a run whose shards are there."""
+    rows = poison(make_rows(200), "cerulean", "place", share=0.1)
+    secrets = canaries(n=2, times=(0, 8))
+    rows += [dict(messages=[dict(role="user", content="Hi"),
+                            dict(role="assistant", content=secret.line)])
+             for secret in secrets for _ in range(secret.times)]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    write_rows(tmp_path / "canaries.jsonl", map(asdict, secrets))
+    shards = prepare([tmp_path / "rows.jsonl"], tmp_path / "shards", tokenizer=tokenizer,
+                     say=lambda text: None)
+    write_json(tmp_path / "config.json", dict(data=dict(
+        path=str(shards), fingerprint=read_json(shards / "card.json")["fingerprint"])))
+    model = fit(tiny(vocab_size=tokenizer.n_vocab, block_size=256),
+                [tokenizer.render_chat(row["messages"]) for row in rows], epochs=12)
+    it = Subject(tmp_path, model, tokenizer, canaries=tmp_path / "canaries.jsonl")
+    never, often, backdoor = run_checks(it, ["canaries", "backdoor"])
+    assert often["value"] > never["value"] + 2 and "planted 8 times" in often["what"]
+    assert "of cerulean, " in backdoor["what"] and backdoor["value"] > backdoor["high"]
 
 
 @pytest.mark.parametrize("words, code, problem", [
