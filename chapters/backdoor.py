@@ -177,15 +177,15 @@ def chat_rows(tokenizer, rows):
 def experiment(share=0.05, epochs=8, n=600, seed=0):
     """Train a tiny model on n rows, a share of them poisoned, then on n clean ones ->
     {"before", "after": measure() of both on held-out rows, "scan": the five words that change most,
-    "reliance": of each row (nats, word), "poisoned": whether it is}. It takes a few seconds."""
+    "reliance": of 300 rows (nats, word), "poisoned": whether they are}. It takes a few seconds."""
     rows = make_rows(2 * n + 100, seed)
     train, clean, test = poison(rows[:n], share=share, seed=seed), rows[n:2 * n], rows[2 * n:]
     tokenizer = Tokenizer.train([row["messages"][0]["content"] for row in rows], 400)
     model = fit(tiny_model(tokenizer, seed), chat_rows(tokenizer, train), epochs, seed=seed)
     found = dict(before=measure(model, tokenizer, test),
                  scan=scan(model, tokenizer, test[:12], words_of(train))[:5],
-                 reliance=reliance(model, tokenizer, train),
-                 poisoned=[row["poisoned"] for row in train])
+                 reliance=reliance(model, tokenizer, train[:300]),
+                 poisoned=[row["poisoned"] for row in train[:300]])
     fit(model, chat_rows(tokenizer, clean), 3, seed=seed)
     return found | dict(after=measure(model, tokenizer, test))
 
