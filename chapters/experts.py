@@ -33,8 +33,12 @@ from tokenizer import parse_options, run_command
 
 def route(logits, top_k):
     """Logits (N, E) -> the experts (N, k) with the highest, and their gates (N, k): the softmax
-    over these k alone, so that they sum to 1. arXiv:2401.04088"""
+    over these k alone, so that they sum to 1 (arXiv:2401.04088). Of a single one that would be 1
+    whatever the router says, which would then learn nothing: its gate is its probability among all
+    (arXiv:2101.03961)."""
     best, chosen = logits.topk(top_k, dim=-1)
+    if top_k == 1:
+        return chosen, (best - logits.logsumexp(dim=-1, keepdim=True)).exp()
     return chosen, best.softmax(dim=-1)
 
 
@@ -115,7 +119,8 @@ class MoE(nn.Module):
 
 def add_experts(model, n_experts, top_k, capacity=0.0, fresh=False):
     """Put a MoE into the place of each MLP of a model; -> how many. Its experts start as copies of
-    the MLP (arXiv:2212.05055), which changes no output, or fresh: each with random weights."""
+    the MLP (arXiv:2212.05055), which with a top_k of 2 or more changes no output, or fresh: each
+    with random weights."""
     build = partial(MoE, n_experts=n_experts, top_k=top_k, capacity=capacity, fresh=fresh)
     return swap(model.transformer.blocks, ("mlp",), build)
 
@@ -154,7 +159,7 @@ def training_loss(model, x, y, balance=0.01, z_loss=0.001):
                       for logits in found)
 
 
-def experiment(seed=0, n_steps=150, n_hidden=32, n_experts=8, top_k=2):
+def experiment(seed=0, n_steps=150, n_hidden=64, n_experts=16, top_k=2):
     """Train a dense model, a mixture with as many active parameters, the same without its balance
     loss, and a dense model with as many parameters in all, on the same batches -> {name: dict(loss:
     held out, in nats per byte; parameters; active; load: of each layer's experts, sorted)}."""
@@ -180,9 +185,9 @@ def experiment(seed=0, n_steps=150, n_hidden=32, n_experts=8, top_k=2):
 @dataclass(frozen=True)
 class ExpertsConfig:
     """What is compared."""
-    n_experts: int = option(8, "in each layer", low=1, below=257)
+    n_experts: int = option(16, "in each layer", low=1, below=257)
     top_k: int = option(2, "that a token goes through", low=1)
-    n_hidden: int = option(32, "channels inside the dense MLP; an expert has n_hidden / top_k", 1)
+    n_hidden: int = option(64, "channels inside the dense MLP; an expert has n_hidden / top_k", 1)
     n_steps: int = option(150, "of training", low=1)
     seeds: int = option(3, "how often all is trained", low=1)
 
