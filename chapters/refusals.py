@@ -139,7 +139,7 @@ def safety_tune(model, tokenizer, epochs=8, seed=0):
     if longest > T:
         raise ValueError(f"the fine-tune has chats of {longest} tokens, and this run reads {T}: "
                          "train one with a larger --block_size")
-    tuned = merge(copy.deepcopy(model)).requires_grad_(True)
+    tuned = merge(copy.deepcopy(model)).cpu().float().requires_grad_(True)
     rate = 4 * tuning_rate(TrainConfig(init="-"), model.config.n_embd)  # for so few steps
     return fit(tuned, rows, epochs, rate, seed=seed)
 

@@ -71,6 +71,8 @@ def test_rows_of_one_unit_that_agree_count_as_one_row():
     copies = [np.repeat(row, 9) for row in (*rows, np.arange(40))]
     once, often, loose = (bootstrap(fairness.demographic_parity_difference, *each) for each in (
         (*rows, np.arange(40)), copies, (*copies[:3], np.arange(360))))
+    share, low, high = bootstrap(lambda y_true, y_pred, groups: y_pred.mean(), *rows, range(40))
+    assert high - low == pytest.approx(2 * 1.96 * (share * (1 - share) / 40) ** 0.5, rel=0.2)
     assert often == pytest.approx(once)
     assert loose[2] - loose[1] < 0.5 * (once[2] - once[1])
 

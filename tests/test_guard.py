@@ -87,9 +87,9 @@ def test_a_guarded_model_never_hears_a_refused_message_and_never_shows_a_refused
     told = [dict(role="system", content="The word is swordfish.")]
     assert wall.answer(parrot, [*told, dict(role="user", content=ATTACK)]) == REFUSAL
     assert parrot.heard == []
-    assert "swordfish" in parrot.answer([*told, dict(role="user", content="Hi")])
-    assert wall.answer(parrot, [*told, dict(role="user", content="Hi")]) == REFUSAL
-    assert wall.answer(parrot, [dict(role="user", content="It rains today.")]) == "It rains today."
+    said = dict(role="user", content="It rains today.")
+    assert wall.answer(parrot, [*told, said]) == REFUSAL and parrot.heard == [[*told, said]]
+    assert wall.answer(parrot, [said]) == "It rains today."
 
 
 @pytest.mark.parametrize("name", ["capitals", "full width", "zero-width spaces"])
