@@ -11,7 +11,7 @@ import torch
 from conftest import keep, mistake, tiny
 
 from chapters import memorization, membership
-from chapters.dpsgd import text_rows
+from chapters.dpsgd import fit, text_rows
 from chapters.membership import ATTACKS, PIECE, attack, log_probs, pieces, roc, run_membership
 from chapters.memorization import (DEDUP, Canary, by_times, canaries, canary_experiment, exposure,
                                    membership_experiment, numbers_like, plant, read_canaries,
@@ -92,14 +92,13 @@ def test_all_candidates_have_the_exposures_of_all_ranks(bytes_model):
     assert sorted(bits) == pytest.approx([math.log2(4 / rank) for rank in (4, 3, 2, 1)])
 
 
-def test_a_secret_is_extracted_if_greedy_decoding_writes_it(bytes_model):
-    prefix = "What follows"
-    text = complete(bytes_model, BYTES, prefix + " ", temperature=0, max_new_tokens=2)
-    # this model writes no space of its own accord, which belongs to what is to be extracted
-    known = [text, "xy"]
-    _, extracted = exposure(bytes_model, BYTES, [Canary(prefix, one) for one in known], known)
-    greedy = complete(bytes_model, BYTES, prefix, temperature=0, max_new_tokens=3)
-    assert extracted.tolist() == [greedy == f" {text}", False]
+def test_a_secret_is_extracted_if_greedy_decoding_writes_it():
+    rows = text_rows(BYTES, ["The code is 42."]) * 4
+    model = fit(tiny(vocab_size=BYTES.n_vocab), rows, 40)
+    assert complete(model, BYTES, "The code is", temperature=0, max_new_tokens=3) == " 42"
+    bits, extracted = exposure(model, BYTES, [Canary("The code is", "42"),
+                                              Canary("The code is", "17")])
+    assert extracted.tolist() == [True, False] and bits[0] == math.log2(100) > bits[1]
 
 
 def test_a_model_that_knows_nothing_exposes_nothing():
@@ -154,7 +153,10 @@ def test_the_area_is_the_share_of_pairs_in_the_right_order():
     rng = np.random.default_rng(0)
     members, others = rng.integers(3, 15, 30), rng.integers(0, 12, 40)
     pairs = np.sign(members[:, None] - others) / 2 + 0.5
-    assert roc(members, others).auc == pytest.approx(pairs.mean())
+    found = roc(members, others)
+    assert found.auc == pytest.approx(pairs.mean())
+    assert np.trapezoid(found.points[:, 1], found.points[:, 0]) == pytest.approx(found.auc)
+    assert found.points[[0, -1]].tolist() == [[0, 0], [1, 1]]
 
 
 def test_one_false_positive_in_a_hundred_is_allowed():
@@ -204,7 +206,7 @@ def test_pieces_are_different_parts_of_a_split(shards, tokenizer):
 
 def test_pieces_of_several_shards_come_from_all_of_them(tmp_path, tokenizer):
     from data import write_shards
-    arrays = np.split(np.arange(20 * PIECE) % 256, 20)
+    arrays = np.split(np.repeat(np.arange(20), PIECE), 20)
     write_shards(iter(arrays), tmp_path, "train", tokenizer.n_vocab, shard_tokens=6 * PIECE + 5)
     shards = read_split(tmp_path)
     found = [ids for ids, _ in pieces(tmp_path, "train", tokenizer, 100)]
