@@ -5,8 +5,9 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import ROOT, keep, mistake, run, tiny
+from conftest import ROOT, mistake, tiny
 
+import evaluate
 from chapters import card, refusals, safety
 from chapters.answers import pad
 from chapters.backdoor import make_rows, poison
@@ -21,6 +22,7 @@ from chapters.safety import (CHECKS, UNSHOWN, Subject, in_words, licences, run_c
                              vulnerabilities)
 from data import prepare, take_chat
 from tokenizer import Tokenizer, read_json, write_json
+from train import TrainConfig, train
 
 
 @pytest.fixture
@@ -84,7 +86,7 @@ def test_rates_count_each_reply_once(monkeypatch):
 def test_a_fine_tune_teaches_to_refuse_and_leaves_the_model_alone(kind_model):
     model, tokenizer = kind_model
     before = {name: p.clone() for name, p in model.named_parameters()}
-    tuned = safety_tune(model, tokenizer, epochs=2)
+    tuned = safety_tune(model, tokenizer, epochs=4)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
     def loss(model):
@@ -210,16 +212,14 @@ def test_a_card_begins_with_the_name_of_the_run(tmp_path):
 # The command.
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, shards):
-    """A run of train.py that has learned little, evaluated."""
-    folder = tmp_path_factory.mktemp("safety") / "run"
-    for words in (f"train.py --data={shards} --out={folder} --n_layer=2 --n_head=2 --n_embd=32 "
-                  "--block_size=256 --batch_size=8 --max_steps=20 --device=cpu --precision=fp32",
-                  f"evaluate.py {folder} --max_tokens=2000"):
-        done = run(*words.split(), cwd=folder.parent)
-        assert done.returncode == 0, done.stderr
-    return folder
+@pytest.fixture
+def trained(tmp_path, shards, call):
+    """A run that train.py made, and evaluate.py scored; it has learned little."""
+    config = TrainConfig(data=str(shards), out=str(tmp_path / "run"), max_steps=5, batch_size=4,
+                         device="cpu", precision="fp32", kernels="torch")
+    train(config, tiny(block_size=256).config, say=lambda text: None)
+    call(evaluate, tmp_path / "run", "--max_tokens=2000", "--device=cpu")
+    return tmp_path / "run"
 
 
 @pytest.mark.slow
