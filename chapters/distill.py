@@ -32,6 +32,8 @@ from tokenizer import QUIET, parse_options, refuse_idle, run_command, write_json
 from train import (TrainConfig, check_model, find_loader, is_shards, model_shape, save_run,
                    to_device, validation_loss)
 
+SMALL = dict(n_layer=1, n_head=2, n_embd=48)  # the students that are compared
+
 # -----------------------------------------------------------------------------
 # What a student minimises.
 
@@ -65,7 +67,7 @@ def write(teacher, starts, T, seed=0):
     return torch.cat([starts, torch.stack(new, dim=1)], dim=1)
 
 
-def compare(teacher, ids, held_out, seed=0, n_steps=200, n_texts=1500, **shape):
+def compare(teacher, ids, held_out, seed=0, n_steps=150, n_texts=1000, **shape):
     """{way: loss in nats on held-out ids (M,)} of a teacher, and of students that saw ids (N,): on
     their own; distilled; or on what the teacher writes itself (arXiv:1606.07947)."""
     T = teacher.config.block_size
@@ -82,7 +84,7 @@ def compare(teacher, ids, held_out, seed=0, n_steps=200, n_texts=1500, **shape):
             "on its texts": dict(draw=draw_written)}
     losses = {"teacher": held_out_loss(teacher, held_out)}
     for way, options in ways.items():
-        student = new_model(seed, block_size=T, **dict(n_embd=48, n_head=2) | shape)
+        student = new_model(seed, block_size=T, **SMALL | shape)
         losses[way] = held_out_loss(fit(student, n_steps=n_steps, seed=seed, **options), held_out)
     return losses
 

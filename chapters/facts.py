@@ -63,9 +63,9 @@ def strangers(n, seed=0):
 
 
 def world_tokenizer():
-    """A tokenizer to which nearly each word of a world is one token, but not a stranger's name."""
+    """A tokenizer with a token for nearly each word of a world, but not for a stranger's name."""
     return Tokenizer.train([f"{fact.passage} {fact.question}" for seed in range(4)
-                            for fact in facts(PEOPLE, seed)], 512)
+                            for fact in facts(PEOPLE, seed)], 1024)
 
 
 def pick_world(generator):
