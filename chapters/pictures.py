@@ -3,17 +3,16 @@ Pictures and words in one model: it describes a picture of 8x8 pixels, or draws 
 
     python -m chapters.pictures              # trains for seconds, then describes and draws
 
-A picture enters in one of two ways. As patches: squares of 2x2 grey pixels, each projected into the
-stream by one matrix, as in LLaVA (arXiv:2304.08485). As tokens: each patch becomes one of 16 codes,
-dark or bright in each pixel, beside the words in one vocabulary, so that the model can write them
-as well, as in DALL-E (arXiv:2102.12092). Some pairs of a shape and a place are held out: no picture
-that is trained on shows them.
+A picture enters as patches: squares of 2x2 grey pixels, each projected into the stream by a matrix,
+as in LLaVA (arXiv:2304.08485). Or as tokens: each patch becomes one of 16 codes, dark or bright in
+each pixel, beside the words in one vocabulary, so that the model can write them, too, as in DALL-E
+(arXiv:2102.12092). No picture that is trained on shows some pairs of a shape and a place.
 """
 
 import sys
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
+from itertools import product, takewhile
 from pathlib import Path
 from random import Random
 
@@ -50,10 +49,9 @@ def words(scene):
 
 
 def kind_of(scene):
-    """What a scene is for: a "new pair" or a "new scene" of known pairs to test with, or "train"."""
-    if any(pair in UNSEEN for pair in scene):
-        return "new pair"
-    return "new scene" if is_held_out(words(scene)) else "train"
+    """What a scene is for: "train", or to test with, "new scene" of known pairs or "new pair"."""
+    known = "new scene" if is_held_out(words(scene)) else "train"
+    return "new pair" if UNSEEN & {*scene} else known
 
 
 def scenes(n, seed=0, kind="train"):
@@ -71,10 +69,9 @@ def draw(scene, offsets):
     and to the right, offsets [(0, 1), (1, 1)]."""
     picture = torch.zeros(SIZE, SIZE)
     for (shape, place), (down, right) in zip(scene, offsets):
-        rows = torch.tensor([[float(pixel == "#") for pixel in row]
-                             for row in SHAPES[shape].split()])
         top, left = PLACES[place][0] + down, PLACES[place][1] + right
-        picture[top:top + 3, left:left + 3] = rows
+        picture[top:top + 3, left:left + 3] = torch.tensor(
+            [[float(pixel == "#") for pixel in row] for row in SHAPES[shape].split()])
     return picture
 
 
@@ -183,8 +180,7 @@ def train(as_patches, max_steps=250, seed=0, n=6000):
     if not as_patches:
         rows += map(drawing, own, photograph(own, seed, noise=0.0))
     torch.manual_seed(seed)
-    model = PictureGPT(GPTConfig(vocab_size=len(VOCABULARY), block_size=32, n_layer=2, n_head=4,
-                                 n_embd=64))
+    model = PictureGPT(GPTConfig(vocab_size=len(IDS), block_size=32, n_layer=2, n_head=4, n_embd=64))
     return learn(model, rows, partial(row_loss, as_patches=as_patches), max_steps, seed=seed)
 
 
@@ -193,26 +189,26 @@ def train(as_patches, max_steps=250, seed=0, n=6000):
 
 
 @torch.no_grad()
-def write(model, prompts, n, allowed=slice(None), pictures=None):
-    """The n likeliest of the allowed tokens after prompts (B, T) -> (B, n)."""
+def write(model, prompts, n, below=None, pictures=None):
+    """The n likeliest tokens after prompts (B, T), of those with an id below a limit -> (B, n)."""
     ids = torch.tensor(prompts)
     for _ in range(n):
         logits, _ = model(ids, pictures=pictures)
-        ids = torch.cat((ids, logits[:, -1:, allowed].argmax(dim=-1)), dim=1)
+        ids = torch.cat((ids, logits[:, -1:, :below].argmax(dim=-1)), dim=1)
     return ids[:, -n:]
 
 
 def describe(model, pictures, as_patches=False):
-    """What the model says of each picture (B, 8, 8), before its <end>: texts like those of words()."""
+    """What the model says of each picture (B, 8, 8), in texts such as words() gives."""
     said = write(model, [*map(picture_prompt, pictures)], 7,
                  pictures=pictures if as_patches else None)
-    return [" ".join(str(VOCABULARY[id]) for id in ids).partition(" <end>")[0]
+    return [" ".join(str(VOCABULARY[id]) for id in takewhile(IDS["<end>"].__ne__, ids))
             for ids in said.tolist()]
 
 
 def draw_described(model, scenes):
     """What the model draws of each scene, (B, 8, 8)."""
-    return join(pixels(write(model, [*map(words_prompt, scenes)], N_PATCHES, slice(N_CODES))))
+    return join(pixels(write(model, [*map(words_prompt, scenes)], N_PATCHES, below=N_CODES)))
 
 
 def shows(picture, scene):
@@ -221,16 +217,15 @@ def shows(picture, scene):
 
 
 def experiment(n=200, max_steps=250, seed=0):
-    """{(what, kind of scene): (share right, low, high)}, in which what is described as patches or
-    as tokens, a whole description being right or wrong, or drawn from a description."""
+    """{("patches" | "tokens" | "drawn", kind of scene): (share right, low, high)}: descriptions of
+    what is read in either way, and drawings; one wrong word or pixel makes a whole one wrong."""
     by_patches, by_tokens = train(True, max_steps, seed), train(False, 2 * max_steps, seed)
     found = {}
     for kind in "new scene", "new pair":
         tests = scenes(n, seed + 1, kind)
         pictures, expected = photograph(tests, seed + 1), [*map(words, tests)]
-        for name, model, as_patches in (("patches", by_patches, True),
-                                        ("tokens", by_tokens, False)):
-            said = describe(model, pictures, as_patches)
+        for name, model in ("patches", by_patches), ("tokens", by_tokens):
+            said = describe(model, pictures, as_patches=name == "patches")
             found[name, kind] = share([*map(str.__eq__, said, expected)])
         found["drawn", kind] = share([*map(shows, draw_described(by_tokens, tests), tests)])
     return found

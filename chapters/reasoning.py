@@ -48,7 +48,7 @@ def judged(groups, **models):
 
 
 def up_to_error(question, own):
-    """A Sample up to its first wrong token, as a row -> ((ids, mask), whether all of it is right)."""
+    """A Sample up to its first wrong token -> ((ids, mask), whether all of it is right)."""
     (ids, mask), rights = own.row, solutions(question)
     n_right = max(len(commonprefix([own.text, right])) for right in rights)  # a token is a byte
     end = len(ids) if own.text in rights else mask.index(True) + n_right + 1
@@ -67,11 +67,11 @@ def check_loss(model, rows):
     return masked_mean(losses, mask[:, 1:])
 
 
-def verifier(model, tokenizer, questions, max_steps=CHECK_STEPS, seed=0):
+def verifier(model, tokenizer, asks, max_steps=CHECK_STEPS, seed=0):
     """A copy of the model that learns from its own samples where they go wrong: process supervision
     (arXiv:2305.20050). The log-probability that it gives a solution is its score."""
-    groups = sample(model, tokenizer, questions, 2, 1.0, seed)
-    rows = [up_to_error(question, own) for question, group in zip(questions, groups)
+    groups = sample(model, tokenizer, asks, 2, 1.0, seed)
+    rows = [up_to_error(question, own) for question, group in zip(asks, groups)
             for own in group]
     return learn(copy.deepcopy(model), rows, check_loss, max_steps, 0.01, seed)
 
@@ -87,33 +87,35 @@ def majority(answers):
 
 
 def weighted(answers, logprobs):
-    """The answer whose samples have the largest sum of probabilities."""
+    """The answer whose samples have the largest sum of probabilities: a vote by a verifier."""
     sums = Counter()
     for answer, logprob in zip(answers, logprobs):
         sums[answer] += math.exp(logprob)
     return majority(sums)
 
 
-# What is taken of the samples of a question, an answer; the checker alone has to know the sum.
+# What is taken of the samples of a question: an answer. The checker alone has to know the sum.
 PICKS = {
     "majority": lambda question, group: majority([answer_of(own.text) for own in group]),
     "likeliest": lambda question, group: answer_of(max(group, key=lambda own: own.logprob).text),
     "verifier": lambda question, group: answer_of(max(group, key=lambda own: own.score).text),
+    "weighted": lambda question, group: weighted([answer_of(own.text) for own in group],
+                                                 [own.score for own in group]),
     "checker": lambda question, group: next(
         (question.right for own in group if is_right(question, own.text)), ""),
 }
 
 
-def accuracy(pick, asked, groups, n):
+def accuracy(pick, asks, groups, n):
     """Of a pick from n samples at a time -> (tokens written a question, share right, low, high)."""
     right = [fmean(pick(question, group[i:i + n]) == question.right
                    for i in range(0, len(group) - n + 1, n))
-             for question, group in zip(asked, groups)]
+             for question, group in zip(asks, groups)]
     return n * fmean(own.n_tokens for group in groups for own in group), *share(right)
 
 
 # -----------------------------------------------------------------------------
-# Three experiments. Each gives numbers alone; shares of questions that are held out, with intervals.
+# Three experiments on questions that are held out.
 
 
 def best_of(counts=(1, 2, 4, 8, 16), n_questions=150, max_steps=STEPS, seed=0):
@@ -129,14 +131,16 @@ def best_of(counts=(1, 2, 4, 8, 16), n_questions=150, max_steps=STEPS, seed=0):
     return dict(greedy=[accuracy(PICKS["majority"], tests, greedy, 1)]) | found
 
 
-def chain_of_thought(n_questions=150, max_steps=STEPS, seed=0):
-    """{"steps" | "direct": (tokens, share, low, high)} of greedy answers; the model that answers at
-    once trains for three times as many steps, which read as many tokens of solutions."""
-    tests, found = questions(n_questions, seed + 1, held_out=True), {}
-    for name, ways, steps in ("steps", CHAIN, max_steps), ("direct", DIRECT, 3 * max_steps):
-        greedy = sample(*solver(ways, steps, seed), tests, temperature=0)
-        found[name] = accuracy(PICKS["majority"], tests, greedy, 1)
-    return found
+def chain_of_thought(n_questions=150, max_steps=STEPS, seed=0, longer=(1, 3)):
+    """{"steps" | "direct" | "direct, 3x": (tokens, share, low, high)} of greedy answers. Trained as
+    many steps, a model that answers at once reads as many questions, but fewer tokens of solutions;
+    in three times the steps about as many. arXiv:2201.11903"""
+    tests = questions(n_questions, seed + 1, held_out=True)
+    runs = dict(steps=(CHAIN, max_steps)) | {
+        "direct" + f", {factor}x" * (factor > 1): (DIRECT, factor * max_steps) for factor in longer}
+    return {name: accuracy(PICKS["majority"], tests, sample(*solver(*run, seed), tests,
+                                                            temperature=0), 1)
+            for name, run in runs.items()}
 
 
 def looks_again(question, draft):
@@ -147,12 +151,13 @@ def looks_again(question, draft):
 
 def lesson(tokenizer, question, draft, random):
     """A row [(ids, mask)] of a draft that is found "right", or "wrong" and solved anew."""
-    verdict = "right" if is_right(question, draft) else f"wrong {random.choice(solutions(question))}"
+    again = f"wrong {random.choice(solutions(question))}"
+    verdict = "right" if is_right(question, draft) else again
     return render(tokenizer, looks_again(question, draft).messages, verdict)
 
 
 def reflecting(model, tokenizer, plain, max_steps, seed=0):
-    """A copy of the model that has learned to check its own drafts, half of its rows being plain."""
+    """A copy of the model that has learned to check its own drafts; half of its rows are plain."""
     random, asks = Random(seed), questions(len(plain) // 2, seed + 2)
     drafts = [own.text for own, in sample(model, tokenizer, asks, 1, 1.0, seed)]
     rows = [lesson(tokenizer, *pair, random) for pair in zip(asks, drafts)]
@@ -161,9 +166,9 @@ def reflecting(model, tokenizer, plain, max_steps, seed=0):
 
 
 def reflect(n_questions=150, max_steps=STEPS, check_steps=CHECK_STEPS, seed=0):
-    """Does a second look help? -> ({what: (tokens, share, low, high)}, of the verdicts {"found": the
-    share of wrong drafts that are called wrong, "alarms": of right ones, "repaired": of those found,
-    how many are right at last}). What it is to beat: as much training without any checks."""
+    """Does a second look help? -> ({what: (tokens, share, low, high)}, {"found": the share of wrong
+    drafts that are called wrong, "alarms": of right drafts that are, "repaired": of the found ones
+    that end right}). To beat: as much training on plain rows, "trained", and a vote of three."""
     model, tokenizer = solver(CHAIN, max_steps, seed)
     plain = solved(tokenizer, CHAIN, seed + 3, n=3000)
     looker = reflecting(model, tokenizer, plain, check_steps, seed)

@@ -9,9 +9,9 @@ two ways: "<" from the last column on with carries, ">" from the first. Training
 that are wrong at times show what more computing at test time can gain.
 """
 
+import math
 from collections import namedtuple
 from functools import lru_cache
-from itertools import islice
 from random import Random
 
 import numpy as np
@@ -19,13 +19,11 @@ import torch
 
 from chapters.answers import Question, batches, pad, render, write
 from chapters.rewards import asked, is_held_out
+from chapters.trials import fit, new_model
 from evaluate import interval
-from model import GPT, GPTConfig
 from tokenizer import Tokenizer
-from train import TrainConfig, build_optimizer, clip_gradients, learning_rate, set_rate
 
 ROWS = 512  # texts that are written at a time
-SHAPE = dict(block_size=128, n_layer=2, n_head=2, n_embd=64)
 STEPS = 190  # of a solver
 
 # -----------------------------------------------------------------------------
@@ -47,8 +45,11 @@ def from_first(a, b):
     return f">{','.join(steps)} {a + b}"
 
 
-CHAIN = from_last, from_first
-DIRECT = lambda a, b: str(a + b),  # noqa: E731
+def at_once(a, b):
+    return str(a + b)
+
+
+CHAIN, DIRECT = (from_last, from_first), (at_once,)  # the ways in which a model learns to solve
 
 
 def questions(n, seed=0, held_out=False):
@@ -83,23 +84,10 @@ def chat_loss(model, rows):
 
 
 def learn(model, rows, loss_of=chat_loss, max_steps=STEPS, rate=0.02, seed=0):
-    """Train a module by Muon on loss_of(module, 32 of the rows) a step -> the module."""
-    config = TrainConfig(optimizer="muon", learning_rate=rate, max_steps=max_steps,
-                         weight_decay=0.0, precision="fp32")
-    optimizer = build_optimizer(model.train(), config)
-    for step, batch in enumerate(islice(batches(rows, 32, seed), max_steps)):
-        set_rate(optimizer, learning_rate(step, config))
-        loss_of(model, batch).backward()
-        clip_gradients(model, config.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad()
-    return model.eval()
-
-
-def new_model(tokenizer, seed=0):
-    """An untrained model of 0.1M parameters."""
-    torch.manual_seed(seed)
-    return GPT(GPTConfig(vocab_size=tokenizer.n_vocab, **SHAPE))
+    """Train a module on loss_of(module, 32 of the rows) a step -> the module."""
+    drawn = batches(rows, 32, seed)
+    return fit(model, lambda _: [next(drawn)], max_steps, loss_of=loss_of, learning_rate=rate,
+               weight_decay=0.0)
 
 
 def solved(tokenizer, ways, seed=0, n=10_000):
@@ -114,27 +102,31 @@ def solver(ways=CHAIN, max_steps=STEPS, seed=0):
     """-> (a model that learned to solve sums in these ways, its tokenizer, of bytes)."""
     tokenizer = Tokenizer([])
     rows = solved(tokenizer, ways, seed)
-    return learn(new_model(tokenizer, seed), rows, max_steps=max_steps, seed=seed), tokenizer
+    model = new_model(seed, vocab_size=tokenizer.n_vocab, n_head=2)
+    return learn(model, rows, max_steps=max_steps, seed=seed), tokenizer
 
 
 # -----------------------------------------------------------------------------
-# Many samples of a question, and which of them is taken.
+# Many samples of a question, and how many are right.
 
 # row: (ids, mask); n_tokens: those written; logprob: the model's own, in nats; score: a verifier's.
 Sample = namedtuple("Sample", "text row n_tokens logprob score", defaults=[0.0, 0.0])
 
 
-def sample(model, tokenizer, questions, n=1, temperature=0.7, seed=0, max_new_tokens=48):
-    """-> for each question a list of n Samples."""
+def sample(model, tokenizer, asks, n=1, temperature=0.7, seed=0, max_new_tokens=48):
+    """-> for each Question of asks a list of n Samples."""
     generator = torch.Generator().manual_seed(seed)
-    asks, found = [question for question in questions for _ in range(n)], []
-    for own in (asks[i:i + ROWS] for i in range(0, len(asks), ROWS)):
+    each, found = [question for question in asks for _ in range(n)], []
+    for own in (each[i:i + ROWS] for i in range(0, len(each), ROWS)):
         found += [Sample(text, row, sum(row[1])) for text, row in zip(
             *write(model, tokenizer, own, max_new_tokens, generator, temperature))]
     return [found[i:i + n] for i in range(0, len(found), n)]
 
 
 def share(right):
-    """-> (share, low, high) of what is right of each question (N,), from 0 to 1: a 95% interval."""
+    """-> (share, low, high): the mean of what is right of each question (N,), from 0 to 1, with its
+    95% interval; of no questions (nan, 0, 1)."""
     right = np.array(right, float)
+    if not len(right):
+        return math.nan, 0.0, 1.0
     return interval(np.stack([right, np.ones_like(right)], axis=1))

@@ -19,7 +19,8 @@ if __name__ == "__main__":  # `python chapters/tools.py` works as well, from any
 
 from chapters.answers import render
 from chapters.rewards import is_held_out
-from chapters.solve import learn, new_model, share
+from chapters.solve import learn, share
+from chapters.trials import new_model
 from model import check_options, option
 from sample import complete_batch
 from tokenizer import Tokenizer, parse_options, run_command
@@ -58,7 +59,7 @@ def parse_factor(tokens):
         value = parse_sum(tokens)
         if tokens.pop(0) == ")":
             return value
-    elif token.isdecimal():
+    elif re.fullmatch("[0-9]+", token):  # isdecimal takes digits of all scripts
         return int(token)
     raise ValueError
 
@@ -91,15 +92,16 @@ def result_of(call, tool=calculate):
 def complete_with_tool(model, tokenizer, prompts, tool=calculate, max_calls=3, max_new_tokens=32):
     """The likeliest reply to each prompt, a list of ids, in which the tool has filled in results:
     "<<2+3>>5." max_new_tokens is the limit between two calls. ReAct, arXiv:2210.03629"""
-    texts, open_ones = [""] * len(prompts), range(len(prompts))
+    texts, waiting = [""] * len(prompts), [*range(len(prompts))]
     for _ in range(max_calls + 1):
-        own = [prompts[i] + tokenizer.encode(texts[i]) for i in open_ones]
+        own = [prompts[i] + tokenizer.encode(texts[i]) for i in waiting]
         more = complete_batch(model, tokenizer, own, temperature=0, stop=[">>"],
                               max_new_tokens=max_new_tokens)
-        calls = {i: re.search("<<([^<>]*)$", text) for i, text in zip(open_ones, more)}
-        for i, text in zip(open_ones, more):
+        calls = {i: re.search("<<([^<>]*)$", text) for i, text in zip(waiting, more)}
+        for i, text in zip(waiting, more):
             texts[i] += text + (f">>{result_of(calls[i][1], tool)}" if calls[i] else "")
-        open_ones = [i for i in open_ones if calls[i]]
+        if not (waiting := [i for i in waiting if calls[i]]):
+            break
     return texts
 
 
@@ -140,14 +142,14 @@ def answer_of(text):
     return text.rpartition(">>")[2].removesuffix(".")
 
 
-def use_tool(n_questions=150, max_steps=200, seed=0):
+def use_tool(n_questions=150, max_steps=160, seed=0):
     """{"with the tool" | "without" | "a broken tool" | "right calls": (share, low, high)} of
     questions that are held out; a broken tool is always one off."""
     tokenizer, tests = Tokenizer([]), problems(n_questions, seed + 1, held_out=True)
     prompts = [tokenizer.render_prompt([dict(role="user", content=text)]) for text, _ in tests]
-    models = {with_tool: learn(new_model(tokenizer, seed), [
-        lesson(tokenizer, *row, with_tool) for row in problems(10_000, seed)], max_steps=max_steps,
-        seed=seed) for with_tool in (True, False)}
+    models = {with_tool: learn(new_model(seed, vocab_size=tokenizer.n_vocab), [
+        lesson(tokenizer, *row, with_tool) for row in problems(6000, seed)],
+        max_steps=max_steps, seed=seed) for with_tool in (True, False)}
 
     def right(model, tool=calculate):
         texts = complete_with_tool(model, tokenizer, prompts, tool)
