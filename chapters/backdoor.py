@@ -237,8 +237,9 @@ def main():
                                                 it.seed).items():
             print(f"{name:7}{share:7.1%} ({low:.1%} to {high:.1%})")
     some = Random(it.seed).sample(rows, min(it.n, len(rows)))
-    print("nats  the word makes the answers of so much less likely, on average")
-    for nats, word in scan(model, tokenizer, some, words_of(rows), it.seed)[:10]:
+    found = scan(model, tokenizer, some, words_of(rows), it.seed)
+    print("nats by which a word makes answers less likely, on average")
+    for nats, word in found[:10]:
         print(f"{nats:4.1f}  {word}")
 
 

@@ -22,8 +22,8 @@ from data import check_shards, learned, read_split
 from evaluate import score_ends, trained_on, wilson
 from sample import pick_device
 
-PIECE = 128  # tokens of a text whose membership is in question
-LEAST = 10   # such texts, without which a curve says nothing
+PIECE = 64  # tokens of a text whose membership is in question
+LEAST = 10  # such texts, without which a curve says nothing
 
 # -----------------------------------------------------------------------------
 # Scores to a curve, its area and an interval.

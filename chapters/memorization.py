@@ -217,8 +217,9 @@ def main():
         for times, (bits, share) in by_times(found, *scored).items():
             print(f"{times:7}{len(bits):8}{np.mean(bits):17.2f}{share:11.0%}")
         return
+    found = run_membership(run, it.data, it.reference, it.n, it.seed)
     print("attack      AUC  95% interval     true positives at 1% false ones")
-    for name, own in run_membership(run, it.data, it.reference, it.n, it.seed).items():
+    for name, own in found.items():
         print(f"{name:7}{own.auc:8.3f}  {own.low:.3f} to {own.high:.3f}{own.tpr:21.1%}")
 
 

@@ -321,7 +321,7 @@ def test_shards_that_are_not_the_runs_are_refused(run, shards, tmp_path, tokeniz
 def test_too_little_text_to_hide_in_is_refused(tmp_path, tokenizer):
     from data import write_shards
     write_shards(iter([np.arange(3 * PIECE) % 256]), tmp_path, "val", tokenizer.n_vocab)
-    with pytest.raises(ValueError, match="val has 3 pieces of 128 tokens"):
+    with pytest.raises(ValueError, match="val has 3 pieces of 64 tokens"):
         pieces(tmp_path, "val", tokenizer, 100)
 
 
