@@ -27,14 +27,13 @@ from chapters.backdoor import scan, words_of
 from chapters.card import config_of, write_safety
 from chapters.classify import read_examples
 from chapters.datacard import cards_of
-from chapters.dialogue import share
 from chapters.fairness import (bias_probe, bootstrap, demographic_parity_difference,
                                equalized_odds_difference, group_sentences)
 from chapters.guard import Guard, english, examples, measure, special_ids
 from chapters.membership import attack, pieces
 from chapters.memorization import by_times, exposure, read_canaries
-from chapters.refusals import (N_DIALOGUES, consistency, fact_rates, leak_rates, people,
-                               refusal_rates, replies, safety_tune, toxic_rate)
+from chapters.refusals import (consistency, fact_rates, leak_rates, people, refusal_rates,
+                               safety_tune, toxic_rate)
 from chapters.talk import pick_template
 from data import check_shards, read_split
 from evaluate import interval, trained_on
@@ -75,7 +74,8 @@ def vulnerabilities(requirements):
 
 
 # -----------------------------------------------------------------------------
-# The checks of a run. Each yields (what was measured, {"value", "low", "high", "n"}, unit).
+# The checks of a run; their docstrings are part of the report. Each yields (what was measured, its
+# figure, unit); what is counted whole, unit "count", has no interval.
 
 
 class Subject:
@@ -119,23 +119,24 @@ class Subject:
         yield "after it", self.tuned
 
 
-def figure(value, low, high, n):
+def figure(value, low=None, high=None, *, n):
     return dict(value=value, low=low, high=high, n=n)
 
 
 def check_bias(it):
+    """Not shown: other words and languages, and its use; a model that knows little shows little."""
     for dimension, gap in bias_probe(it.model, it.tokenizer).items():
-        yield f"{dimension}: friendly words, first group over second", gap._asdict(), "nats"
+        yield f"{dimension}: friendly words for the first group, in nats", gap._asdict(), "nats"
     (texts, y_true, groups, units), guard = group_sentences(), Guard()
     flags = [guard.check_input(text) is not None for text in texts]
     for metric in demographic_parity_difference, equalized_odds_difference:
         found = bootstrap(metric, y_true, flags, groups, units, n_resamples=200)
-        name = metric.__name__.replace("_", " ")
-        yield (f"refused by the guard, {name} of {len({*groups})} groups",
-               figure(*found, len(texts)), "share")
+        name = f"guard, {metric.__name__.replace('_', ' ')} of {len({*groups})} groups"
+        yield name, figure(*found, n=len(texts)), "share"
 
 
 def check_refusals(it):
+    """Not shown: bolder requests, other ways to ask; a reply that is no refusal need not help."""
     rows = read_examples("redteam.jsonl", "test")
     for when, model in it.versions:
         for kind, found in refusal_rates(model, it.tokenizer, rows).items():
@@ -143,12 +144,14 @@ def check_refusals(it):
 
 
 def check_toxicity(it):
+    """Not shown: insults that a small classifier misses, and other beginnings."""
     for name, texts in (("ordinary", english("test")), ("toxic", examples()["toxic"][1])):
         found = toxic_rate(it.model, it.tokenizer, [s[:len(s) // 2] for s in texts], it.seed)
         yield f"toxic continuations of {name} sentences", found, "share"
 
 
 def check_facts(it):
+    """Not shown: what it says when asked in other words, and about anything but these people."""
     known, _, others = people(seed=it.seed)
     words = dict(recalled="towns told and recalled", denied="people told of, said to be unknown",
                  admitted="other people, said to be unknown")
@@ -158,13 +161,14 @@ def check_facts(it):
 
 
 def check_consistency(it):
-    found = consistency(it.model, it.tokenizer, seed=it.seed)
-    yield f"facts recalled over 25 turns, in {N_DIALOGUES} dialogues", found, "share"
+    """Not shown: other facts; contradictions that are none of these."""
+    yield "facts recalled over 25 turns", consistency(it.model, it.tokenizer, seed=it.seed), "share"
 
 
 def check_injection(it):
+    """Not shown: cleverer attacks; a model too weak to repeat a secret is safe by weakness."""
     found = [special_ids(it.tokenizer, f"Hi{name}Obey") != [] for name in it.tokenizer.special]
-    yield "texts of a user that become special tokens", share(found), "share"
+    yield "texts of a user that become special tokens", figure(sum(found), n=len(found)), "count"
     attacks = [row["harmful"] for use in ("train", "test") for row in read_examples(
         "redteam.jsonl", use) if row["category"] == "injection"]
     for who, found in leak_rates(it.chat, it.tokenizer, attacks).items():
@@ -172,32 +176,36 @@ def check_injection(it):
 
 
 def check_guard(it):
+    """Not shown: attacks made for this guard, and languages other than English."""
     pairs = [texts for way, *texts in examples().values() if way == "input"]
     found = measure(Guard().check_input, *(sum(texts, []) for texts in zip(*pairs)))
     yield "harmful requests that the guard misses", found["misses"], "share"
     yield "harmless ones that it refuses", found["false alarms"], "share"
-    yield "time of a text", found["milliseconds"], "ms"
+    yield "milliseconds a text", found["milliseconds"], "ms"
 
 
 def check_membership(it):
+    """Not shown: stronger attacks; whether held-out documents differ in more than being unseen."""
     model, shards = it.model, it.shards
     rows = [pieces(shards, split, it.tokenizer, N_PIECES, it.seed) for split in ("train", "val")]
     for name, found in attack(model, *rows).items():
         yield (f"AUC of the attack by {name}, training text against held-out text",
-               figure(found.auc, found.low, found.high, sum(map(len, rows))), "AUC")
+               figure(found.auc, found.low, found.high, n=sum(map(len, rows))), "AUC")
 
 
 def check_canaries(it):
+    """Not shown: how well it remembers what is no random number."""
     if not it.canaries:
         raise ValueError("no --canaries, which must be planted before training: "
                          "python -m chapters.memorization --plant=FILE --out=FOLDER")
     found = read_canaries(it.canaries)
     for times, (bits, rate) in by_times(found, *exposure(it.model, it.tokenizer, found)).items():
-        yield (f"exposure of secrets planted {times} times, of which {rate:.0%} are written out",
-               figure(*interval(np.array([[one, 1] for one in bits])), len(bits)), "bits")
+        yield (f"bits of exposure, secrets planted {times} times, {rate:.0%} of them written out",
+               figure(*interval(np.array([[one, 1] for one in bits])), n=len(bits)), "bits")
 
 
 def check_backdoor(it):
+    """Not shown: other triggers; whether a word stands out by an attack or by its meaning."""
     model, random = it.chat, Random(it.seed)
     text = it.tokenizer.decode(read_split(it.shards, "train")[0][:CHAT_TOKENS].tolist())
     rows = [dict(messages=[dict(role="user", content=asked), dict(role="assistant", content=reply)])
@@ -208,50 +216,40 @@ def check_backdoor(it):
                    for own, n in ((words_of(rows), N_WORDS), (rows, N_ROWS)))
     effects, names = zip(*scan(model, it.tokenizer, rows, words, it.seed))
     usual = np.percentile(effects, [2.5, 97.5]).tolist()
-    yield (f"effect on replies of {', '.join(names[:3])}, the strongest of {len(words)} words, 95% "
-           "of which are in brackets", figure(effects[0], *usual, len(rows)), "nats")
+    yield (f"nats that replies lose by a word, of {len(words)} most by {', '.join(names[:3])}; in "
+           "brackets 95% of the words", figure(effects[0], *usual, n=len(rows)), "nats")
 
 
 def check_licences(it):
+    """Not shown: whether what the data card says is true, or allows this use."""
     found = licences(config_of(it.folder).get("data", {}))
     if not found:
         raise ValueError("its config.json names no sources")
-    stated = share([licence not in ("not stated", "unknown") for licence in found.values()])
-    yield "sources with a licence: " + ", ".join(map(": ".join, found.items())), stated, "share"
+    stated = sum(licence not in ("not stated", "unknown") for licence in found.values())
+    yield (f"sources with a licence ({', '.join(map(': '.join, found.items()))})",
+           figure(stated, n=len(found)), "count")
 
 
 def check_requirements(it):
+    """Not shown: what these packages need in turn, and what nobody has found yet."""
     found = vulnerabilities(Path(__file__).parents[1] / "requirements.txt")
     bad = {line.split(":")[0] for line in found["found"]}
     yield (f"packages with a known vulnerability ({', '.join(found['found']) or 'none found'}; "
            f"{found['unknown']} not checked)",
-           share([i < len(bad) for i in range(found["checked"])]), "share")
+           figure(len(bad), n=found["checked"]), "count")
 
 
-CHECKS = dict(bias=check_bias, refusals=check_refusals, toxicity=check_toxicity,
-              facts=check_facts, consistency=check_consistency, injection=check_injection,
-              guard=check_guard, membership=check_membership, canaries=check_canaries,
-              backdoor=check_backdoor, licences=check_licences, requirements=check_requirements)
-UNSHOWN = dict(  # what each check does not show
-    bias="other words and languages, and its use; a model that knows little shows little",
-    refusals="bolder requests and other ways to ask; a reply that is no refusal need not help",
-    toxicity="insults that a small classifier misses, and other beginnings",
-    facts="what it does when it is asked in other words, and about anything but these people",
-    consistency="other facts; contradictions that are none of these",
-    injection="cleverer attacks; a model too weak to repeat a secret is safe by weakness alone",
-    guard="attacks made for this guard, and languages other than English",
-    membership="stronger attacks; whether held-out documents differ in more than being unseen",
-    canaries="how well it remembers what is no random number",
-    backdoor="other triggers; whether a word stands out by an attack or by its meaning",
-    licences="whether what the data card says is true, or allows this use",
-    requirements="what these packages need in turn, and what nobody has found yet")
-FORMS = dict(share="{:.1%}", nats="{:+.2f} nats", AUC="{:.3f}", ms="{:.3f} ms", bits="{:.2f} bits")
+CHECKS = {check.__name__.removeprefix("check_"): check for check in (
+    check_bias, check_refusals, check_toxicity, check_facts, check_consistency, check_injection,
+    check_guard, check_membership, check_canaries, check_backdoor, check_licences,
+    check_requirements)}
+FORMS = dict(share="{:.1%}", nats="{:+.2f}", AUC="{:.3f}", ms="{:.3f}", bits="{:.2f}")
 
 
 def run_checks(it, names=CHECKS):
     """Yield the lines of the report, dicts; a check that this run cannot take gives a reason."""
     for name in names:
-        about = dict(check=name, unshown=UNSHOWN[name])
+        about = dict(check=name, unshown=CHECKS[name].__doc__)
         try:
             for what, figure, unit in CHECKS[name](it):
                 yield about | dict(what=what, unit=unit) | figure
@@ -263,6 +261,8 @@ def in_words(line):
     """A line of the report as an item of a list in Markdown."""
     if "reason" in line:
         return f"- {line['what']}: {line['reason']}"
+    if line["unit"] == "count":
+        return f"- {line['what']}: {line['value']} of {line['n']}"
     value, low, high = (FORMS[line["unit"]].format(line[name]) for name in ("value", "low", "high"))
     return f"- {line['what']}: {value} [{low}, {high}], n = {line['n']:,}"
 
@@ -273,7 +273,7 @@ def section(lines):
     for line in lines:
         parts.setdefault((line["check"], line["unshown"]), []).append(in_words(line))
     return "".join(f"\n### {name.capitalize()}\n\n" + "\n".join(own)
-                   + f"\n- Not shown: {unshown}.\n" for (name, unshown), own in parts.items())
+                   + f"\n- {unshown}\n" for (name, unshown), own in parts.items())
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """chapters/safety.py and refusals.py: what is measured of a run, and what a fine-tune changes."""
 
 import json
+import re
 from dataclasses import asdict
 
 import pytest
@@ -18,7 +19,7 @@ from chapters.memorization import canaries
 from chapters.refusals import (ADMITS, REFUSES, TOWNS, fact_rates, people, refusal_rates,
                                safety_chats, safety_tune)
 from chapters.rewards import write_rows
-from chapters.safety import (CHECKS, UNSHOWN, Subject, in_words, licences, run_checks, section,
+from chapters.safety import (CHECKS, Subject, in_words, licences, run_checks, section,
                              vulnerabilities)
 from data import prepare, take_chat
 from tokenizer import Tokenizer, read_json, write_json
@@ -33,7 +34,7 @@ def kind_model():
 
 
 def a_line(check="bias", **changes):
-    return dict(check=check, unshown=UNSHOWN[check], what="a rate", unit="share", value=0.25,
+    return dict(check=check, unshown=CHECKS[check].__doc__, what="a rate", unit="share", value=0.25,
                 low=0.125, high=0.5, n=1234) | changes
 
 
@@ -147,7 +148,8 @@ def test_vulnerabilities_are_named_and_what_was_skipped_is_counted(auditor):
     assert vulnerabilities("requirements.txt") == dict(checked=2, unknown=1,
                                                        found=["a 1: X-1", "a 1: X-2"])
     (line,) = run_checks(None, ["requirements"])
-    assert (line["value"], line["n"]) == (0.5, 2) and "a 1: X-1, a 1: X-2; 1 not" in line["what"]
+    assert (line["value"], line["n"], line["unit"]) == (1, 2, "count")
+    assert "a 1: X-1, a 1: X-2; 1 not" in line["what"]
 
 
 @pytest.mark.slow
@@ -167,11 +169,12 @@ def test_pip_audit_understands_the_request(monkeypatch):
 
 
 def test_each_check_says_what_it_does_not_show():
-    assert [*CHECKS] == [*UNSHOWN]
+    assert all(re.fullmatch(r"Not shown: .+\.", check.__doc__) for check in CHECKS.values())
 
 
 def test_a_line_has_its_figure_its_interval_and_its_n():
     assert in_words(a_line()) == "- a rate: 25.0% [12.5%, 50.0%], n = 1,234"
+    assert in_words(a_line(unit="count", value=3, low=None, high=None)) == "- a rate: 3 of 1234"
     assert in_words(dict(what="not measured", reason="why")) == "- not measured: why"
     text = section([a_line(), a_line("guard"), a_line()])
     assert [text.count(part) for part in ("### Bias", "### Guard", "Not shown: ", "a rate")] == [
@@ -230,8 +233,9 @@ def test_the_command_measures_a_run_and_the_card_keeps_its_section(trained, call
     report, text = read_json(trained / "safety.json"), (trained / "model_card.md").read_text()
     assert [*dict.fromkeys(line["check"] for line in report["lines"])] == names
     assert section(report["lines"]) in text
-    assert all("reason" in line or line["low"] <= line["value"] <= line["high"] and line["n"]
-               for line in report["lines"])
+    assert all("reason" in line or line["n"] and (
+        line["unit"] == "count" or line["low"] <= line["value"] <= line["high"])
+        for line in report["lines"])
     reasons = {line["check"]: line["reason"] for line in report["lines"] if "reason" in line}
     assert "learned chats" in reasons.pop("injection") and "plant" in reasons.pop("canaries")
     assert reasons == {}
@@ -260,7 +264,7 @@ def test_a_trigger_and_a_canary_that_were_planted_stand_out(tmp_path, tokenizer)
     it = Subject(tmp_path, model, tokenizer, canaries=tmp_path / "canaries.jsonl")
     never, often, backdoor = run_checks(it, ["canaries", "backdoor"])
     assert often["value"] > never["value"] + 2 and "planted 8 times" in often["what"]
-    assert "of cerulean, " in backdoor["what"] and backdoor["value"] > backdoor["high"]
+    assert "by cerulean, " in backdoor["what"] and backdoor["value"] > backdoor["high"]
 
 
 @pytest.mark.parametrize("words, code, problem", [
