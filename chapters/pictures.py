@@ -27,7 +27,7 @@ from chapters.solve import learn, share
 from model import GPT, GPTConfig, Linear, check_options, option
 from tokenizer import parse_options, run_command
 
-SIZE, PATCH = 8, 2  # pixels of a side
+SIZE, PATCH, SHIFTS = 8, 2, [(0, 0), (0, 1), (1, 0), (1, 1)]  # in pixels
 N_PATCHES, N_CODES = (SIZE // PATCH) ** 2, 2 ** PATCH**2  # 16 and 16
 NOISE = 0.25  # standard deviation of what is added to pixels of 0 and 1
 SHAPES = {  # rows of 3 pixels
@@ -50,8 +50,8 @@ def words(scene):
 
 def kind_of(scene):
     """What a scene is for: "train", or to test with, "new scene" of known pairs or "new pair"."""
-    known = "new scene" if is_held_out(words(scene)) else "train"
-    return "new pair" if UNSEEN & {*scene} else known
+    return ("new pair" if UNSEEN & {*scene} else
+            "new scene" if is_held_out(words(scene)) else "train")
 
 
 def scenes(n, seed=0, kind="train"):
@@ -65,8 +65,7 @@ def scenes(n, seed=0, kind="train"):
 
 
 def draw(scene, offsets):
-    """A picture (8, 8) of 0 and 1: each shape lies in its quarter at an offset of 0 or 1 pixel down
-    and to the right, offsets [(0, 1), (1, 1)]."""
+    """A picture (8, 8) of 0 and 1, each shape at its offset of 0 or 1 pixel down and right."""
     picture = torch.zeros(SIZE, SIZE)
     for (shape, place), (down, right) in zip(scene, offsets):
         top, left = PLACES[place][0] + down, PLACES[place][1] + right
@@ -75,12 +74,9 @@ def draw(scene, offsets):
     return picture
 
 
-SHIFTS = [*product((0, 1), repeat=2)]
-
-
 def all_pictures(scene):
     """The 16 pictures that a scene can look like, (16, 8, 8)."""
-    return torch.stack([draw(scene, offsets) for offsets in product(SHIFTS, repeat=len(scene))])
+    return torch.stack([draw(scene, offsets) for offsets in product(SHIFTS, repeat=2)])
 
 
 def photograph(scenes, seed=0, noise=NOISE):
@@ -180,7 +176,8 @@ def train(as_patches, max_steps=250, seed=0, n=6000):
     if not as_patches:
         rows += map(drawing, own, photograph(own, seed, noise=0.0))
     torch.manual_seed(seed)
-    model = PictureGPT(GPTConfig(vocab_size=len(IDS), block_size=32, n_layer=2, n_head=4, n_embd=64))
+    shape = dict(block_size=32, n_layer=2, n_head=4, n_embd=64)
+    model = PictureGPT(GPTConfig(vocab_size=len(VOCABULARY), **shape))
     return learn(model, rows, partial(row_loss, as_patches=as_patches), max_steps, seed=seed)
 
 
@@ -219,8 +216,8 @@ def shows(picture, scene):
 def experiment(n=200, max_steps=250, seed=0):
     """{("patches" | "tokens" | "drawn", kind of scene): (share right, low, high)}: descriptions of
     what is read in either way, and drawings; one wrong word or pixel makes a whole one wrong."""
-    by_patches, by_tokens = train(True, max_steps, seed), train(False, 2 * max_steps, seed)
-    found = {}
+    found, by_patches = {}, train(True, max_steps, seed)
+    by_tokens = train(False, 2 * max_steps, seed)  # it has twice as much to learn
     for kind in "new scene", "new pair":
         tests = scenes(n, seed + 1, kind)
         pictures, expected = photograph(tests, seed + 1), [*map(words, tests)]

@@ -123,7 +123,8 @@ def test_patches_projected_to_the_embeddings_of_codes_are_read_as_the_codes_are(
 
 def test_the_codes_of_a_picture_do_not_matter_to_a_model_that_reads_its_patches():
     model, own = untrained(), scenes(2)
-    seen, ids = photograph(own), torch.tensor([describing(*x)[0] for x in zip(own, photograph(own))])
+    seen = photograph(own)
+    ids = torch.tensor([describing(*pair)[0] for pair in zip(own, seen)])
     other = ids.clone()
     other[:, 1:1 + N_PATCHES] = 0
     assert torch.equal(model(ids, pictures=seen)[0], model(other, pictures=seen)[0])

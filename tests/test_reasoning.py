@@ -33,6 +33,11 @@ def written(question, text, logprob=0.0, score=0.0):
     return Sample(text, row, sum(row[1]), logprob, score)
 
 
+def steps_of(text):
+    """The numbers of each step of a solution: "<3+0+0=3,8+6+0=14 143" has [3, 0, 0, 3] first."""
+    return [[*map(int, re.findall(r"\d+", step))] for step in text.split(" ")[0].split(",")]
+
+
 def test_the_examples_in_the_docstrings_are_true():
     assert from_last(583, 560) == "<3+0+0=3,8+6+0=14,5+5+1=11 1143"
     assert from_first(583, 560) == ">5+5=10,8+6=14,3+0=3 1143"
@@ -47,7 +52,7 @@ def test_each_step_of_a_solution_is_true_and_its_digits_are_those_of_the_questio
     for question in questions(300):
         a, b = asked(question).split("+")
         for text, back in zip(solutions(question), (-1, 1)):
-            steps = [[*map(int, re.findall(r"\d+", step))] for step in text.split(" ")[0].split(",")]
+            steps = steps_of(text)
             assert all(sum(terms) == total for *terms, total in steps)
             assert [str(x) + str(y) for x, y, *_ in steps] == [
                 x + y for x, y in zip(a[::back], b[::back])]
@@ -57,8 +62,7 @@ def test_each_step_of_a_solution_is_true_and_its_digits_are_those_of_the_questio
 
 def test_the_carries_of_a_solution_and_its_last_step_make_the_answer():
     for question in questions(300, 1):
-        steps = [[*map(int, re.findall(r"\d+", step))]
-                 for step in solutions(question)[0].split(" ")[0].split(",")]
+        steps = steps_of(solutions(question)[0])
         totals = [total for *_, total in steps]
         assert [carry for *_, carry, _ in steps] == [0, *(total // 10 for total in totals[:-1])]
         assert f"{totals[2]}{totals[1] % 10}{totals[0] % 10}" == question.right
@@ -204,7 +208,8 @@ def test_a_share_has_wilsons_interval_and_of_nothing_it_is_unknown():
 def test_a_lesson_in_checking_learns_the_verdict_and_never_the_draft():
     question = questions(1)[0]
     right = solutions(question)[0]
-    for draft, verdicts in (right, ["right"]), ("<1 1", [f"wrong {x}" for x in solutions(question)]):
+    wrong = [f"wrong {text}" for text in solutions(question)]
+    for draft, verdicts in (right, ["right"]), ("<1 1", wrong):
         ids, mask = lesson(TOKENIZER, question, draft, Random(0))
         said = TOKENIZER.decode([id for id, own in zip(ids, mask) if own])
         assert said.removesuffix("<|end|>") in verdicts
