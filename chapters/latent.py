@@ -34,25 +34,27 @@ class Latent(Attention):
     def __init__(self, attn, rank, n_rotary):
         nn.Module.__init__(self)
         HD, C, D = *attn.q_proj.weight.shape, attn.head_size
-        if rank < 1 or not 0 <= n_rotary < D or n_rotary % 2 or n_rotary and D % n_rotary:
-            raise ValueError(f"rank={rank} must be 1 or more and n_rotary={n_rotary} an even part "
-                             f"of the {D} channels of a head, such as {D // 2}")
+        if rank < 1 or not 0 <= n_rotary < D or n_rotary % 2:
+            raise ValueError(f"rank={rank} must be 1 or more and n_rotary={n_rotary} even and "
+                             f"below the {D} channels of a head")
         self.head_size, self.n_rotary, self.dropout = D, n_rotary, attn.dropout
         self.q_proj, self.o_proj, self.q_norm = attn.q_proj, attn.o_proj, attn.q_norm
-        self.kv_norm = None if attn.k_norm is None else RMSNorm(rank, eps=attn.k_norm.eps)
+        norms = attn.k_norm is not None
+        self.kv_norm = RMSNorm(rank, eps=attn.k_norm.eps) if norms else None
+        self.k_norm = RMSNorm(n_rotary, eps=attn.k_norm.eps) if norms and n_rotary else None
         self.kv_down = Linear(C, rank + n_rotary, bias=False)  # the latent, and the shared channels
         self.k_up = Linear(rank, HD // D * (D - n_rotary), bias=False)
         self.v_up = Linear(rank, HD, bias=False)
-        for layer in (self.kv_down, self.k_up, self.v_up):
-            nn.init.normal_(layer.weight, std=0.02)
+        for layer, std in ((self.kv_down, C ** -0.5), (self.k_up, rank ** -0.5), (self.v_up, 0.02)):
+            nn.init.normal_(layer.weight, std=std)  # keys must not be smaller than queries
         self.to(attn.q_proj.weight.device)
         self.attention, self.rotary = attn.attention, attn.rotary
 
     def rotate(self, x, table):
-        """x (B, T, H, R), rotated: for R channels every D / R-th angle of a table for D is right."""
+        """x (B, T, H, R), rotated by the fastest R / 2 angles of a table (T, D / 2)."""
         if table is None or not self.n_rotary:
             return x
-        return self.rotary(x, *(y[..., ::self.head_size // self.n_rotary] for y in table))
+        return self.rotary(x, *(y[..., :self.n_rotary // 2] for y in table))
 
     def forward(self, x, source=None, table=None, cache=None, prefix=None, **options):
         """x (B, T, C) -> (B, T, C), as Attention's, without a source or a prefix."""
@@ -65,6 +67,7 @@ class Latent(Attention):
         q = torch.cat((content, self.rotate(rotary, table)), dim=-1).transpose(1, 2)
         latent, k_rotary = self.kv_down(x)[:, :, None].split((self.v_up.in_features, R), dim=-1)
         latent = latent if self.kv_norm is None else self.kv_norm(latent)
+        k_rotary = k_rotary if self.k_norm is None else self.k_norm(k_rotary)
         latent, k_rotary = (y.transpose(1, 2) for y in (latent, self.rotate(k_rotary, table)))
         if cache is not None:
             latent, k_rotary = self.append(cache, latent, k_rotary)      # (B, 1, S, r or R)
@@ -116,7 +119,7 @@ def cache_bytes(model, n_tokens):
     return sum(x.nbytes for layer in cache for x in (layer.k, layer.v))
 
 
-def experiment(seed=0, n_steps=150, rank=24, n_rotary=8):
+def experiment(seed=0, n_steps=150, rank=20, n_rotary=12):
     """Train models on the same batches that differ in how many numbers their caches hold -> {name:
     dict(loss: held out, in nats per byte; bytes: of the cache, for a token; parameters)}."""
     heads, ids, found = {"4 heads": 4, "2 heads": 2, "1 head": 1, "latent": 4}, text_ids(), {}
@@ -132,8 +135,8 @@ def experiment(seed=0, n_steps=150, rank=24, n_rotary=8):
 @dataclass(frozen=True)
 class LatentConfig:
     """What is compared."""
-    rank: int = option(24, "numbers of a latent", low=1)
-    n_rotary: int = option(8, "channels of a head that rotate")
+    rank: int = option(20, "numbers of a latent", low=1)
+    n_rotary: int = option(12, "channels of a head that rotate")
     n_steps: int = option(150, "of training", low=1)
     seeds: int = option(3, "how often all is trained", low=1)
 
