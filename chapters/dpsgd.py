@@ -6,7 +6,7 @@ that none has a large influence, and noise as large as that influence hides whet
     fit(model, rows, epochs=10, clip=1.0, noise=0.5)       # clip=0: ordinary training
     epsilon(noise=0.5, share=16 / len(rows), n_steps=10 * math.ceil(len(rows) / 16))
 
-A document is what is protected: of a secret that stands in several, as much less is hidden.
+The unit of protection is a document: a secret that stands in several is hidden less well.
 """
 
 import math
@@ -37,7 +37,8 @@ class ExampleLoss(torch.nn.Module):
 
 
 def example_gradients(model, x, y):
-    """{name of a parameter: (B, ...)}: its gradient for each row of x, y (B, T), in one pass."""
+    """{name of a parameter: (B, ...)}: its gradient for each row of x, y (B, T), in one pass. The
+    model must use("plain") functions, as vmap cannot go through fused ones."""
     function = ExampleLoss(model)
     params = {name: p.detach() for name, p in function.named_parameters()}
 
@@ -60,9 +61,9 @@ def private_gradients(model, x, y, clip, noise, batch_size, generator):
 
 
 def epsilon(noise, share, n_steps, delta=1e-5):
-    """The privacy that DP-SGD grants a document, up to a chance of delta, if each of n_steps draws
-    each with a chance of `share`: e^epsilon bounds how much likelier it makes any outcome. By Renyi
-    divergences of whole orders, arXiv:1908.10530 and, to epsilon, arXiv:2004.00010."""
+    """The privacy loss of a document in n_steps of DP-SGD that each draw it with a chance of share:
+    with it no outcome is more than e^epsilon times as likely, but for a chance of delta. By Renyi
+    divergences of whole orders (arXiv:1908.10530), converted as in arXiv:2004.00010."""
     best, share = math.inf, min(share, 1 - 1e-12)
     for order in range(2, 256) if noise else ():
         k = np.arange(order + 1)
@@ -86,7 +87,8 @@ def text_rows(tokenizer, texts):
 
 def batches(n, batch_size, epochs, private, generator):
     """Yield the numbers of the rows in each batch: in every epoch all of n in another order, or,
-    private, each with the same chance in each batch, which epsilon() counts on."""
+    private, each with the same chance in each batch, which epsilon() counts on; empty batches,
+    which nearly never occur, are skipped."""
     for _ in range(epochs):
         if private:
             drawn = torch.rand(math.ceil(n / batch_size), n, generator=generator) < batch_size / n
@@ -97,7 +99,7 @@ def batches(n, batch_size, epochs, private, generator):
 
 def fit(model, rows, epochs=10, learning_rate=1e-2, batch_size=16, clip=0.0, noise=0.0, seed=0):
     """Train a model on rows, on a CPU, in place -> the model. With clip above 0 by DP-SGD."""
-    model.train().use("plain" if clip else "torch")  # vmap cannot go through fused functions
+    model.train().use("plain" if clip else "torch")
     pairs = [(torch.tensor(ids), torch.tensor(mask)) for ids, mask in rows]
     x = pad_sequence([ids[:-1] for ids, _ in pairs], True)                       # (N, T)
     y = pad_sequence([ids.where(mask, -1)[1:] for ids, mask in pairs], True, -1)
