@@ -5,6 +5,7 @@ The figures of this project, measured here and now: medians, and ratios against 
     python tests/benchmark.py twins bpe      # some of these parts, or of decoding export muon
                                              # speculative batching bandwidth recompute bpe100
                                              # curation pages chapters serving endurance scale
+                                             # retrieval distillation
     python tests/benchmark.py --nanogpt=DIR  # training steps beside nanoGPT's, from a checkout
     python tests/benchmark.py learning --nanogpt=DIR [--text=FILE]  # time to a loss, beside its own
 """
@@ -46,6 +47,8 @@ from chapters.checks import execute
 from chapters.cuda_kernels import cuda_norm, cuda_rotary, launch
 from chapters.curate import first_ones, near_duplicates, new_lines
 from chapters.choices import CurateConfig
+from chapters.distill import compare
+from chapters.facts import draw_pairs, find, tell, train_reader, world_tokenizer
 from chapters.onnx_files import to_onnx
 from chapters.pipeline import bubble, one_f_one_b
 from chapters.processes import counted_bytes, spawn
@@ -53,7 +56,10 @@ from chapters.scale import Layout, Shape, all_reduce_bytes, held_bytes, sent
 from chapters.speculative import NgramDraft, RunDraft
 from chapters.speculative import write as speculate_text
 from chapters.stages import new_record, text_stages
+from chapters.retrieval import train_encoder
+from chapters.trials import fit, new_model, sequences, text_ids
 from data import find_files, prepare, read_documents
+from evaluate import wilson
 from model import (BITS, GPT, KERNELS, SIZES, GPTConfig, Linear, QuantEmbedding, QuantLinear,
                    accelerator, fused_attention, option, plain_attention, plain_rotary, quantize,
                    rotary_table, torch_attention)
@@ -977,10 +983,45 @@ def endurance(n_requests=10_000):
                 pass
 
 
+def shares(name, right):
+    """Show {what: which of N are right}, each as a share with its interval."""
+    for what, own in right.items():
+        low, high = wilson(own.mean(), len(own))
+        show(f"{name}, {what}", f"{own.mean():.0%} [{low:.0%}, {high:.0%}] of {len(own)}")
+
+
+def retrieval(n_seeds=3):
+    """How often each kind of index finds a passage first, and a small model tells what it found."""
+    tokenizer, found, told = world_tokenizer(), {}, {}
+    for seed in range(n_seeds):
+        encoder, reader = (train_encoder(tokenizer, draw_pairs, seed=seed),
+                           train_reader(tokenizer, seed=seed))
+        for name, row in find(tokenizer, encoder, seed).items():
+            for who, places in row.items():
+                found.setdefault(f"{name}, {who}", []).extend(places == 1)
+        for k in (1, 3):
+            for name, right in tell(tokenizer, encoder, reader, seed, k=k).items():
+                told.setdefault(f"{name}, k={k}", []).extend(right)
+    for name, right in ("first place", found), ("right answer", told):
+        shares(name, {what: torch.tensor(own).double().numpy() for what, own in right.items()})
+
+
+def distillation(n_seeds=3):
+    """What students learn of little text alone, from a teacher, and from its texts."""
+    ids, losses = text_ids("stories"), []
+    for seed in range(n_seeds):
+        teacher = fit(new_model(seed, block_size=64), sequences(ids[:-20_000], 64), 200, seed)
+        losses.append(compare(teacher, ids[:5000], ids[-20_000:], seed))
+    for name in losses[0]:
+        show(f"distillation, {name}", " ".join(f"{row[name]:.3f}" for row in losses)
+             + " nats a byte")
+
+
 PARTS = {part.__name__: part for part in (training, attention, twins, sampling, saving, bpe,
                                           decoding, export, speculative, batching, muon, bandwidth,
                                           recompute, bpe100, curation, pages, chapters, serving,
-                                          endurance, learning, nanogpt, scale)}
+                                          endurance, learning, nanogpt, scale,
+                                          retrieval, distillation)}
 
 
 @dataclass
