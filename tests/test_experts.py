@@ -77,7 +77,8 @@ def test_fresh_experts_differ_with_the_deviation_of_their_mlp():
     assert (ups.std(dim=0) > 0).all()
     close(ups.std(), mlp.up_proj.weight.std(), rtol=0.05, atol=0)
     nothing = tiny(zero_init=True).transformer.blocks[0].mlp
-    assert not any(expert.down_proj.weight.any() for expert in MoE(nothing, 3, 1, fresh=True).experts)
+    still = MoE(nothing, 3, 1, fresh=True).experts
+    assert not any(expert.down_proj.weight.any() for expert in still)
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
@@ -169,7 +170,8 @@ def test_a_layer_and_its_balance_loss_equal_those_of_transformers():
     layer, x = mixture_model(4, 2).transformer.blocks[0].mlp, torch.randn(2, 9, 32)
     hidden = layer.experts[0].up_proj.out_features
     theirs = mixtral.MixtralSparseMoeBlock(MixtralConfig(
-        hidden_size=32, intermediate_size=hidden, num_local_experts=4, num_experts_per_tok=2)).eval()
+        hidden_size=32, intermediate_size=hidden, num_local_experts=4,
+        num_experts_per_tok=2)).eval()
     weights = {"gate.weight": layer.router.weight}
     for name, parts in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
         weights[f"experts.{name}"] = torch.stack([torch.cat([
