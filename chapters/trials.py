@@ -20,7 +20,8 @@ from train import TrainConfig, build_optimizer, clip_gradients, learning_rate, s
 KINDS = {  # each makes documents, about 300 kB of them
     "stories": lambda: stories(700),
     "sums": lambda: (f"Question: {a}\nAnswer: {b}" for a, b in arithmetic(2500)),
-    "python": lambda: [path.read_text("utf-8")[:20_000] for path in find_files("stdlib", None)[:30]],
+    "python": lambda: (path.read_text("utf-8")[:20_000]
+                       for path in find_files("stdlib", None)[:30]),
 }
 
 

@@ -1,4 +1,4 @@
-"""chapters/context.py: slower rotations as in the papers, and a model that reads past block_size."""
+"""chapters/context.py: slower rotations as in the papers, a model that reads past block_size."""
 
 import math
 from copy import deepcopy

@@ -1,4 +1,4 @@
-"""chapters/experts.py: a mixture is the sum it says, balanced by its loss; one expert is the MLP."""
+"""chapters/experts.py: a mixture is the sum it says, balanced by its loss; copies give the MLP."""
 
 from functools import partial
 

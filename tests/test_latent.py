@@ -84,7 +84,7 @@ def test_what_turns_depends_on_the_distance_of_tokens_alone():
     attn(x, table=table)
     close(scores[0][..., 1:, 1:], scores[0][..., :-1, :-1])
     assert scores[0][0, :, 8].std(dim=-1).min() > 1e-3
-    turned = attn.rotate(x[..., None, :4], table)[0, :, 0]               # (T, R), by pairs (j, j + 2)
+    turned = attn.rotate(x[..., None, :4], table)[0, :, 0]  # (T, R), in pairs (j, j + 2)
     slow = torch.arange(9) * 10000.0 ** (-2 / 8)
     close(turned[:, 1], x[0, :, 1] * slow.cos() - x[0, :, 3] * slow.sin())
 
@@ -138,7 +138,7 @@ def test_one_layer_equals_that_of_transformers():
     order = torch.arange(R).view(2, -1).T.flatten()
     q = attn.q_proj.weight.data.view(H, D, C)
     state = {"q_proj.weight": torch.cat((q[:, :D - R], q[:, D - R:][:, order]), 1).flatten(0, 1),
-             "kv_a_proj_with_mqa.weight": attn.kv_down.weight[torch.cat((torch.arange(r), r + order))],
+             "kv_a_proj_with_mqa.weight": attn.kv_down.weight[[*range(r), *(r + order).tolist()]],
              "kv_a_layernorm.weight": torch.ones(r), "o_proj.weight": attn.o_proj.weight,
              "kv_b_proj.weight": torch.cat((attn.k_up.weight.view(H, -1, r),
                                             attn.v_up.weight.view(H, -1, r)), 1).flatten(0, 1)}
