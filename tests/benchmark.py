@@ -42,12 +42,12 @@ import torch.nn.functional as F
 
 import page_extractors
 from conftest import keep
+from chapters import distill
 from chapters.batching import Engine, Request
 from chapters.checks import execute
 from chapters.cuda_kernels import cuda_norm, cuda_rotary, launch
 from chapters.curate import first_ones, near_duplicates, new_lines
 from chapters.choices import CurateConfig
-from chapters.distill import compare
 from chapters.facts import draw_pairs, find, tell, train_reader, world_tokenizer
 from chapters.onnx_files import to_onnx
 from chapters.pipeline import bubble, one_f_one_b
@@ -1011,7 +1011,7 @@ def distillation(n_seeds=3):
     ids, losses = text_ids("stories"), []
     for seed in range(n_seeds):
         teacher = fit(new_model(seed, block_size=64), sequences(ids[:-20_000], 64), 200, seed)
-        losses.append(compare(teacher, ids[:5000], ids[-20_000:], seed))
+        losses.append(distill.compare(teacher, ids[:5000], ids[-20_000:], seed))
     for name in losses[0]:
         show(f"distillation, {name}", " ".join(f"{row[name]:.3f}" for row in losses)
              + " nats a byte")
