@@ -99,8 +99,8 @@ def ranks(index, questions, numbers):
 
 
 def find(tokenizer, encoder, seed=0, n_strangers=24):
-    """{kind of index: {whose facts: at which places (N,) their passages are found}}, of a world with
-    people whose names the encoder knows, though not with what is asked, and with strangers."""
+    """{kind of index: {whose facts: at which places (N,) their passages are found}}, of a world
+    with people whose names the encoder knows, though not with what is asked, and strangers."""
     rows = facts(PEOPLE, seed) + facts(strangers(n_strangers, seed), seed)
     groups = {"known names": [i for i, fact in enumerate(rows) if fact.person in PEOPLE
                               and is_held_out(fact)],

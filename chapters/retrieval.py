@@ -107,8 +107,8 @@ def reciprocal_ranks(scores):
 
 
 class Index:
-    """Passages to search by what each of `kinds` builds of them, else by BM25; the scores of several
-    are joined by their ranks."""
+    """Passages to search by what each of `kinds` builds of them, else by BM25; the scores of
+    several are joined by their ranks."""
 
     def __init__(self, passages, *kinds):
         if not passages:
@@ -148,8 +148,8 @@ def train_encoder(tokenizer, draw, n_steps=200, seed=0):
 
 
 def crops(passages, B=64):
-    """A draw for train_encoder() where there are no questions: of B passages two random halves each,
-    which may overlap, are to find each other. arXiv:2112.09118"""
+    """A draw for train_encoder() where there are no questions: two random halves of each of B
+    passages, which may overlap, are to find each other. arXiv:2112.09118"""
     def draw(generator):
         sides = [], []
         for i in torch.randperm(len(passages), generator=generator)[:B].tolist():
