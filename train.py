@@ -335,7 +335,7 @@ def check_layout(config, shape, n):
              "several processes: torchrun --nproc_per_node=N train.py ... starts N"),
             *((size % tp, f"tp={tp}: {name}={size} is no multiple of it: take a --{name} that is, "
                "or another --tp") for name, size in widths.items()),
-            (pp > shape.n_layer, f"pp={pp}: there are {shape.n_layer} blocks: take at most as many"),
+            (pp > shape.n_layer, f"pp={pp}: there are {shape.n_layer} blocks: take no more"),
             (shards and not find_spec("safetensors"),
              "--checkpoint=sharded needs the package safetensors"),
             (split and config.curriculum, f"--curriculum={config.curriculum} {alone}"),

@@ -22,7 +22,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: more than a second or so; runs only with --all")
     config.addinivalue_line("markers", "beside(work=f): f(parameter) runs beside the other tests")
-    config.addinivalue_line("markers", "all_cores: keeps several cores busy; comes after the others")
+    config.addinivalue_line("markers", "all_cores: keeps all cores busy; comes after the rest")
 
 
 @pytest.hookimpl(trylast=True)
