@@ -5,7 +5,7 @@ Short trainings side by side, so that two designs of a model can be compared in 
     model = fit(new_model(n_layer=2), sequences(ids[:-30_000], 128), n_steps=200, seed=0)
     held_out_loss(model, ids[-30_000:])                 # nats per byte
 
-chapters/experts.py, chapters/longrange.py, chapters/latent.py and chapters/context.py use it.
+The leaves of chapter 17 use it.
 """
 
 from random import Random
