@@ -1,4 +1,4 @@
-"""The life cycle's table at the end of chapter 17, and the list of leaves: what they name is there."""
+"""The life cycle at the end of chapter 17, and the list of leaves: what they name is there."""
 
 import contextlib
 import importlib
