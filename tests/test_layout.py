@@ -126,8 +126,9 @@ def test_every_leaf_that_is_a_command_says_how_it_is_run_and_runs_by_its_path_to
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a signal of POSIX")
-@pytest.mark.parametrize("words", [*([name] for name in SIX if name != "model.py"),
-                                   *(["-m", f"chapters.{name}"] for name in COMMANDS)])
+@pytest.mark.parametrize("words", [
+    *([name] for name in SIX if name != "model.py"), ["-m", "chapters.plan"],
+    *(pytest.param(["-m", f"chapters.{name}"], marks=pytest.mark.slow) for name in COMMANDS)])
 def test_ctrl_c_while_libraries_are_imported_ends_a_command_in_silence(words, tmp_path):
     for library in "numpy", "torch", "regex":  # stands before the real one on the path
         (tmp_path / f"{library}.py").write_text("import os, signal\n"
