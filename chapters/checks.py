@@ -9,6 +9,7 @@ import copy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import DEVNULL
 
 if __name__ == "__main__":  # `python chapters/checks.py` works as well, from any folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -142,8 +143,9 @@ def execute(notebook, folder, **options):
     """Run all cells of a notebook in a new kernel, in a folder -> the notebook."""
     from nbclient import NotebookClient  # not needed by who only solves exercises
 
-    place = {"metadata": {"path": folder}}
-    return NotebookClient(notebook, timeout=600, resources=place, **options).execute()
+    client = NotebookClient(
+        notebook, timeout=600, resources={"metadata": {"path": folder}}, **options)
+    return client.execute(stderr=DEVNULL)  # where kernels warn; what cells print is in the cells
 
 
 def count(path, run=False):
