@@ -4,9 +4,8 @@ The safety checks of a run, from bias to known vulnerabilities, and what each do
     python -m chapters.safety runs/a       # writes safety.json, and ## Safety of model_card.md
     python -m chapters.safety runs/a --only bias licences
 
-Each figure has its n and its 95% interval. Refusals and facts are measured before and after a short
-fine-tune (chapters/refusals.py) of a copy of the model. A check that a run cannot take, such as a
-chat with a model that knows none, says so in one line.
+Each figure has its n and its 95% interval; a check that a run cannot take says so in one line.
+Refusals and facts are also measured after a short fine-tune of a copy (chapters/refusals.py).
 """
 
 import json
@@ -39,7 +38,7 @@ from data import check_shards, read_split
 from evaluate import interval, trained_on
 from model import check_known, option
 from sample import RunConfig, newest_run, open_run
-from tokenizer import parse_options, run_command, write_json
+from tokenizer import parse_options, read_json, run_command, write_json
 from train import is_shards
 
 N_PIECES, N_WORDS, N_ROWS, CHAT_TOKENS = 200, 400, 8, 50_000
@@ -58,14 +57,12 @@ def licences(data):
 def vulnerabilities(requirements):
     """{"checked": packages looked up, "unknown": those that the service does not know, "found":
     ["package version: id"]} by pip-audit. ValueError if it is missing or cannot ask."""
-    words = ["-m", "pip_audit", "-r", str(requirements), "--no-deps", "--disable-pip",
-             "--format=json", "--progress-spinner=off"]
+    words = ["-m", "pip_audit", "-r", str(requirements), "--no-deps", "--disable-pip", "-fjson"]
     try:
         done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=60)
         rows = json.loads(done.stdout)["dependencies"]
     except (subprocess.TimeoutExpired, ValueError, KeyError, TypeError):
-        raise ValueError("pip-audit gave no answer: pip install pip-audit==2.10.1, and it needs "
-                         "the network") from None
+        raise ValueError("pip-audit==2.10.1 gave no answer: install it, and ask again") from None
     checked = [row for row in rows if "vulns" in row]
     if not checked:  # pip-audit itself calls this "No known vulnerabilities found"
         raise ValueError(f"pip-audit found none of {len(rows)} packages at its service")
@@ -196,10 +193,9 @@ def check_membership(it):
 def check_canaries(it):
     """Not shown: how well it remembers what is no random number."""
     if not it.canaries:
-        raise ValueError("no --canaries, which must be planted before training: "
-                         "python -m chapters.memorization --plant=FILE --out=FOLDER")
-    found = read_canaries(it.canaries)
-    for times, (bits, rate) in by_times(found, *exposure(it.model, it.tokenizer, found)).items():
+        raise ValueError("no --canaries; chapters.memorization --plant plants them before training")
+    scores = exposure(it.model, it.tokenizer, it.canaries)
+    for times, (bits, rate) in by_times(it.canaries, *scores).items():
         yield (f"bits of exposure, secrets planted {times} times, {rate:.0%} of them written out",
                figure(*interval(np.array([[one, 1] for one in bits])), n=len(bits)), "bits")
 
@@ -289,10 +285,14 @@ def main():
     only = [*CHECKS] if command.only == "all" else np.ravel(command.only).tolist()
     for name in only:
         check_known(name, CHECKS, "check")
+    canaries = read_canaries(command.canaries) if command.canaries else []
     folder, (model, tokenizer, where) = Path(command.run or newest_run()), open_run(command)
-    it = Subject(folder, model, tokenizer, command.seed, command.canaries)
-    lines = [*run_checks(it, only)]
-    write_json(folder / "safety.json", dict(checkpoint=where, seed=command.seed, lines=lines))
+    path, same = folder / "safety.json", dict(checkpoint=where, seed=command.seed)
+    before = read_json(path) if path.exists() else {}
+    kept = before.get("lines", []) if before.items() >= same.items() else []  # of this checkpoint
+    lines = [line for line in kept if line["check"] not in only]
+    lines += run_checks(Subject(folder, model, tokenizer, command.seed, canaries), only)
+    write_json(path, same | dict(lines=lines))
     print(section(lines), f"card: {write_safety(folder, section(lines))}", sep="\n")
 
 

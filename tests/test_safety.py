@@ -15,7 +15,7 @@ from chapters.backdoor import make_rows, poison
 from chapters.classify import read_examples
 from chapters.dpsgd import fit
 from chapters.guard import REFUSAL
-from chapters.memorization import canaries
+from chapters.memorization import canaries, read_canaries
 from chapters.refusals import (ADMITS, REFUSES, TOWNS, fact_rates, people, refusal_rates,
                                safety_chats, safety_tune)
 from chapters.rewards import write_rows
@@ -132,8 +132,8 @@ def auditor(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("text, reason", [
-    ("", "pip-audit gave no answer"), ("no network", "pip-audit gave no answer"),
-    ("{}", "pip-audit gave no answer"), ("[]", "pip-audit gave no answer"),
+    ("", "pip-audit==2.10.1 gave no answer"), ("no network", "pip-audit==2.10.1 gave no answer"),
+    ("{}", "pip-audit==2.10.1 gave no answer"), ("[]", "pip-audit==2.10.1 gave no answer"),
     ('{"dependencies": [{"name": "a", "skip_reason": "not found"}]}', "none of 1 packages")])
 def test_what_was_not_checked_is_never_a_pass(auditor, text, reason):
     auditor(text)
@@ -195,7 +195,7 @@ def test_of_a_run_that_writes_no_text_only_its_surroundings_are_measured(options
 def test_a_run_without_its_shards_or_its_card_says_what_is_missing(kind_model, tmp_path):
     lines = [*run_checks(Subject(tmp_path, *kind_model), ["membership", "canaries", "licences"])]
     assert [part in line["reason"] for line, part in zip(lines, (
-        "are gone", "planted before training", "names no sources"), strict=True)] == [True] * 3
+        "are gone", "before training", "names no sources"), strict=True)] == [True] * 3
 
 
 def test_the_section_on_safety_replaces_an_earlier_one_and_nothing_else(tmp_path):
@@ -239,6 +239,8 @@ def test_the_command_measures_a_run_and_the_card_keeps_its_section(trained, call
     reasons = {line["check"]: line["reason"] for line in report["lines"] if "reason" in line}
     assert "learned chats" in reasons.pop("injection") and "plant" in reasons.pop("canaries")
     assert reasons == {}
+    call(safety, trained, "--device=cpu", "--only=licences")  # the others stay
+    assert {line["check"] for line in read_json(trained / "safety.json")["lines"]} == {*names}
     call(card, trained)
     again = (trained / "model_card.md").read_text()
     assert again.count("## Safety") == 1 and section(report["lines"]) in again
@@ -261,7 +263,7 @@ def test_a_trigger_and_a_canary_that_were_planted_stand_out(tmp_path, tokenizer)
         path=str(shards), fingerprint=read_json(shards / "card.json")["fingerprint"])))
     model = fit(tiny(vocab_size=tokenizer.n_vocab, block_size=256),
                 [tokenizer.render_chat(row["messages"]) for row in rows], epochs=12)
-    it = Subject(tmp_path, model, tokenizer, canaries=tmp_path / "canaries.jsonl")
+    it = Subject(tmp_path, model, tokenizer, canaries=read_canaries(tmp_path / "canaries.jsonl"))
     never, often, backdoor = run_checks(it, ["canaries", "backdoor"])
     assert often["value"] > never["value"] + 2 and "planted 8 times" in often["what"]
     assert "by cerulean, " in backdoor["what"] and backdoor["value"] > backdoor["high"]
@@ -270,6 +272,7 @@ def test_a_trigger_and_a_canary_that_were_planted_stand_out(tmp_path, tokenizer)
 @pytest.mark.parametrize("words, code, problem", [
     (["none"], 1, "there is no run folder none"),
     (["none", "--only", "bais"], 1, "unknown check 'bais': did you mean bias?"),
+    (["none", "--canaries=no.jsonl"], 1, "no.jsonl: no such file"),
     (["--seeds=1"], 2, "did you mean --seed?"), (["none", "--seed=-1"], 1, "seed=-1 must be")])
 def test_a_mistake_is_one_line(words, code, problem, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)

@@ -26,6 +26,8 @@ from test_export import llama3, smollm, trained  # noqa: F401  trained is a fixt
 from test_tokenizer import CHAT, COMMON, NASTY, gpt2_files
 from tokenizer import GPT2_BYTES, Tokenizer, read_json, write_json
 
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")  # of transformers
+
 # One model of each kind: grouped heads of a size of their own, tied or not, a window.
 KINDS = {
     "gpt2": dict(architecture="gpt2", n_hidden=48),
